@@ -1,0 +1,56 @@
+"""Adam for JAX as small pure `init`/`update` transformations that chain with Optax."""
+
+from adam_transforms._accumulation import AccumulateState, accumulate
+from adam_transforms._adam import ScheduledDecayState, scale_by_adam, scale_by_amsgrad
+from adam_transforms._averaging import ParamsEmaState, ema_params, finalize, params_ema
+from adam_transforms._clipping import clip_by_global_norm, clip_by_norm, clip_by_value
+from adam_transforms._loss_scale import (
+    DynamicLossScaleState,
+    SkipNonfiniteState,
+    StaticLossScaleState,
+    dynamic_loss_scale,
+    scale_loss,
+    skip_nonfinite,
+    static_loss_scale,
+)
+from adam_transforms._numerics import global_norm
+from adam_transforms._paths import (
+    ScaleByPathLearningRateState,
+    by_path,
+    path_mask,
+    scale_by_path_learning_rate,
+)
+from adam_transforms._presets import adam, adamw
+from adam_transforms._trees import path_str
+from adam_transforms._updates import apply_updates
+
+__all__ = [
+    "AccumulateState",
+    "DynamicLossScaleState",
+    "ParamsEmaState",
+    "ScaleByPathLearningRateState",
+    "ScheduledDecayState",
+    "SkipNonfiniteState",
+    "StaticLossScaleState",
+    "accumulate",
+    "adam",
+    "adamw",
+    "apply_updates",
+    "by_path",
+    "clip_by_global_norm",
+    "clip_by_norm",
+    "clip_by_value",
+    "dynamic_loss_scale",
+    "ema_params",
+    "finalize",
+    "global_norm",
+    "params_ema",
+    "path_mask",
+    "path_str",
+    "scale_by_adam",
+    "scale_by_amsgrad",
+    "scale_by_path_learning_rate",
+    "scale_loss",
+    "skip_nonfinite",
+    "static_loss_scale",
+]

@@ -1,0 +1,121 @@
+"""Checks of what a caller passes in. Messages name the argument, what was expected and what came.
+
+A hyperparameter is a Python number, a scalar array (which may be a tracer), or a schedule
+``count -> value``. Its range is checked whenever its value is known at trace time.
+"""
+
+import inspect
+import math
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+
+def scalar(
+    name: str,
+    value: Any,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> Any:
+    """`value` as a Python float if it is a number, unchanged if it is a scalar array.
+
+    Raises:
+      TypeError: it is neither a number nor a floating or integer array of shape ().
+      ValueError: it is known now, and NaN or outside the range.
+    """
+    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+        value = float(value)
+        known = value
+    elif isinstance(value, jax.Array | np.ndarray):
+        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.number):
+            raise TypeError(
+                f"{name} must be a number or a numeric array of shape (), "
+                f"got {value.dtype}{list(value.shape)}"
+            )
+        known = None if isinstance(value, Tracer) else float(value)
+    else:
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if known is not None and not (known >= at_least and known > above and known < below):
+        limits = [
+            text.format(limit)
+            for text, limit in ((">= {:g}", at_least), ("> {:g}", above), ("< {:g}", below))
+            if math.isfinite(limit)
+        ]
+        expected = " and ".join(limits) if limits else "a finite number"
+        raise ValueError(f"{name} must be {expected}, got {known:g}")
+    return value
+
+
+def scalar_or_schedule(name: str, value: Any, **limits: float) -> Any:
+    """As `scalar`; a callable passes as a schedule ``count -> value``."""
+    return value if callable(value) else scalar(name, value, **limits)
+
+
+def decay_rate(name: str, value: Any) -> Any:
+    """A decay rate in [0, 1), or a schedule of one."""
+    return scalar_or_schedule(name, value, at_least=0.0, below=1.0)
+
+
+def positive_int(name: str, value: Any) -> int:
+    """A static integer >= 1."""
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"{name} must be a Python integer, got a traced value; under "
+            f"optax.inject_hyperparams list it: static_args=({name!r},)"
+        )
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """A static boolean."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def choice(name: str, value: Any, options: tuple[str, ...]) -> str:
+    """One of `options`."""
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+    return value
+
+
+def float_dtype(name: str, value: Any) -> np.dtype | None:
+    """A floating or complex dtype, or None."""
+    if value is None:
+        return None
+    try:
+        dtype = jax.dtypes.canonicalize_dtype(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a dtype, got {value!r}") from error
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"{name} must be a floating or complex dtype, got {dtype}")
+    return dtype
+
+
+def transformation(name: str, value: Any) -> optax.GradientTransformationExtraArgs:
+    """A gradient transformation, made to accept extra arguments."""
+    if not isinstance(value, optax.GradientTransformation):
+        hint = "; call the factory first" if inspect.isfunction(value) else ""
+        raise TypeError(f"{name} must be an optax.GradientTransformation, got {value!r}{hint}")
+    return optax.with_extra_args_support(value)
+
+
+def at_count(value: Any, count: jax.Array) -> Any:
+    """The hyperparameter's value when `count` steps have been taken."""
+    return value(count) if callable(value) else value

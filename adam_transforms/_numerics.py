@@ -1,0 +1,167 @@
+"""The arithmetic that every transformation shares, each piece in one place.
+
+Dtypes: anything computed from a gradient is computed in at least float32 (`compute_dtype`), and
+`store` brings it back to the dtype it is kept in. Scalars that depend on the step alone are
+computed in `scalar_dtype`: float32, or float64 when JAX's x64 mode is on.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+def promote(*dtypes: Any) -> np.dtype:
+    """The dtype that holds all of `dtypes`, whatever promotion mode the user has set."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
+def compute_dtype(*dtypes: Any) -> np.dtype:
+    """The dtype to compute in: the promotion of `dtypes`, and at least float32."""
+    return promote(jnp.float32, *dtypes)
+
+
+def real_dtype(dtype: Any) -> np.dtype:
+    """The dtype of the absolute value: float32 for complex64, `dtype` itself if it is real."""
+    return (
+        jnp.finfo(dtype).dtype if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.dtype(dtype)
+    )
+
+
+def scalar_dtype() -> np.dtype:
+    """The widest float that JAX is configured for."""
+    return jnp.result_type(float)
+
+
+def as_scalar(value: Any, dtype: Any = None) -> Any:
+    """`value` ready to meet an array of a real `dtype`: a Python number stays one (it adapts to
+    any array without promoting it), an array is cast."""
+    if isinstance(value, int | float):
+        return float(value)
+    return jnp.asarray(value).astype(scalar_dtype() if dtype is None else dtype)
+
+
+def store(x: jax.Array, dtype: Any) -> jax.Array:
+    """`x` in the `dtype` it is kept in; refuses to drop an imaginary part.
+
+    A real result meant for a complex slot (Optax keeps nu complex beside complex parameters) gets
+    a zero imaginary part.
+    """
+    if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"a {dtype} slot cannot hold complex values: give it a complex dtype")
+    return x.astype(dtype)
+
+
+def real(x: jax.Array) -> jax.Array:
+    """The real part; `x` itself if it is real."""
+    return x.real if jnp.iscomplexobj(x) else x
+
+
+def abs_sq(x: jax.Array) -> jax.Array:
+    """|x|^2, real."""
+    return x.real**2 + x.imag**2 if jnp.iscomplexobj(x) else x * x
+
+
+def scale(x: jax.Array, factor: Any) -> jax.Array:
+    """``x * factor`` for a real `factor` of the same precision: a number, a scalar or an array
+    like `x`. Also right where `x` is complex, which strict promotion would refuse."""
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(x.real * factor, x.imag * factor)
+    return x * factor
+
+
+def moving_average(average: jax.Array, x: jax.Array | float, decay: Any) -> jax.Array:
+    """``decay * average + (1 - decay) * x``, in the form that is accurate for this decay.
+
+    Near decay 1, ``decay`` and ``1 - decay`` rounded apart no longer add up to 1, which biases the
+    average by 1.3e-5 at 0.999 in float32; ``average + (1 - decay) * (x - average)`` has no such
+    bias. Near decay 0 that form would cancel, and the textbook one is exact.
+    """
+    if isinstance(decay, float):
+        weight = 1.0 - decay
+        if decay < 0.5:
+            return scale(average, decay) + weight * x
+        return average + scale(x - average, weight)
+    decay = as_scalar(decay, real_dtype(average.dtype))
+    weight = 1.0 - decay
+    x = jnp.asarray(x, average.dtype)
+    textbook = scale(average, decay) + scale(x, weight)
+    return jnp.where(decay < 0.5, textbook, average + scale(x - average, weight))
+
+
+def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
+    """``1 - decay**count``: what a moving average of `count` ones, started at zero, has reached.
+
+    As ``-expm1(count * log1p(decay - 1))``, which is right to rounding; the literal form in
+    float32 is off by 1.3e-5 at decay 0.999 and by 1.3e-2 at 0.999999 in the first steps. A decay
+    given as a float32 array carries an error of that size itself: pass Python floats.
+    """
+    count = jnp.asarray(count).astype(scalar_dtype())
+    if isinstance(decay, float):
+        if decay == 0.0:  # log 0
+            return jnp.ones_like(count)
+        return -jnp.expm1(count * math.log1p(decay - 1.0))
+    return -jnp.expm1(count * jnp.log1p(as_scalar(decay) - 1.0))
+
+
+def increment(count: jax.Array) -> jax.Array:
+    """``count + 1``, which stays at the largest integer once it is there."""
+    return jnp.asarray(optax.safe_increment(count))
+
+
+def global_norm(tree: Any) -> jax.Array:
+    r"""The Euclidean norm of all elements of all leaves together.
+
+    .. math:: \sqrt{\sum_i |x_i|^2}
+
+    Args:
+      tree: arrays of any shapes and dtypes; None leaves count for nothing.
+
+    Returns:
+      A scalar, in at least float32 (a float16 sum of squares would overflow at 65,504); 0 for an
+      empty tree.
+
+    >>> import jax.numpy as jnp
+    >>> float(global_norm({"a": jnp.array([3.0]), "b": jnp.array(4.0), "c": None}))
+    5.0
+    """
+    leaves = jax.tree.leaves(tree)
+    dtype = real_dtype(compute_dtype(*(x.dtype for x in map(jnp.asarray, leaves))))
+    return jnp.sqrt(sum((sum_of_squares(x, dtype) for x in leaves), jnp.zeros((), dtype)))
+
+
+def sum_of_squares(x: Any, dtype: Any) -> jax.Array:
+    """Sum of |x|^2 over one leaf, accumulated in the real `dtype`."""
+    x = jnp.asarray(x)
+    wide = promote(x.dtype, dtype)
+    return jnp.sum(abs_sq(x.astype(wide))).astype(dtype)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no leaf holds an infinity or a NaN; a bool scalar."""
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)], bool))
+
+
+def round_stochastically(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
+    """Rounds each element of `x` to one of its two neighbours in `dtype`, at random.
+
+    The neighbour at distance d of a gap g is taken with probability 1 - d/g, so that the expected
+    result is `x` itself. Values that `dtype` represents, and those beyond its range, come out as
+    nearest rounding gives them.
+
+    Args:
+      x: a real array.
+      dtype: a floating dtype narrower than `x`'s.
+      key: a PRNG key.
+    """
+    nearest = x.astype(dtype)
+    rest = x - nearest.astype(x.dtype)
+    direction = jnp.where(rest > 0, jnp.inf, -jnp.inf).astype(dtype)
+    other = jnp.nextafter(nearest, direction)
+    gap = jnp.abs(other.astype(x.dtype) - nearest.astype(x.dtype))
+    take_other = jax.random.uniform(key, x.shape, x.dtype) * gap < jnp.abs(rest)
+    return jnp.where(take_other & jnp.isfinite(other), other, nearest)

@@ -1,0 +1,174 @@
+"""Whole optimizers in one call: chains of the pieces, in Keras's order of operations."""
+
+from typing import Any
+
+import jax
+import optax
+
+from adam_transforms import (
+    _accumulation,
+    _adam,
+    _arguments,
+    _averaging,
+    _clipping,
+    _loss_scale,
+)
+
+
+def adam(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    *,
+    eps_hat: bool = False,
+    amsgrad: bool = False,
+    max_of: str = "raw",
+    nesterov: bool = False,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    weight_decay_mask: Any = None,
+    clip_value: float | jax.Array | None = None,
+    clip_norm: float | jax.Array | None = None,
+    clip_global_norm: float | jax.Array | None = None,
+    ema: optax.ScalarOrSchedule | None = None,
+    ema_overwrite_every: int | None = None,
+    accumulate_every: int | None = None,
+    loss_scale: float | str | None = None,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam with every option of the Keras constructor, in Keras's order.
+
+    Unscale, accumulate, clip, decay, Adam, average: nothing but this chain, without the parts whose
+    option is None::
+
+        dynamic_loss_scale(                      # loss_scale="dynamic"; static_loss_scale: a number
+            accumulate(                          # accumulate_every
+                optax.chain(
+                    clip_by_global_norm(...),    # or clip_by_norm, or clip_by_value
+                    scale_by_adam(...),          # or scale_by_amsgrad
+                    optax.add_decayed_weights(weight_decay, weight_decay_mask),
+                    optax.scale_by_learning_rate(learning_rate),
+                    params_ema(ema, overwrite_every=ema_overwrite_every),
+                ),
+                accumulate_every,
+            )
+        )
+
+    The average sits inside accumulation: it averages the parameters after each real update.
+
+    Args:
+      learning_rate: a number, a scalar array, or a schedule ``count -> value``; under accumulation
+        `count` is the number of real updates before this one.
+      b1, b2, eps, eps_hat, nesterov, mu_dtype, nu_dtype: as in `scale_by_adam`.
+      amsgrad, max_of: use `scale_by_amsgrad`, with this maximum.
+      weight_decay: decoupled (AdamW): each update moves p by ``-learning_rate * weight_decay * p``.
+      weight_decay_mask: what decays: a tree of booleans or a function from the parameters to one,
+        e.g. `path_mask`; None for everything.
+      clip_value, clip_norm, clip_global_norm: at most one of them.
+      ema, ema_overwrite_every: as in `params_ema`; read with `ema_params` or `finalize`.
+      accumulate_every: gradients averaged to one update.
+      loss_scale: a number, or "dynamic" for the defaults of `dynamic_loss_scale`; scale the loss
+        with `scale_loss`.
+
+    Returns:
+      A transformation; its state is that of the chain shown.
+
+    Raises:
+      ValueError: an argument is out of range, or options exclude each other.
+      TypeError: an argument has the wrong type.
+
+    References:
+      Kingma & Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2015; Loshchilov & Hutter, `Decoupled
+      Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_, 2019.
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> tx = adam(learning_rate=0.1, clip_global_norm=1.0)
+    >>> params = jnp.array([3.0, -2.0])
+    >>> state = tx.init(params)
+    >>> for _ in range(100):
+    ...     grads = jax.grad(lambda p: jnp.sum(p**2))(params)
+    ...     updates, state = tx.update(grads, state, params)
+    ...     params = optax.apply_updates(params, updates)
+    >>> bool(jnp.abs(params).max() < 0.2)
+    True
+    """
+    _arguments.scalar_or_schedule("learning_rate", learning_rate)
+    clips = {
+        name: (clip, limit)
+        for name, clip, limit in (
+            ("clip_value", _clipping.clip_by_value, clip_value),
+            ("clip_norm", _clipping.clip_by_norm, clip_norm),
+            ("clip_global_norm", _clipping.clip_by_global_norm, clip_global_norm),
+        )
+        if limit is not None
+    }
+    if len(clips) > 1:
+        raise ValueError(f"at most one kind of clipping may be given, got {' and '.join(clips)}")
+    if weight_decay is None and weight_decay_mask is not None:
+        raise ValueError("weight_decay_mask needs weight_decay, got None")
+    if ema is None and ema_overwrite_every is not None:
+        raise ValueError("ema_overwrite_every needs ema, got None")
+    if _arguments.flag("amsgrad", amsgrad) and _arguments.flag("nesterov", nesterov):
+        raise ValueError("amsgrad and nesterov exclude each other, got both")
+
+    chain: list[Any] = [clip(limit) for clip, limit in clips.values()]
+    if amsgrad:
+        chain.append(
+            _adam.scale_by_amsgrad(
+                b1, b2, eps, mu_dtype=mu_dtype, nu_dtype=nu_dtype, eps_hat=eps_hat, max_of=max_of
+            )
+        )
+    else:
+        _arguments.choice("max_of", max_of, ("corrected", "raw"))
+        chain.append(
+            _adam.scale_by_adam(
+                b1,
+                b2,
+                eps,
+                mu_dtype=mu_dtype,
+                nu_dtype=nu_dtype,
+                eps_hat=eps_hat,
+                nesterov=nesterov,
+            )
+        )
+    if weight_decay is not None:
+        _arguments.scalar_or_schedule("weight_decay", weight_decay)
+        chain.append(optax.add_decayed_weights(weight_decay, weight_decay_mask))
+    chain.append(optax.scale_by_learning_rate(learning_rate))
+    if ema is not None:
+        chain.append(_averaging.params_ema(ema, overwrite_every=ema_overwrite_every))
+
+    tx = optax.chain(*chain)
+    if accumulate_every is not None:
+        tx = _accumulation.accumulate(tx, accumulate_every)
+    if loss_scale is None:
+        return tx
+    if isinstance(loss_scale, str):
+        _arguments.choice("loss_scale", loss_scale, ("dynamic",))
+        return _loss_scale.dynamic_loss_scale(tx)
+    return _loss_scale.static_loss_scale(tx, _arguments.scalar("loss_scale", loss_scale, above=0.0))
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    *,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """`adam` with decoupled weight decay on: 1e-4, as in Optax (PyTorch's default is 1e-2).
+
+    Args:
+      learning_rate, b1, b2, eps, weight_decay: as in `adam`.
+      **options: every other option of `adam`.
+
+    >>> import jax.numpy as jnp
+    >>> tx = adamw(learning_rate=0.1, weight_decay=0.5)
+    >>> params = jnp.array([2.0])
+    >>> tx.update(jnp.zeros(1), tx.init(params), params)[0].round(3).tolist()
+    [-0.1...]
+    """
+    return adam(learning_rate, b1, b2, eps, weight_decay=weight_decay, **options)

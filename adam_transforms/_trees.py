@@ -1,0 +1,166 @@
+"""Paths, and leafwise work on gradient, parameter and slot trees with errors that name the leaf.
+
+In a tree of gradients None is a leaf: "no gradient here". Everywhere else it is an empty subtree,
+as JAX has it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adam_transforms import _numerics
+
+
+def is_none(x: Any) -> bool:
+    """Makes `jax.tree` functions treat None as a leaf."""
+    return x is None
+
+
+def path_str(key_path: tuple[Any, ...]) -> str:
+    """A key path as text: the keys joined by ``/``.
+
+    A trailing ``value`` attribute, which Flax NNX puts between a variable and its array, is not
+    part of the path: a model and its state write the same parameter alike.
+
+    Args:
+      key_path: what `jax.tree_util.tree_flatten_with_path` gives for a leaf.
+
+    >>> import jax
+    >>> tree = {"encoder": [{"kernel": 1.0}]}
+    >>> [path_str(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    ['encoder/0/kernel']
+    """
+    if key_path and key_path[-1] == jax.tree_util.GetAttrKey("value"):
+        key_path = key_path[:-1]
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def flatten_with_paths(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """[(path, leaf), ...] and the structure, None being a leaf."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)
+    return [(path_str(path), leaf) for path, leaf in leaves], treedef
+
+
+def align(tree: Any, *others: Any, names: Sequence[str]) -> tuple[list[tuple[Any, ...]], Any]:
+    """Lays trees of one structure side by side.
+
+    Args:
+      tree: the tree whose structure counts; None is a leaf in it.
+      others: trees of that structure; anywhere None may stand for a leaf.
+      names: what `tree` and each of `others` is called in an error.
+
+    Returns:
+      ([(path, leaf, *leaves of the others), ...], structure).
+
+    Raises:
+      ValueError: structure or shape differs; names the path.
+    """
+    leaves, treedef = flatten_with_paths(tree)
+    columns = []
+    for other, name in zip(others, names[1:], strict=True):
+        try:
+            column = treedef.flatten_up_to(other)
+        except (ValueError, TypeError) as error:
+            difference = _structure_difference(leaves, other, names[0], name) or str(error)
+            raise ValueError(
+                f"the structure of {name} differs from that of {names[0]}: {difference}"
+            ) from None
+        for (path, leaf), x in zip(leaves, column, strict=True):
+            if leaf is not None and x is not None and jnp.shape(x) != jnp.shape(leaf):
+                raise ValueError(
+                    f"{path!r} has shape {list(jnp.shape(leaf))} in {names[0]}, "
+                    f"but {list(jnp.shape(x))} in {name}"
+                )
+        columns.append(column)
+    return [(*leaf, *rest) for leaf, *rest in zip(leaves, *columns, strict=True)], treedef
+
+
+def _structure_difference(leaves: Any, other: Any, name: str, other_name: str) -> str | None:
+    """The first path that only one of the two trees has."""
+    ours = [path for path, _ in leaves]
+    theirs = [path for path, _ in flatten_with_paths(other)[0]]
+    for paths, name_of_these, those in ((ours, name, theirs), (theirs, other_name, ours)):
+        only = next((path for path in paths if path not in those), None)
+        if only is not None:
+            return f"{only!r} is only in {name_of_these}"
+    return None
+
+
+def map_leaves(
+    fn: Callable[..., Any], updates: Any, *others: Any, names: Sequence[str] = (), outputs: int = 1
+) -> Any:
+    """``fn(path, gradient, *other_leaves)`` at every leaf of `updates` that has a gradient.
+
+    Args:
+      fn: returns one array, or a tuple of `outputs` of them.
+      updates: gradients. Where a leaf is None, so is the first output; the other outputs are the
+        leaves of the first of `others`, untouched.
+      others: trees of the same structure and shapes as `updates`, e.g. slots.
+      names: what each of `others` is called in an error.
+      outputs: how many trees to return.
+
+    Returns:
+      A tree, or a tuple of `outputs` trees.
+
+    Raises:
+      ValueError: structure or shape differs; names the path.
+      TypeError: a gradient is not a floating or complex array; names the path.
+    """
+    rows, treedef = align(updates, *others, names=("the updates", *names))
+    results = []
+    for path, leaf, *rest in rows:
+        if leaf is None:
+            results.append((None, *rest[: outputs - 1]))
+        else:
+            result = fn(path, as_gradient(path, leaf), *rest)
+            results.append((result,) if outputs == 1 else result)
+    trees = unzip(results, treedef, outputs)
+    return trees[0] if outputs == 1 else trees
+
+
+def unzip(results: list[tuple[Any, ...]], treedef: Any, outputs: int) -> tuple[Any, ...]:
+    """From the `outputs` results at each leaf to a tree of each."""
+    return tuple(treedef.unflatten([result[i] for result in results]) for i in range(outputs))
+
+
+def as_gradient(path: str, leaf: Any) -> jax.Array:
+    """A gradient leaf as an array of a floating or complex dtype."""
+    dtype = jnp.result_type(leaf) if hasattr(leaf, "dtype") or isinstance(leaf, float) else None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"the update of {path!r} must be a floating or complex array (or None, to leave the "
+            f"parameter as it is), got {dtype or type(leaf).__name__}"
+        )
+    return jnp.asarray(leaf)
+
+
+def as_gradients(updates: Any) -> Any:
+    """`updates`, every leaf checked to be a gradient and made an array."""
+    return map_leaves(lambda path, g: g, updates)
+
+
+def in_update_dtype(updates: Any, gradients: Any, params: Any = None) -> Any:
+    """Each update in the dtype that updates have everywhere: the promotion of the gradient's and
+    the parameter's (of the gradient's alone without `params`)."""
+
+    def leaf(path: str, u: jax.Array, g: Any, p: Any) -> jax.Array:
+        return u.astype(_numerics.promote(jnp.result_type(g), jnp.result_type(p)))
+
+    likes = gradients if params is None else params
+    return map_leaves(leaf, updates, gradients, likes, names=("the gradient", "the parameter"))
+
+
+def zeros_like(tree: Any, dtype_of: Callable[[Any], Any]) -> Any:
+    """Zeros shaped and sharded like each leaf, in the dtype that `dtype_of(leaf's dtype)` says.
+
+    Leaves may be abstract (`jax.ShapeDtypeStruct`).
+    """
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype_of(jnp.result_type(p))), tree)
+
+
+def find_states(state: Any, kind: type) -> list[Any]:
+    """Every state of type `kind` in an optimizer state, however deep it is nested."""
+    found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
+    return [x for x in found if isinstance(x, kind)]
