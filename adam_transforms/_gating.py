@@ -2,9 +2,10 @@
 
 A step that is held back (between accumulated gradients) or skipped (not finite) must leave the
 inner state bit-identical, without the cost of a copy. `lax.cond` copies every array that a branch
-passes through; `where` over the new state computes and writes all of it. A `while_loop` of at most
-one trip does neither: XLA updates what it carries in place. So that nothing fresh is allocated
-either, the updates leave the loop in the buffers in which the gradients entered it.
+passes through. `where` over the new state computes all of it, and makes XLA keep the old one for
+whatever else in the update reads it. A `while_loop` of at most one trip does neither: XLA updates
+what it carries in place. So that nothing fresh is allocated either, the updates leave the loop in
+the buffers in which the gradients entered it.
 """
 
 from collections.abc import Callable

@@ -143,7 +143,14 @@ def sum_of_squares(x: Any, dtype: Any) -> jax.Array:
 
 def all_finite(tree: Any) -> jax.Array:
     """Whether no leaf holds an infinity or a NaN; a bool scalar."""
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)], bool))
+
+    def finite(x: jax.Array) -> jax.Array:
+        if jnp.iscomplexobj(x):
+            return finite(x.real) & finite(x.imag)
+        # A NaN wins any maximum. XLA fuses this, where all(isfinite(x)) writes an array of bools.
+        return jnp.isfinite(jnp.max(jnp.abs(x), initial=0.0))
+
+    return jnp.all(jnp.array([finite(jnp.asarray(x)) for x in jax.tree.leaves(tree)], bool))
 
 
 def round_stochastically(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:

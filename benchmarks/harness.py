@@ -1,0 +1,91 @@
+"""Timing side by side: warm up, interleave, take medians, print ratios, write JSON.
+
+The machines are shared and noisy. What is compared is therefore timed in turns, call by call, in
+one process, and reported as a ratio of medians to the first of the group.
+"""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@dataclass
+class Case:
+    """One thing to time: `step` takes the carry to the next one, as a training loop would."""
+
+    name: str
+    step: Callable[[Any], Any]
+    carry: Any
+    times: list[float] = field(default_factory=list)  # seconds, in the order of the calls
+
+    def call(self) -> float:
+        """Seconds that one call takes, until its results are there."""
+        start = time.perf_counter()
+        self.carry = jax.block_until_ready(self.step(self.carry))
+        return time.perf_counter() - start
+
+    def median_ms(self, phase: int | None = None, cycle: int = 1) -> float:
+        """Median milliseconds of a call: of all, or of every `cycle`-th from `phase` on."""
+        times = self.times if phase is None else self.times[phase::cycle]
+        return 1e3 * statistics.median(times)
+
+    def cycle_ms(self, cycle: int) -> float:
+        """Mean milliseconds of a call over a cycle; the median cycle."""
+        whole = np.reshape(self.times, (-1, cycle)).mean(axis=1)
+        return 1e3 * float(np.median(whole))
+
+
+def interleave(cases: Sequence[Case], *, rounds: int, cycle: int = 1, warm_up: int = 2) -> None:
+    """Times the cases in turns, `cycle` consecutive calls of each a round, into their `times`."""
+    for case in cases:
+        for _ in range(warm_up * cycle):
+            case.call()
+    for number in range(rounds):
+        # Every other round runs backwards, so that nobody always follows the same neighbour.
+        for case in cases if number % 2 == 0 else reversed(cases):
+            case.times.extend(case.call() for _ in range(cycle))
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints rows under their header, numbers to three significant digits."""
+    text = [[_text(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*text, strict=True)]
+    print(f"\n{title}")
+    for row in text:
+        first, *rest = (
+            f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}"
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  " + "  ".join([first, *rest]))
+
+
+def _text(cell: Any) -> str:
+    return f"{cell:#.3g}".rstrip(".") if isinstance(cell, float) else str(cell)
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers depend on."""
+    versions = {name: __import__(name).__version__ for name in ("jax", "jaxlib", "optax", "numpy")}
+    return {
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "device": str(jax.devices()[0].device_kind),
+        **versions,
+    }
+
+
+def write_json(name: str, results: dict[str, Any]) -> None:
+    """Writes the results, with their environment, to results/<name>.json beside this file."""
+    path = Path(__file__).parent / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
+    print(f"\nwritten to {path}")
