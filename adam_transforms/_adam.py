@@ -273,10 +273,12 @@ def _coefficients(
     nesterov = None
     mu_factor = 1.0 / mu_correction
     if hp.nesterov:
-        b1_now = _numerics.as_scalar(b1)
         b1_next = _arguments.at_count(hp.b1, count + 1)
         next_correction = _numerics.moving_average(corrections[0], 1.0, b1_next)
-        nesterov = (b1_now / next_correction, (1.0 - b1_now) / mu_correction)
+        nesterov = (
+            _numerics.as_scalar(b1_next) / next_correction,
+            (1.0 - _numerics.as_scalar(b1)) / mu_correction,
+        )
         mu_factor = 1.0
 
     if hp.max_of == "corrected":

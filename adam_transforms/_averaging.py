@@ -111,10 +111,11 @@ def track_params_ema(
         weight = average(state.weight, jnp.ones_like(state.weight))
         overwrites = None if overwrite_when is None else overwrite_when(state.count)
 
-        def leaf(p: Any, u: Any, ema: Any) -> tuple[Any, Any]:
+        def leaf(path: str, p: Any, u: Any, ema: Any) -> tuple[Any, Any]:
             if p is None:
                 return u, ema
             p = jnp.asarray(p)
+            u = None if u is None else _trees.as_gradient(path, u)
             dtype = _numerics.compute_dtype(p.dtype, ema.dtype)
             after = _updates.apply_update(p, u)
             new_ema = average(ema.astype(dtype), after.astype(dtype))
@@ -126,7 +127,7 @@ def track_params_ema(
         rows, treedef = _trees.align(
             params, updates, state.ema, names=("the parameters", "the updates", "the average")
         )
-        updates, ema = _trees.unzip([leaf(*row) for _, *row in rows], treedef, outputs=2)
+        updates, ema = _trees.unzip([leaf(*row) for row in rows], treedef, outputs=2)
         count = _numerics.increment(state.count)
         return updates, ParamsEmaState(count, weight, ema)
 

@@ -156,14 +156,25 @@ def adamw(
     b2: optax.ScalarOrSchedule = 0.999,
     eps: optax.ScalarOrSchedule = 1e-8,
     *,
+    eps_hat: bool = False,
+    amsgrad: bool = False,
+    max_of: str = "raw",
+    nesterov: bool = False,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
-    **options: Any,
+    weight_decay_mask: Any = None,
+    clip_value: float | jax.Array | None = None,
+    clip_norm: float | jax.Array | None = None,
+    clip_global_norm: float | jax.Array | None = None,
+    ema: optax.ScalarOrSchedule | None = None,
+    ema_overwrite_every: int | None = None,
+    accumulate_every: int | None = None,
+    loss_scale: float | str | None = None,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`adam` with decoupled weight decay on: 1e-4, as in Optax (PyTorch's default is 1e-2).
 
-    Args:
-      learning_rate, b1, b2, eps, weight_decay: as in `adam`.
-      **options: every other option of `adam`.
+    Args, returns and errors are those of `adam`.
 
     >>> import jax.numpy as jnp
     >>> tx = adamw(learning_rate=0.1, weight_decay=0.5)
@@ -171,4 +182,4 @@ def adamw(
     >>> tx.update(jnp.zeros(1), tx.init(params), params)[0].round(3).tolist()
     [-0.1...]
     """
-    return adam(learning_rate, b1, b2, eps, weight_decay=weight_decay, **options)
+    return adam(**locals())

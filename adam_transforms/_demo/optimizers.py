@@ -1,0 +1,48 @@
+"""The optimizers that the demonstration compares."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+import adam_transforms as at
+
+REFERENCE = "optax"  # the one whose parameters all others' are compared with
+
+
+class Optimizer(NamedTuple):
+    """One way to train the model.
+
+    Fields:
+      description: a few words for the help and below the closing table.
+      make: from the learning rate to the transformation.
+      value_and_grad: differentiates the loss; called like `jax.value_and_grad`.
+      finalize: from the trained (params, state) to the parameters to evaluate.
+    """
+
+    description: str
+    make: Callable[[float], optax.GradientTransformation]
+    value_and_grad: Callable[..., Any] = jax.value_and_grad
+    finalize: Callable[[Any, Any], Any] = lambda params, state: params
+
+
+def _adam_with_options(learning_rate: float) -> optax.GradientTransformation:
+    return at.adam(
+        learning_rate,
+        clip_global_norm=1.0,
+        weight_decay=1e-2,
+        weight_decay_mask=at.path_mask("bias", exclude=True),
+        ema=0.98,  # averages over the last 50 steps or so: short, as the training is
+    )
+
+
+OPTIMIZERS = {
+    "adam": Optimizer("adam_transforms.adam", at.adam),
+    REFERENCE: Optimizer("optax.adam", optax.adam),
+    "options": Optimizer(
+        "adam_transforms.adam, clipped, decayed and averaged",
+        _adam_with_options,
+        finalize=at.finalize,
+    ),
+}

@@ -1,0 +1,55 @@
+"""What several test files need."""
+
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def x64() -> Any:
+    """A context in which JAX computes in float64."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    return importlib.import_module("jax.experimental").enable_x64(True)
+
+
+def types(tree: Any) -> Any:
+    """Shape, dtype and weak type of every leaf: what a `lax.scan` carry must keep."""
+    return jax.tree.map(
+        lambda x: (jnp.shape(x), jnp.result_type(x), getattr(x, "weak_type", False)), tree
+    )
+
+
+def assert_bits_equal(actual: Any, expected: Any) -> None:
+    """The same structure, dtypes and bits, NaNs included."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, e = np.asarray(a), np.asarray(e)
+        assert a.dtype == e.dtype
+        assert a.shape == e.shape
+        assert a.tobytes() == e.tobytes()
+
+
+def as_numpy(x: Any) -> np.ndarray:
+    """In float64, or complex128 if it is complex."""
+    x = np.asarray(x)
+    return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+
+
+def assert_close(actual: Any, expected: Any, rtol: float = 2e-6, atol: float = 1e-7) -> None:
+    """The same structure and shapes, and close values, computed in float64."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert np.shape(a) == np.shape(e)
+        np.testing.assert_allclose(as_numpy(a), as_numpy(e), rtol=rtol, atol=atol)
+
+
+def normal(seed: int, *shape: int, dtype: Any = np.float32) -> np.ndarray:
+    """Standard normal values that `dtype` represents, the imaginary part too if it is complex."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape)
+    if np.issubdtype(dtype, np.complexfloating):
+        x = x + 1j * rng.standard_normal(shape)
+    return np.asarray(x).astype(dtype)
