@@ -83,7 +83,9 @@ def accumulate(
         starts = state.mini_step == 0
         emits = state.mini_step == every - 1
 
-        def add(path: str, g: jax.Array, acc: jax.Array) -> jax.Array:
+        def add(path: str, g: jax.Array, acc: jax.Array | None) -> jax.Array:
+            if acc is None:
+                raise ValueError(f"{path!r} has a gradient, but is None in `like`")
             g = _numerics.store(g, acc.dtype)
             return jnp.where(starts, g, acc + g)
 
