@@ -83,10 +83,8 @@ def accumulate(
         starts = state.mini_step == 0
         emits = state.mini_step == every - 1
 
-        def add(path: str, g: jax.Array, acc: jax.Array | None) -> jax.Array:
-            if acc is None:
-                raise ValueError(f"{path!r} has a gradient, but is None in `like`")
-            g = _numerics.store(g, acc.dtype)
+        def add(path: str, g: jax.Array, acc: jax.Array) -> jax.Array:
+            g = _numerics.store(path, g, acc.dtype)
             return jnp.where(starts, g, acc + g)
 
         def step(total: Any, inner_state: Any) -> tuple[Any, Any]:
@@ -94,16 +92,16 @@ def accumulate(
                 total = jax.tree.map(lambda x: _numerics.scale(x, 1.0 / every), total)
             return inner.update(total, inner_state, params, **extra_args)
 
+        def keep(carried: jax.Array | None, acc: jax.Array | None) -> jax.Array | None:
+            if acc is None:
+                return None
+            if carried is None:  # no gradient: what the last cycle left has to go all the same
+                return jnp.where(starts, jnp.zeros_like(acc), acc)
+            return carried.astype(acc.dtype)
+
         total = _trees.map_leaves(add, updates, state.acc, names=("the accumulator",))
         carried, inner_state = _gating.update_if(emits, step, total, state.inner_state)
-        acc = jax.tree.map(
-            lambda c, acc: (
-                jnp.where(starts, jnp.zeros_like(acc), acc) if c is None else c.astype(acc.dtype)
-            ),
-            carried,
-            state.acc,
-            is_leaf=_trees.is_none,
-        )
+        acc = jax.tree.map(keep, carried, state.acc, is_leaf=_trees.is_none)
         mini_step = jnp.where(emits, 0, state.mini_step + 1)
         updates = _gating.select(emits, carried, updates, params)
         return updates, AccumulateState(mini_step, acc, inner_state)

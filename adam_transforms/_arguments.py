@@ -15,6 +15,10 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+_NUMBERS = int | float | np.integer | np.floating
+_ARRAYS = jax.Array | np.ndarray
+_SCALARS = _NUMBERS | _ARRAYS
+
 
 def scalar(
     name: str,
@@ -30,13 +34,13 @@ def scalar(
       TypeError: it is neither a number nor a floating or integer array of shape ().
       ValueError: it is known now, and NaN or outside the range.
     """
-    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+    if isinstance(value, _NUMBERS) and not isinstance(value, bool):
         value = float(value)
         known = value
-    elif isinstance(value, jax.Array | np.ndarray):
-        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.number):
+    elif isinstance(value, _ARRAYS):
+        if value.shape != () or not _is_real(value.dtype):
             raise TypeError(
-                f"{name} must be a number or a numeric array of shape (), "
+                f"{name} must be a number or a real array of shape (), "
                 f"got {value.dtype}{list(value.shape)}"
             )
         known = None if isinstance(value, Tracer) else float(value)
@@ -48,14 +52,24 @@ def scalar(
             for text, limit in ((">= {:g}", at_least), ("> {:g}", above), ("< {:g}", below))
             if math.isfinite(limit)
         ]
-        expected = " and ".join(limits) if limits else "a finite number"
+        if math.isinf(known) or not limits:
+            limits.append("a finite number")
+        expected = " and ".join(limits)
         raise ValueError(f"{name} must be {expected}, got {known:g}")
     return value
 
 
+def _is_real(dtype: np.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
 def scalar_or_schedule(name: str, value: Any, **limits: float) -> Any:
     """As `scalar`; a callable passes as a schedule ``count -> value``."""
-    return value if callable(value) else scalar(name, value, **limits)
+    if callable(value):
+        return value
+    if isinstance(value, bool) or not isinstance(value, _SCALARS):
+        raise TypeError(f"{name} must be a number, a scalar array or a schedule, got {value!r}")
+    return scalar(name, value, **limits)
 
 
 def decay_rate(name: str, value: Any) -> Any:
@@ -71,10 +85,10 @@ def positive_int(name: str, value: Any) -> int:
             f"optax.inject_hyperparams list it: static_args=({name!r},)"
         )
     try:
-        number = operator.index(value)
+        number = None if isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
         number = None
-    if number is None or isinstance(value, bool):
+    if number is None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if number < 1:
         raise ValueError(f"{name} must be at least 1, got {number}")
@@ -90,7 +104,7 @@ def flag(name: str, value: Any) -> bool:
 
 def choice(name: str, value: Any, options: tuple[str, ...]) -> str:
     """One of `options`."""
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
     return value
 

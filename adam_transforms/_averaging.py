@@ -86,16 +86,16 @@ def track_params_ema(
     ema_dtype = _arguments.float_dtype("ema_dtype", ema_dtype)
 
     def init(params: Any) -> ParamsEmaState:
-        def start(p: Any) -> jax.Array:
+        def start(path: Any, p: Any) -> jax.Array:
             dtype = ema_dtype or _numerics.compute_dtype(jnp.result_type(p))
             if debias or isinstance(p, jax.ShapeDtypeStruct):
                 return jnp.zeros_like(p, dtype=dtype)
-            return _numerics.store(jnp.array(p, copy=True), dtype)
+            return _numerics.store(_trees.path_str(path), jnp.array(p, copy=True), dtype)
 
         return ParamsEmaState(
             count=jnp.zeros((), jnp.int32),
             weight=jnp.zeros((), jnp.float32) if debias else jnp.ones((), jnp.float32),
-            ema=jax.tree.map(start, params),
+            ema=jax.tree_util.tree_map_with_path(start, params),
         )
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any):
@@ -117,12 +117,12 @@ def track_params_ema(
             p = jnp.asarray(p)
             u = None if u is None else _trees.as_gradient(path, u)
             dtype = _numerics.compute_dtype(p.dtype, ema.dtype)
-            after = _updates.apply_update(p, u)
+            after = _updates.apply_update(path, p, u)
             new_ema = average(ema.astype(dtype), after.astype(dtype))
             if u is not None and overwrites is not None:
                 onto = _divided(new_ema, weight) - p.astype(dtype)
                 u = jnp.where(overwrites, onto.astype(u.dtype), u)
-            return u, _numerics.store(new_ema, ema.dtype)
+            return u, _numerics.store(path, new_ema, ema.dtype)
 
         rows, treedef = _trees.align(
             params, updates, state.ema, names=("the parameters", "the updates", "the average")
@@ -183,17 +183,30 @@ def finalize(params: Any, state: Any) -> Any:
     if not states:
         raise ValueError("state must hold a state of params_ema, found none")
 
-    def average(p: Any, ema: Any, found: ParamsEmaState) -> Any:
-        if p is None or isinstance(ema, optax.MaskedNode):
+    averages: dict[str, tuple[Any, ParamsEmaState]] = {}
+    for found in states:
+        for path, ema in _trees.flatten_with_paths(found.ema)[0]:
+            if averages.setdefault(path, (ema, found))[1] is not found:
+                raise ValueError(f"state holds two averages of {path!r}")
+    rows, treedef = _trees.flatten_with_paths(params)
+    unknown = averages.keys() - {path for path, _ in rows}
+    if unknown:
+        raise ValueError(f"params lack {min(unknown)!r}, of which the state holds an average")
+
+    def average(path: str, p: Any) -> Any:
+        ema, found = averages.get(path, (None, None))
+        if p is None or ema is None or found is None:
             return p
         p = jnp.asarray(p)
-        averaged = _numerics.store(_divided(ema, found.weight), p.dtype)
+        if p.shape != ema.shape:
+            raise ValueError(
+                f"{path!r} has shape {list(p.shape)} in params, but its average {list(ema.shape)}"
+            )
+        averaged = _numerics.store(path, _divided(ema, found.weight), p.dtype)
         return jnp.where(found.count == 0, p, averaged)
 
-    for found in states:
-        rows, treedef = _trees.align(params, found.ema, names=("the parameters", "the average"))
-        params = treedef.unflatten([average(p, ema, found) for _, p, ema in rows])
-    return params
+    # By path, because a module may wrap its parameters and its optimizer's state differently.
+    return treedef.unflatten([average(*row) for row in rows])
 
 
 def _divided(ema: jax.Array, weight: jax.Array) -> jax.Array:

@@ -45,9 +45,14 @@ def update_if(
         )
     dtypes = jax.tree.map(lambda g: g.dtype, gradients)
 
+    def uncast(carried: jax.Array, dtype: Any) -> jax.Array:
+        # What came in real is carried as complex if the update is; it is real still.
+        is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+        return (carried if is_complex else _numerics.real(carried)).astype(dtype)
+
     def body(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         _, carried, state = carry
-        updates, new_state = update(_cast(carried, dtypes), state)
+        updates, new_state = update(jax.tree.map(uncast, carried, dtypes), state)
         return (
             jnp.zeros((), bool),
             _cast(updates, jax.tree.map(lambda c: c.dtype, carried)),

@@ -45,14 +45,14 @@ def as_scalar(value: Any, dtype: Any = None) -> Any:
     return jnp.asarray(value).astype(scalar_dtype() if dtype is None else dtype)
 
 
-def store(x: jax.Array, dtype: Any) -> jax.Array:
-    """`x` in the `dtype` it is kept in; refuses to drop an imaginary part.
+def store(path: str, x: jax.Array, dtype: Any) -> jax.Array:
+    """`x` in the `dtype` that it is kept in for the parameter at `path`.
 
     A real result meant for a complex slot (Optax keeps nu complex beside complex parameters) gets
-    a zero imaginary part.
+    a zero imaginary part; the reverse, which would lose one, is a TypeError.
     """
     if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(f"a {dtype} slot cannot hold complex values: give it a complex dtype")
+        raise TypeError(f"{path!r} is kept in {dtype} and cannot take values in {x.dtype}")
     return x.astype(dtype)
 
 
@@ -157,8 +157,8 @@ def round_stochastically(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
     """Rounds each element of `x` to one of its two neighbours in `dtype`, at random.
 
     The neighbour at distance d of a gap g is taken with probability 1 - d/g, so that the expected
-    result is `x` itself. Values that `dtype` represents, and those beyond its range, come out as
-    nearest rounding gives them.
+    result is `x` itself (but XLA may flush what is subnormal in float32). Values that `dtype`
+    represents, and those beyond its range, come out as nearest rounding gives them.
 
     Args:
       x: a real array.

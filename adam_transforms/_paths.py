@@ -10,14 +10,16 @@ import optax
 
 from adam_transforms import _arguments, _numerics, _trees
 
-Patterns = str | Sequence[str]
+Patterns = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 """One regular expression or several; a path matches when `re.search` finds any of them in it."""
 
 
 def compile_patterns(name: str, patterns: Any) -> tuple[re.Pattern[str], ...]:
     """Compiled `patterns`; the errors name the argument and the pattern."""
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
+    patterns = [patterns] if isinstance(patterns, str | re.Pattern) else patterns
+    if not isinstance(patterns, Sequence) or not all(
+        isinstance(p, str | re.Pattern) for p in patterns
+    ):
         raise TypeError(f"{name} must be a pattern or a list of patterns, got {patterns!r}")
     if not patterns:
         raise ValueError(f"{name} must hold at least one pattern, got none")

@@ -33,7 +33,7 @@ def adam(
     ema: optax.ScalarOrSchedule | None = None,
     ema_overwrite_every: int | None = None,
     accumulate_every: int | None = None,
-    loss_scale: float | str | None = None,
+    loss_scale: float | jax.Array | str | None = None,
     mu_dtype: Any = None,
     nu_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -95,7 +95,7 @@ def adam(
     """
     _arguments.scalar_or_schedule("learning_rate", learning_rate)
     clips = {
-        name: (clip, limit)
+        name: clip(_arguments.scalar(name, limit, above=0.0))
         for name, clip, limit in (
             ("clip_value", _clipping.clip_by_value, clip_value),
             ("clip_norm", _clipping.clip_by_norm, clip_norm),
@@ -105,14 +105,29 @@ def adam(
     }
     if len(clips) > 1:
         raise ValueError(f"at most one kind of clipping may be given, got {' and '.join(clips)}")
+    if ema is not None:
+        _arguments.decay_rate("ema", ema)
+    for name, count in (
+        ("ema_overwrite_every", ema_overwrite_every),
+        ("accumulate_every", accumulate_every),
+    ):
+        if count is not None:
+            _arguments.positive_int(name, count)
     if weight_decay is None and weight_decay_mask is not None:
         raise ValueError("weight_decay_mask needs weight_decay, got None")
+    if not callable(weight_decay_mask) and not all(
+        isinstance(leaf, bool) for leaf in jax.tree.leaves(weight_decay_mask)
+    ):
+        raise TypeError(
+            "weight_decay_mask must be a tree of booleans or a function from the parameters to one "
+            f"(path_mask makes it from patterns), got {weight_decay_mask!r}"
+        )
     if ema is None and ema_overwrite_every is not None:
         raise ValueError("ema_overwrite_every needs ema, got None")
     if _arguments.flag("amsgrad", amsgrad) and _arguments.flag("nesterov", nesterov):
         raise ValueError("amsgrad and nesterov exclude each other, got both")
 
-    chain: list[Any] = [clip(limit) for clip, limit in clips.values()]
+    chain: list[Any] = [*clips.values()]
     if amsgrad:
         chain.append(
             _adam.scale_by_amsgrad(
@@ -145,7 +160,8 @@ def adam(
     if loss_scale is None:
         return tx
     if isinstance(loss_scale, str):
-        _arguments.choice("loss_scale", loss_scale, ("dynamic",))
+        if loss_scale != "dynamic":
+            raise ValueError(f'loss_scale must be a number or "dynamic", got {loss_scale!r}')
         return _loss_scale.dynamic_loss_scale(tx)
     return _loss_scale.static_loss_scale(tx, _arguments.scalar("loss_scale", loss_scale, above=0.0))
 
@@ -168,7 +184,7 @@ def adamw(
     ema: optax.ScalarOrSchedule | None = None,
     ema_overwrite_every: int | None = None,
     accumulate_every: int | None = None,
-    loss_scale: float | str | None = None,
+    loss_scale: float | jax.Array | str | None = None,
     mu_dtype: Any = None,
     nu_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:

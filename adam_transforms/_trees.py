@@ -68,6 +68,12 @@ def align(tree: Any, *others: Any, names: Sequence[str]) -> tuple[list[tuple[Any
                 f"the structure of {name} differs from that of {names[0]}: {difference}"
             ) from None
         for (path, leaf), x in zip(leaves, column, strict=True):
+            is_leaf = jax.tree_util.all_leaves([x], is_leaf=is_none)
+            if not is_leaf and (leaf is not None or jax.tree.leaves(x)):
+                raise ValueError(
+                    f"{path!r} is {'None' if leaf is None else 'an array'} in {names[0]}, "
+                    f"but a tree in {name}"
+                )
             if leaf is not None and x is not None and jnp.shape(x) != jnp.shape(leaf):
                 raise ValueError(
                     f"{path!r} has shape {list(jnp.shape(leaf))} in {names[0]}, "
@@ -113,9 +119,12 @@ def map_leaves(
     for path, leaf, *rest in rows:
         if leaf is None:
             results.append((None, *rest[: outputs - 1]))
-        else:
-            result = fn(path, as_gradient(path, leaf), *rest)
-            results.append((result,) if outputs == 1 else result)
+            continue
+        for other, name in zip(rest, names, strict=True):
+            if other is None:
+                raise ValueError(f"{path!r} has an update, but is None in {name}")
+        result = fn(path, as_gradient(path, leaf), *rest)
+        results.append((result,) if outputs == 1 else result)
     trees = unzip(results, treedef, outputs)
     return trees[0] if outputs == 1 else trees
 

@@ -39,18 +39,20 @@ def apply_updates(params: Any, updates: Any, *, key: jax.Array | None = None) ->
     rows, treedef = _trees.align(params, updates, names=("the parameters", "the updates"))
     keys = [None] * len(rows) if key is None else list(jax.random.split(key, len(rows)))
     return treedef.unflatten(
-        [apply_update(p, u, key) for (_, p, u), key in zip(rows, keys, strict=True)]
+        [apply_update(path, p, u, key) for (path, p, u), key in zip(rows, keys, strict=True)]
     )
 
 
-def apply_update(p: Any, u: Any, key: jax.Array | None = None) -> Any:
+def apply_update(path: str, p: Any, u: Any, key: jax.Array | None = None) -> Any:
     """One leaf of `apply_updates`."""
     if p is None or u is None:
         return p
     p, u = jnp.asarray(p), jnp.asarray(u)
-    wide = _numerics.compute_dtype(p.dtype, u.dtype)
+    wide = _numerics.promote(p.dtype, u.dtype)
+    if jnp.issubdtype(wide, jnp.inexact):
+        wide = _numerics.compute_dtype(wide)
     total = p.astype(wide) + u.astype(wide)
     narrow = jnp.issubdtype(p.dtype, jnp.floating) and jnp.finfo(p.dtype).bits < 32
     if key is not None and narrow:
         return _numerics.round_stochastically(total, p.dtype, key)
-    return _numerics.store(total, p.dtype)
+    return _numerics.store(path, total, p.dtype)

@@ -1,0 +1,237 @@
+# Optax's types leave open what a tree is, and wrong arguments are passed on purpose.
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import x64
+
+import adam_transforms as at
+from adam_transforms import _trees
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+    kernel: Any
+    bias: Any
+
+
+def paths(tree):
+    return [path for path, _ in _trees.flatten_with_paths(tree)[0]]
+
+
+# Paths
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        (1.0, [""]),
+        ({"b": 1.0, "a": {"c": 2.0}}, ["a/c", "b"]),
+        ([1.0, (2.0, 3.0)], ["0", "1/0", "1/1"]),
+        (Pair(1.0, [2.0]), ["first", "second/0"]),
+        (Layer({"w": 1.0}, 2.0), ["kernel/w", "bias"]),
+        (
+            {"layer": Layer(Pair(1.0, 2.0), [3.0])},
+            ["layer/kernel/first", "layer/kernel/second", "layer/bias/0"],
+        ),
+        ({1: 1.0, 2: 2.0}, ["1", "2"]),
+        ({"a": None, "b": [None, 1.0]}, ["a", "b/0", "b/1"]),
+        ({}, []),
+        ({"a": []}, []),
+        ({"value": 1.0}, ["value"]),  # a key, not the attribute of a variable
+    ],
+)
+def test_paths_are_the_keys_joined_by_slashes(tree, expected):
+    assert paths(tree) == expected
+
+
+def test_the_value_of_an_nnx_variable_is_not_part_of_its_path():
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Inner(nnx.Module):
+        def __init__(self):
+            self.value = nnx.Param(jnp.ones(3))
+
+    class Block(nnx.Module):
+        def __init__(self):
+            self.scale = nnx.Param(jnp.ones(2))
+            self.inner = Inner()
+
+    state = nnx.state(Block())
+    expected = ["inner/value", "scale"]
+    assert paths(state) == expected
+    assert paths(nnx.to_pure_dict(state)) == expected
+
+
+def test_only_a_trailing_value_attribute_is_dropped():
+    dict_key, attribute = jax.tree_util.DictKey, jax.tree_util.GetAttrKey
+    assert at.path_str((attribute("value"), dict_key("kernel"))) == "value/kernel"
+    assert at.path_str((dict_key("kernel"), attribute("value"))) == "kernel"
+    assert at.path_str((dict_key("kernel"), dict_key("value"))) == "kernel/value"
+    assert at.path_str(()) == ""
+
+
+# Alignment
+
+
+def test_align_lays_leaves_side_by_side_and_none_is_a_leaf():
+    a = {"x": 1.0, "y": None, "z": [2.0]}
+    b = {"x": None, "y": 3.0, "z": [4.0]}
+    rows, treedef = _trees.align(a, b, names=("a", "b"))
+    assert rows == [("x", 1.0, None), ("y", None, 3.0), ("z/0", 2.0, 4.0)]
+    assert treedef.unflatten([1, 2, 3]) == {"x": 1, "y": 2, "z": [3]}
+
+
+@pytest.mark.parametrize(
+    ("other", "where"),
+    [
+        ({"a": {"b": 1.0}}, r"'a/c' is only in the updates"),
+        ({"a": {"b": 1.0, "c": 1.0, "d": 1.0}}, r"'a/d' is only in the parameters"),
+        ({"a": 1.0}, r"'a/b' is only in the updates"),
+        ({"z": {"b": 1.0, "c": 1.0}}, r"'a/b' is only in the updates"),
+        ({}, r"'a/b' is only in the updates"),
+        (None, r"'a/b' is only in the updates"),
+    ],
+)
+def test_a_structure_that_differs_is_refused_by_path(other, where):
+    message = f"^the structure of the parameters differs from that of the updates: ({where})"
+    with pytest.raises(ValueError, match=message):
+        _trees.align({"a": {"b": 1.0, "c": 1.0}}, other, names=("the updates", "the parameters"))
+
+
+@pytest.mark.parametrize(
+    "subtree",
+    [{"d": np.ones(2)}, [np.ones(()), np.ones(())], Pair(np.ones(()), np.ones(())), [], (), {}],
+    ids=repr,
+)
+def test_a_subtree_in_the_place_of_a_leaf_is_refused_by_path(subtree):
+    updates, params = {"a": {"b": np.ones(2)}}, {"a": {"b": subtree}}
+    with pytest.raises(ValueError, match="'a/b'.* in the updates.* in the parameters"):
+        _trees.align(updates, params, names=("the updates", "the parameters"))
+    with pytest.raises(ValueError, match="'a/b.* in the parameters|'a/b.* in the updates"):
+        _trees.align(params, updates, names=("the parameters", "the updates"))
+
+
+def test_containers_that_differ_at_the_same_paths_are_refused():
+    with pytest.raises(ValueError, match="^the structure of the parameters differs from that of"):
+        _trees.align([1.0, 2.0], (1.0, 2.0), names=("the updates", "the parameters"))
+
+
+def test_a_shape_that_differs_is_refused_by_path():
+    message = (
+        r"^'layers/1/kernel' has shape \[2, 3\] in the updates, but \[3, 2\] in the parameters$"
+    )
+    updates = {"layers": [{"kernel": jnp.ones(1)}, {"kernel": jnp.ones((2, 3))}]}
+    params = {"layers": [{"kernel": jnp.ones(1)}, {"kernel": jnp.ones((3, 2))}]}
+    with pytest.raises(ValueError, match=message):
+        _trees.align(updates, params, names=("the updates", "the parameters"))
+
+
+def test_a_scalar_is_not_taken_for_an_array_of_one():
+    with pytest.raises(ValueError, match=r"'w' has shape \[\] in a, but \[1\] in b"):
+        _trees.align({"w": jnp.ones(())}, {"w": jnp.ones(1)}, names=("a", "b"))
+
+
+# Leafwise maps
+
+
+def test_map_leaves_passes_over_none_and_keeps_the_other_trees_there():
+    updates = {"a": jnp.array([1.0]), "b": None}
+    slots = {"a": jnp.array([10.0]), "b": jnp.array([20.0])}
+    result, new_slots = _trees.map_leaves(
+        lambda path, g, s: (g + s, s * 2), updates, slots, names=("slots",), outputs=2
+    )
+    assert result["a"].tolist() == [11.0]
+    assert result["b"] is None
+    assert new_slots["a"].tolist() == [20.0]
+    assert new_slots["b"] is slots["b"]
+
+
+def test_map_leaves_tells_each_leaf_its_path():
+    tree = {"a": jnp.ones(1), "b": [None, jnp.ones(1)]}
+    seen = []
+    _trees.map_leaves(lambda path, g: (seen.append(path), g)[1], tree)
+    assert seen == ["a", "b/1"]
+
+
+def test_map_leaves_of_an_empty_tree_is_empty():
+    assert _trees.map_leaves(lambda path, g: g, {"a": ()}) == {"a": ()}
+    assert _trees.map_leaves(lambda *_: (), {}, {}, names=("slots",), outputs=2) == ({}, {})
+
+
+@pytest.mark.parametrize(
+    ("leaf", "came"),
+    [
+        (np.ones(2, np.int32), "int32"),
+        (jnp.array(True), "bool"),
+        (3, "int"),
+        ("x", "str"),
+        (np.zeros((), jax.dtypes.float0), "float0|\\[\\('float0'"),
+    ],
+)
+def test_a_gradient_that_is_not_floating_is_refused_by_path(leaf, came):
+    message = rf"^the update of 'a/b' must be a floating or complex array .*, got ({came})"
+    with pytest.raises(TypeError, match=message):
+        _trees.as_gradients({"a": {"b": leaf}})
+
+
+@pytest.mark.parametrize("leaf", [0.5, np.float32(0.5), np.array(0.5, np.float16), jnp.array(0.5j)])
+def test_numpy_and_python_gradients_become_arrays(leaf):
+    (result,) = _trees.as_gradients([leaf])
+    assert isinstance(result, jax.Array)
+    assert result.dtype == jnp.result_type(leaf)
+    assert complex(result) == complex(leaf)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "param", "expected"),
+    [
+        ("bfloat16", "float32", "float32"),
+        ("float32", "bfloat16", "float32"),
+        ("bfloat16", "bfloat16", "bfloat16"),
+        ("bfloat16", "float16", "float32"),
+        ("float32", "complex64", "complex64"),
+        ("float32", "float64", "float64"),
+        ("bfloat16", None, "bfloat16"),
+    ],
+)
+def test_updates_have_the_promotion_of_gradient_and_parameter(gradient, param, expected):
+    with x64():
+        updates, gradients = {"w": jnp.ones(2, "float32")}, {"w": jnp.ones(2, gradient)}
+        params = None if param is None else {"w": jnp.ones(2, param)}
+        assert _trees.in_update_dtype(updates, gradients, params)["w"].dtype == expected
+
+
+# Zeros and states
+
+
+def test_zeros_are_like_the_leaves_also_abstract_ones():
+    tree = {
+        "a": jnp.ones((2, 3), jnp.bfloat16),
+        "b": jax.ShapeDtypeStruct((4,), jnp.float32),
+        "c": None,
+    }
+    zeros = _trees.zeros_like(tree, lambda dtype: jnp.float32)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), zeros) == {
+        "a": ((2, 3), jnp.float32),
+        "b": ((4,), jnp.float32),
+        "c": None,
+    }
+    assert all(not np.any(x) for x in jax.tree.leaves(zeros))
+
+
+def test_states_are_found_however_deep():
+    state = ({"a": Pair(1, [2, Layer(3, 4)])}, (Pair(5, 6), 7), None)
+    assert _trees.find_states(state, Pair) == [Pair(1, [2, Layer(3, 4)]), Pair(5, 6)]
+    assert _trees.find_states(state, Layer) == [Layer(3, 4)]
+    assert _trees.find_states((1, None), Pair) == []
