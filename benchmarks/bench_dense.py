@@ -1,6 +1,6 @@
 """Is dense Adam as fast as it can be, and what does each option cost?
 
-    python benchmarks/bench_dense.py [--parameters N] [--rounds N] [--only SECTION ...]
+    python benchmarks/bench_dense.py [--parameters N] [--rounds N] [--only SECTION ...] [--output F]
 
 Sections: `step` (against jitted optax.adam and, where PyTorch is installed, its fused Adam; one
 step, applied, in 1, 64 and 1,024 leaves), `compile` (seconds at 1,024 leaves), `options` (each as a
@@ -11,6 +11,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import harness
@@ -92,8 +93,9 @@ def copy_bandwidth(parameters: int) -> float:
 def bench_step(parameters: int, rounds: int) -> list[dict[str, Any]]:
     """One training step, in 1, 64 and 1,024 leaves."""
     bandwidth = copy_bandwidth(parameters)
-    # Adam reads p, m, v and g, and writes p, m and v.
-    limit_ms = 1e3 * 7 * 4 * parameters / bandwidth
+    # Adam reads p, m, v and g, and writes p, m and v. A loop over all of them may beat the copy's
+    # bandwidth, for it keeps more memory accesses in flight.
+    copies_ms = 1e3 * 7 * 4 * parameters / bandwidth
     results = []
     for leaves in (1, 64, 1024):
         grads = random_leaves(parameters, leaves, seed=leaves)
@@ -112,12 +114,12 @@ def bench_step(parameters: int, rounds: int) -> list[dict[str, Any]]:
                     "name": c.name,
                     "ms": c.median_ms(),
                     "ratio to optax.adam": c.median_ms() / base,
-                    "ratio to the memory limit": c.median_ms() / limit_ms,
+                    "ratio to 7 passes of a copy": c.median_ms() / copies_ms,
                 }
             )
     harness.table(
-        f"step: {parameters:,} float32 parameters; a copy moves {bandwidth / 1e9:.1f} GB/s, "
-        f"so that no Adam step can take less than {limit_ms:.0f} ms",
+        f"step: {parameters:,} float32 parameters; a copy moves {bandwidth / 1e9:.1f} GB/s, at "
+        f"which the 7 passes that Adam needs take {copies_ms:.0f} ms",
         list(results[0]),
         [list(r.values()) for r in results],
     )
@@ -260,12 +262,15 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, help="parameters in all (default: 32 or 64 M)")
     parser.add_argument("--rounds", type=int, default=24, help="timed turns of each (default 24)")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument(
+        "--output", type=Path, default=harness.RESULTS / "dense.json", help="(default %(default)s)"
+    )
     arguments = parser.parse_args()
     results = {}
     for name in arguments.only:
         bench, parameters = SECTIONS[name]
         results[name] = bench(arguments.parameters or parameters, arguments.rounds)
-    harness.write_json("dense", results)
+    harness.write_json(arguments.output, results)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ one process, and reported as a ratio of medians to the first of the group.
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -49,9 +50,11 @@ def interleave(cases: Sequence[Case], *, rounds: int, cycle: int = 1, warm_up: i
     for case in cases:
         for _ in range(warm_up * cycle):
             case.call()
-    for number in range(rounds):
-        # Every other round runs backwards, so that nobody always follows the same neighbour.
-        for case in cases if number % 2 == 0 else reversed(cases):
+    order = random.Random(0)
+    for _ in range(rounds):
+        # In a new order every round, so that nobody always follows the same neighbour, whose
+        # threads may still be spinning and whose data are in the caches.
+        for case in order.sample(cases, len(cases)):
             case.times.extend(case.call() for _ in range(cycle))
 
 
@@ -83,9 +86,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_json(name: str, results: dict[str, Any]) -> None:
-    """Writes the results, with their environment, to results/<name>.json beside this file."""
-    path = Path(__file__).parent / "results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+RESULTS = Path(__file__).parent / "results"
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Writes the results, with their environment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
     print(f"\nwritten to {path}")

@@ -12,8 +12,8 @@ import reference
 import adam_transforms as at
 
 STEPS = 1000
-# Scale of the initial parameters, learning rate. Near 1.0 and at 1e-3 the rounding of the parameters
-# themselves, about 3e-6 for both, would hide the difference.
+# Scale of the initial parameters, learning rate. Near 1.0 and at 1e-3 the rounding of the
+# parameters themselves, about 3e-6 for both, would hide the difference.
 REGIMES = {"from zero at the default rate": (0.0, 1e-3), "from one at ten times it": (1.0, 1e-2)}
 
 # Each parameter's shape and the scale of its gradients.

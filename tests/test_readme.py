@@ -11,21 +11,14 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_example_runs(
-    number: int, relaxed_promotion: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    exec(compile(EXAMPLES[number], f"README example {number + 1}", "exec"), {})
-    assert "nan" not in capsys.readouterr().out
-
-
-def test_first_example_reaches_the_optimum(
+def test_optax_example_reaches_the_optimum(
     relaxed_promotion: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names: dict = {}
     exec(EXAMPLES[0], names)
     final = at.finalize(names["params"], names["state"])["w"]
     assert abs(final - 1.0).max() < 0.05
+    assert capsys.readouterr().out.startswith("{'w': Array(")
 
 
 def test_flax_example_learns(relaxed_promotion: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,12 +28,8 @@ def test_flax_example_learns(relaxed_promotion: None, capsys: pytest.CaptureFixt
 
 
 def test_examples_are_as_short_as_promised() -> None:
-    assert [
-        len(example.splitlines()) <= most for example, most in zip(EXAMPLES, (16, 22), strict=True)
-    ] == [
-        True,
-        True,
-    ]
+    """15 lines for Optax, 20 for Flax."""
+    assert [len(example.splitlines()) for example in EXAMPLES] == [15, 20]
 
 
 def test_every_public_name_is_in_the_table() -> None:
