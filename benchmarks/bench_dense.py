@@ -117,11 +117,10 @@ def bench_step(parameters: int, rounds: int) -> list[dict[str, Any]]:
                     "ratio to 7 passes of a copy": c.median_ms() / copies_ms,
                 }
             )
-    harness.table(
+    harness.print_table(
         f"step: {parameters:,} float32 parameters; a copy moves {bandwidth / 1e9:.1f} GB/s, at "
         f"which the 7 passes that Adam needs take {copies_ms:.0f} ms",
-        list(results[0]),
-        [list(r.values()) for r in results],
+        results,
     )
     return results
 
@@ -153,10 +152,9 @@ def bench_compile(parameters: int, rounds: int) -> list[dict[str, Any]]:
                 "temporaries, MB": compiled[name].memory_analysis().temp_size_in_bytes / 1e6,
             }
         )
-    harness.table(
+    harness.print_table(
         "compile: tracing and compiling a step of 1,024 leaves",
-        list(results[0]),
-        [list(r.values()) for r in results],
+        results,
     )
     return results
 
@@ -190,11 +188,10 @@ def bench_options(parameters: int, rounds: int) -> list[dict[str, Any]]:
         {"option": c.name, "ms": c.median_ms(), "ratio to plain": c.median_ms() / base}
         for c in cases
     ]
-    harness.table(
+    harness.print_table(
         f"options: adam(...) at {parameters:,} parameters in 64 linear layers, "
         f"gradients of a batch of {BATCH} included",
-        list(results[0]),
-        [list(r.values()) for r in results],
+        results,
     )
     return results
 
@@ -234,10 +231,9 @@ def bench_accumulate(parameters: int, rounds: int) -> list[dict[str, Any]]:
                 "MultiSteps / this": steps.cycle_ms(EVERY) / c.cycle_ms(EVERY),
             }
         )
-    harness.table(
+    harness.print_table(
         f"accumulate: cycles of {EVERY} at {parameters:,} parameters in 8 leaves",
-        list(results[0]),
-        [list(r.values()) for r in results],
+        results,
     )
     return results
 

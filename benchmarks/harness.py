@@ -58,9 +58,9 @@ def interleave(cases: Sequence[Case], *, rounds: int, cycle: int = 1, warm_up: i
             case.times.extend(case.call() for _ in range(cycle))
 
 
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints rows under their header, numbers to three significant digits."""
-    text = [[_text(cell) for cell in row] for row in (header, *rows)]
+def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Prints rows of equal keys under these, numbers to three significant digits."""
+    text = [[_text(cell) for cell in row] for row in (rows[0], *(row.values() for row in rows))]
     widths = [max(map(len, column)) for column in zip(*text, strict=True)]
     print(f"\n{title}")
     for row in text:

@@ -53,3 +53,15 @@ def normal(seed: int, *shape: int, dtype: Any = np.float32) -> np.ndarray:
     if np.issubdtype(dtype, np.complexfloating):
         x = x + 1j * rng.standard_normal(shape)
     return np.asarray(x).astype(dtype)
+
+
+def run_updates(tx: Any, gradients: Any, params: Any = None, state: Any = None) -> tuple[Any, Any]:
+    """The updates of a jitted step for each of `gradients`, all at the same parameters, and the
+    state after the last; it starts from `state`, or else from ``tx.init(params)``."""
+    state = tx.init(params) if state is None else state
+    step = jax.jit(tx.update)
+    updates = []
+    for g in gradients:
+        u, state = step(g, state, params)
+        updates.append(u)
+    return updates, state

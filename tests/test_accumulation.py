@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from helpers import assert_bits_equal, assert_close, normal, types
+from helpers import assert_bits_equal, assert_close, normal, run_updates, types
 
 import adam_transforms as at
 
@@ -17,14 +17,7 @@ GRADIENTS = [{"w": normal(t, 4, 3), "b": normal(100 + t, 2)} for t in range(12)]
 
 
 def run(tx, gradients, params=PARAMS, state=None):
-    """Updates of every step and the state after the last."""
-    state = tx.init(params) if state is None else state
-    step = jax.jit(tx.update)
-    updates = []
-    for g in gradients:
-        u, state = step(g, state, params)
-        updates.append(u)
-    return updates, state
+    return run_updates(tx, gradients, params, state)
 
 
 def assert_zero(updates):

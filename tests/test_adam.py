@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from helpers import as_numpy, assert_bits_equal, assert_close, normal, types, x64
+from helpers import as_numpy, assert_bits_equal, assert_close, normal, run_updates, types, x64
 
 import adam_transforms as at
 
@@ -21,14 +21,9 @@ GRADIENTS = [
 
 
 def run(tx, gradients, params=None, state=None):
-    """Updates of every step and the state after the last."""
-    state = tx.init(PARAMS if params is None else params) if state is None else state
-    step = jax.jit(tx.update)
-    updates = []
-    for g in gradients:
-        u, state = step(g, state, params)
-        updates.append(u)
-    return updates, state
+    if params is None and state is None:
+        state = tx.init(PARAMS)
+    return run_updates(tx, gradients, params, state)
 
 
 def assert_follows(tx, adam, gradients=GRADIENTS, params=PARAMS, rtol=2e-6):

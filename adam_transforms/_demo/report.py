@@ -104,7 +104,10 @@ def print_table(console: Console, problem: Problem, results: Mapping[str, Result
         f"\n({', '.join(f'{result.compile_seconds:.1f} s' for result in results.values())})."
     )
     if reference is not None:
-        console.print("Differences: of the training losses, and of the parameters after training.")
+        console.print(
+            "Differences: of the training losses, and of the parameters after training. Adam makes"
+            "\nwhole steps of gradients that are near zero, and so of their rounding."
+        )
 
 
 def save_plot(path: Path, problem: Problem, results: Mapping[str, Result]) -> None:
