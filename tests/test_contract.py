@@ -342,6 +342,18 @@ def test_injected_hyperparameters_act_as_constants_do(name: str, relaxed_promoti
     assert {*arguments} - {*static} <= {*state.hyperparams}
 
 
+def test_schedules_are_read_at_the_number_of_steps_taken(relaxed_promotion: None) -> None:
+    """The decay's too, which Optax before 0.2.7 read at 0 for ever."""
+    tx = at.adam(decaying(0.1), weight_decay=decaying(0.5))
+    params = {"w": jnp.ones(2)}
+    state = tx.init(params)
+    for count in range(3):
+        # A constant gradient moves Adam by the learning rate.
+        updates, state = jax.jit(tx.update)(params, state, params)
+        expected = -0.1 * 0.9**count * (1.0 + 0.5 * 0.9**count)
+        np.testing.assert_allclose(updates["w"], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("factory", [at.accumulate, at.params_ema])
 def test_traced_structural_argument_says_how_to_make_it_static(
     factory: Any, relaxed_promotion: None
