@@ -23,14 +23,18 @@ from adam_transforms._paths import (
 from adam_transforms._presets import adam, adamw
 from adam_transforms._trees import path_str
 from adam_transforms._updates import apply_updates
+from adam_transforms.sparse._lazy import LazyState, lazy
+from adam_transforms.sparse._rows import SparseRows, to_dense
 
 __all__ = [
     "AccumulateState",
     "DynamicLossScaleState",
+    "LazyState",
     "ParamsEmaState",
     "ScaleByPathLearningRateState",
     "ScheduledDecayState",
     "SkipNonfiniteState",
+    "SparseRows",
     "StaticLossScaleState",
     "accumulate",
     "adam",
@@ -44,6 +48,7 @@ __all__ = [
     "ema_params",
     "finalize",
     "global_norm",
+    "lazy",
     "params_ema",
     "path_mask",
     "path_str",
@@ -53,4 +58,5 @@ __all__ = [
     "scale_loss",
     "skip_nonfinite",
     "static_loss_scale",
+    "to_dense",
 ]

@@ -119,7 +119,7 @@ def global_norm(tree: Any) -> jax.Array:
     .. math:: \sqrt{\sum_i |x_i|^2}
 
     Args:
-      tree: arrays of any shapes and dtypes; None leaves count for nothing.
+      tree: arrays of any shapes and dtypes, and row gradients; None leaves count for nothing.
 
     Returns:
       A scalar, in at least float32 (a float16 sum of squares would overflow at 65,504); 0 for an
@@ -129,14 +129,21 @@ def global_norm(tree: Any) -> jax.Array:
     >>> float(global_norm({"a": jnp.array([3.0]), "b": jnp.array(4.0), "c": None}))
     5.0
     """
-    leaves = jax.tree.leaves(tree)
-    dtype = real_dtype(compute_dtype(*(x.dtype for x in map(jnp.asarray, leaves))))
+    leaves = [
+        # Of a row gradient, the norm of the array that it stands for.
+        x.sum_duplicates().masked_values() if _is_rows(x) else jnp.asarray(x)
+        for x in jax.tree.leaves(tree, is_leaf=_is_rows)
+    ]
+    dtype = real_dtype(compute_dtype(*(x.dtype for x in leaves)))
     return jnp.sqrt(sum((sum_of_squares(x, dtype) for x in leaves), jnp.zeros((), dtype)))
 
 
-def sum_of_squares(x: Any, dtype: Any) -> jax.Array:
+def _is_rows(x: Any) -> bool:
+    return hasattr(type(x), "sum_duplicates")
+
+
+def sum_of_squares(x: jax.Array, dtype: Any) -> jax.Array:
     """Sum of |x|^2 over one leaf, accumulated in the real `dtype`."""
-    x = jnp.asarray(x)
     wide = promote(x.dtype, dtype)
     return jnp.sum(abs_sq(x.astype(wide))).astype(dtype)
 

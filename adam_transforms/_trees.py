@@ -1,7 +1,7 @@
 """Paths, and leafwise work on gradient, parameter and slot trees with errors that name the leaf.
 
-In a tree of gradients None is a leaf: "no gradient here". Everywhere else it is an empty subtree,
-as JAX has it.
+In a tree of gradients None is a leaf, "no gradient here", and so is a row gradient. Everywhere else
+None is an empty subtree, as JAX has it.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,11 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from adam_transforms import _numerics
+from adam_transforms.sparse._rows import SparseRows
 
 
 def is_none(x: Any) -> bool:
     """Makes `jax.tree` functions treat None as a leaf."""
     return x is None
+
+
+def is_leaf(x: Any) -> bool:
+    """Makes `jax.tree` functions treat None and row gradients as leaves."""
+    return x is None or isinstance(x, SparseRows)
 
 
 def path_str(key_path: tuple[Any, ...]) -> str:
@@ -39,7 +45,7 @@ def path_str(key_path: tuple[Any, ...]) -> str:
 
 def flatten_with_paths(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     """[(path, leaf), ...] and the structure, None being a leaf."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return [(path_str(path), leaf) for path, leaf in leaves], treedef
 
 
@@ -68,19 +74,23 @@ def align(tree: Any, *others: Any, names: Sequence[str]) -> tuple[list[tuple[Any
                 f"the structure of {name} differs from that of {names[0]}: {difference}"
             ) from None
         for (path, leaf), x in zip(leaves, column, strict=True):
-            is_leaf = jax.tree_util.all_leaves([x], is_leaf=is_none)
-            if not is_leaf and (leaf is not None or jax.tree.leaves(x)):
+            is_tree = not jax.tree_util.all_leaves([x], is_leaf=is_leaf)
+            if is_tree and (leaf is not None or jax.tree.leaves(x)):
                 raise ValueError(
                     f"{path!r} is {'None' if leaf is None else 'an array'} in {names[0]}, "
                     f"but a tree in {name}"
                 )
-            if leaf is not None and x is not None and jnp.shape(x) != jnp.shape(leaf):
+            if leaf is not None and x is not None and _shape(x) != _shape(leaf):
                 raise ValueError(
-                    f"{path!r} has shape {list(jnp.shape(leaf))} in {names[0]}, "
-                    f"but {list(jnp.shape(x))} in {name}"
+                    f"{path!r} has shape {list(_shape(leaf))} in {names[0]}, "
+                    f"but {list(_shape(x))} in {name}"
                 )
         columns.append(column)
     return [(*leaf, *rest) for leaf, *rest in zip(leaves, *columns, strict=True)], treedef
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    return x.shape if isinstance(x, SparseRows) else jnp.shape(x)
 
 
 def _structure_difference(leaves: Any, other: Any, name: str, other_name: str) -> str | None:
@@ -136,6 +146,11 @@ def unzip(results: list[tuple[Any, ...]], treedef: Any, outputs: int) -> tuple[A
 
 def as_gradient(path: str, leaf: Any) -> jax.Array:
     """A gradient leaf as an array of a floating or complex dtype."""
+    if isinstance(leaf, SparseRows):
+        raise TypeError(
+            f"{path!r} has a row gradient (SparseRows), but this transformation needs dense "
+            "arrays: put it inside lazy(...), or make the gradients dense with to_dense"
+        )
     dtype = jnp.result_type(leaf) if hasattr(leaf, "dtype") or isinstance(leaf, float) else None
     if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(

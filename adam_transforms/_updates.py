@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from adam_transforms import _numerics, _trees
+from adam_transforms.sparse._rows import SparseRows
 
 
 def apply_updates(params: Any, updates: Any, *, key: jax.Array | None = None) -> Any:
@@ -47,6 +48,8 @@ def apply_update(path: str, p: Any, u: Any, key: jax.Array | None = None) -> Any
     """One leaf of `apply_updates`."""
     if p is None or u is None:
         return p
+    if isinstance(u, SparseRows):
+        return (p + u).astype(jnp.result_type(p))
     p, u = jnp.asarray(p), jnp.asarray(u)
     wide = _numerics.promote(p.dtype, u.dtype)
     if jnp.issubdtype(wide, jnp.inexact):

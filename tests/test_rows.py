@@ -1,0 +1,209 @@
+"""Row gradients: what they stand for, and that nothing corrupts them in silence."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_bits_equal, normal
+
+import adam_transforms as at
+from adam_transforms.sparse._rows import _first_positions
+
+V, D = 7, 3
+
+
+def rows_of(indices: Any, dtype: Any = np.float32, seed: int = 0) -> at.SparseRows:
+    """Rows of small whole numbers, whose sums are exact in every dtype."""
+    indices = np.asarray(indices, np.int32)
+    values = np.random.default_rng(seed).integers(-4, 5, (indices.size, D))
+    return at.SparseRows(indices, values.astype(dtype), V)
+
+
+def dense_of(rows: at.SparseRows) -> np.ndarray:
+    """The definition, row by row."""
+    dense = np.zeros(rows.shape, np.float64)
+    for index, value in zip(np.asarray(rows.indices), np.asarray(rows.values), strict=True):
+        if 0 <= index < rows.num_rows:
+            dense[index] += value
+    return dense
+
+
+INDICES = {
+    "distinct": [3, 0, 6],
+    "duplicates": [2, 2, 5, 2, 0, 5],
+    "all equal": [4] * 9,
+    "padding": [1, V, 3, V, 1],
+    "all padding": [V, V],
+    "outside": [-1, 2, V + 3, -V - 1, 2**31 - 1],
+    "empty": [],
+}
+every_kind = pytest.mark.parametrize("indices", INDICES.values(), ids=INDICES.keys())
+
+
+@every_kind
+def test_to_dense_and_the_sum_with_a_table_are_the_definition(indices: list[int]) -> None:
+    rows, table = rows_of(indices), normal(1, V, D)
+    np.testing.assert_array_equal(rows.to_dense(), dense_of(rows))
+    for total in (jnp.asarray(table) + rows, table + rows, rows + table):
+        np.testing.assert_allclose(total, table + dense_of(rows), rtol=1e-6)
+    untouched = sorted(set(range(V)) - set(indices))
+    assert_bits_equal((table + rows)[np.array(untouched, int)], table[untouched])
+
+
+@every_kind
+def test_sum_duplicates_names_each_row_once_and_keeps_the_gradient(indices: list[int]) -> None:
+    summed = jax.jit(at.SparseRows.sum_duplicates)(rows_of(indices))
+    assert summed.unique
+    assert summed.indices.shape == (len(indices),)
+    real = [i for i in summed.indices.tolist() if i != V]
+    assert sorted(real) == sorted({i for i in indices if 0 <= i < V})
+    np.testing.assert_array_equal(summed.to_dense(), dense_of(rows_of(indices)))
+    assert summed.sum_duplicates() is summed
+
+
+@pytest.mark.parametrize("n", [1, 2, 1000, 5000])
+@pytest.mark.parametrize("num_rows", [1, 50, 10**6, 2**31 - 1])
+def test_first_positions_are_those_that_sorting_finds(n: int, num_rows: int) -> None:
+    generator = np.random.default_rng(n)
+    indices = generator.integers(0, num_rows, n).astype(np.int32)
+    indices[: n // 2] = indices[0] + 8 * np.arange(n // 2)  # a stride, as of fields of a record
+    _, first, inverse = np.unique(indices, return_index=True, return_inverse=True)
+    np.testing.assert_array_equal(jax.jit(_first_positions)(indices), first[inverse])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_low_precision_rows_are_rounded_once(dtype: str) -> None:
+    """256 + 1 + 1 is 258; in bfloat16, one at a time, it stays 256."""
+    rows = at.SparseRows(np.zeros(3, np.int32), jnp.array([[256.0], [1.0], [1.0]], dtype), 1)
+    assert float(rows.to_dense()[0, 0]) == 258.0
+    assert float(rows.sum_duplicates().values[0, 0]) == 258.0
+    table = jnp.array([[256.0]], dtype)
+    ones = at.SparseRows(np.zeros(2, np.int32), jnp.ones((2, 1), dtype), 1)
+    assert (table + ones).dtype == dtype
+    assert float((table + ones)[0, 0]) == 258.0
+
+
+def test_scaling_and_adding_rows() -> None:
+    rows, others = rows_of([1, 1, 3]), rows_of([3, V], seed=1)
+    np.testing.assert_array_equal((2.0 * rows).to_dense(), 2 * dense_of(rows))
+    np.testing.assert_array_equal((-rows * jnp.float32(0.5)).to_dense(), -0.5 * dense_of(rows))
+    np.testing.assert_array_equal((rows + others).to_dense(), dense_of(rows) + dense_of(others))
+    with pytest.raises(ValueError, match="scalar"):
+        rows * np.ones(3, np.float32)
+
+
+def test_rows_are_a_pytree_that_keeps_its_static_parts() -> None:
+    rows = rows_of([5, 2]).sum_duplicates()
+    leaves, treedef = jax.tree.flatten(rows)
+    again = treedef.unflatten(leaves)
+    assert (again.num_rows, again.unique, again.shape) == (V, True, (V, D))
+    through = jax.jit(lambda r: r)(rows)
+    assert_bits_equal(through.indices, rows.indices)
+    paths = [at.path_str(path) for path, _ in jax.tree_util.tree_flatten_with_path({"t": rows})[0]]
+    assert paths == ["t/indices", "t/values"]
+    assert repr(rows) == "SparseRows(float32[7,3], 2 of 7 distinct rows)"
+
+
+def test_global_norm_is_that_of_the_dense_array() -> None:
+    tree = {"t": rows_of([1, 1, V, 4]), "w": np.array([2.0], np.float32)}
+    expected = np.sqrt((dense_of(tree["t"]) ** 2).sum() + 4.0)
+    np.testing.assert_allclose(at.global_norm(tree), expected, rtol=1e-6)
+
+
+def test_apply_updates_of_optax_and_ours_take_rows() -> None:
+    params = {"t": normal(0, V, D), "w": normal(1, 2)}
+    updates = {"t": rows_of([0, 0, 5]), "w": normal(2, 2)}
+    expected = {"t": params["t"] + dense_of(updates["t"]), "w": params["w"] + updates["w"]}
+    for apply in (optax.apply_updates, at.apply_updates):
+        jax.tree.map(
+            lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-6),
+            jax.jit(apply)(params, updates),
+            expected,
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([0.0], np.ones((1, D)), V), TypeError, "integers"),
+        (([0, 1], np.ones((1, D)), V), ValueError, "shapes"),
+        (([[0]], np.ones((1, 1, D)), V), ValueError, "shapes"),
+        (([0], np.ones((1, D)), 2.5), TypeError, "integer"),
+    ],
+)
+def test_malformed_rows_are_refused(arguments: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        at.SparseRows(*(np.asarray(a) if isinstance(a, list) else a for a in arguments))
+
+
+def test_rows_of_another_table_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[7, 3\].*\[8, 3\]"):
+        jnp.zeros((V + 1, D)) + rows_of([0])
+
+
+STOCK = {
+    "scale": lambda: optax.scale(-1.0),
+    "scale_by_learning_rate": lambda: optax.scale_by_learning_rate(0.1),
+    "scale_by_learning_rate schedule": lambda: optax.scale_by_learning_rate(lambda count: 0.1),
+    "scale_by_schedule": lambda: optax.scale_by_schedule(lambda count: 0.1),
+    "clip": lambda: optax.clip(1.0),
+    "clip_by_global_norm": lambda: optax.clip_by_global_norm(1.0),
+    "clip_by_block_rms": lambda: optax.clip_by_block_rms(1.0),
+    "adaptive_grad_clip": lambda: optax.adaptive_grad_clip(0.1),
+    "add_decayed_weights": lambda: optax.add_decayed_weights(0.1),
+    "add_noise": lambda: optax.add_noise(0.1, 0.1, key=0),
+    "centralize": lambda: optax.centralize(),
+    "ema": lambda: optax.ema(0.9),
+    "trace": lambda: optax.trace(0.9),
+    "scale_by_adam": lambda: optax.scale_by_adam(),
+    "scale_by_amsgrad": lambda: optax.scale_by_amsgrad(),
+    "scale_by_lion": lambda: optax.scale_by_lion(),
+    "scale_by_rms": lambda: optax.scale_by_rms(),
+    "scale_by_sign": lambda: optax.scale_by_sign(),
+    "scale_by_trust_ratio": lambda: optax.scale_by_trust_ratio(),
+    "normalize_by_update_norm": lambda: optax.normalize_by_update_norm(),
+    "zero_nans": lambda: optax.zero_nans(),
+    "adam": lambda: optax.adam(0.1),
+    "sgd": lambda: optax.sgd(0.1),
+    "MultiSteps": lambda: optax.MultiSteps(optax.sgd(0.1), 2),
+    "ours: adam": lambda: at.adam(0.1),
+    "ours: clip_by_norm": lambda: at.clip_by_norm(0.1),
+    "ours: accumulate": lambda: at.accumulate(at.adam(0.1), 2),
+    "ours: skip_nonfinite": lambda: at.skip_nonfinite(at.adam(0.1)),
+}
+
+
+# These look at leaves of several dimensions only, or at what is not a number.
+ACT_ON_VALUES_ALONE = ("centralize", "zero_nans")
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_what_knows_no_rows_fails_when_traced(name: str, relaxed_promotion: None) -> None:
+    """And never scales, clips or sums the indices in silence."""
+    tx = STOCK[name]()
+    params = {"t": jnp.ones((V, D))}
+    rows = {"t": rows_of([1, 1, 3])}
+    if name in ACT_ON_VALUES_ALONE:
+        updates, _ = tx.update(rows, tx.init(params), params)
+        assert_bits_equal(updates["t"].indices, rows["t"].indices)
+        return
+    with pytest.raises((TypeError, ValueError, AttributeError)):
+        jax.eval_shape(lambda g: tx.update(g, tx.init(params), params), rows)
+
+
+def test_collectives_do_not_sum_the_indices() -> None:
+    with pytest.raises((TypeError, ValueError, NotImplementedError)):
+        jax.vmap(lambda r: jax.lax.psum(r, "i"), axis_name="i")(
+            jax.tree.map(lambda x: jnp.stack([x, x]), rows_of([1]))
+        )
+
+
+@pytest.mark.parametrize("name", [name for name in STOCK if name.startswith("ours")])
+def test_our_error_says_what_to_do(name: str, relaxed_promotion: None) -> None:
+    params = {"t": jnp.ones((V, D))}
+    tx = STOCK[name]()
+    with pytest.raises(TypeError, match="'t'.*lazy.*to_dense"):
+        tx.update({"t": rows_of([1])}, tx.init(params), params)
