@@ -20,7 +20,7 @@ from adam_transforms._paths import (
     path_mask,
     scale_by_path_learning_rate,
 )
-from adam_transforms._presets import adam, adamw
+from adam_transforms._presets import adam, adamw, lazy_adam
 from adam_transforms._trees import path_str
 from adam_transforms._updates import apply_updates
 from adam_transforms.sparse._lazy import LazyState, lazy
@@ -49,6 +49,7 @@ __all__ = [
     "finalize",
     "global_norm",
     "lazy",
+    "lazy_adam",
     "params_ema",
     "path_mask",
     "path_str",

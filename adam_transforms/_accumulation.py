@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_transforms import _arguments, _gating, _numerics, _trees
+from adam_transforms.sparse._rows import SparseRows, is_rows, on_values
 
 
 class AccumulateState(NamedTuple):
@@ -14,8 +15,10 @@ class AccumulateState(NamedTuple):
 
     Attributes:
       mini_step: int32 (), gradients received in this cycle, 0 to every - 1.
-      acc: like the parameters, the sum of this cycle's gradients. At ``mini_step == 0`` it means
-        nothing: the emitting step leaves its updates there, and the next one overwrites them.
+      acc: like the parameters, the sum of this cycle's gradients; of a table with row gradients all
+        that the cycle has brought, one after the other (`SparseRows` of every x n rows). At
+        ``mini_step == 0`` it means nothing: the emitting step leaves its updates there, and the
+        next one overwrites them.
       inner_state: the state of the inner transformation.
     """
 
@@ -47,8 +50,9 @@ def accumulate(
       every: gradients to a cycle, a static int >= 1.
       average: hand `inner` the mean; False for the sum.
       accumulator_dtype: None for the parameter's dtype, but at least float32.
-      like: arrays or shapes like the gradients, e.g. from `jax.eval_shape`, if they are not like
-        the parameters: where a leaf is None there, nothing is kept.
+      like: what the gradients are like, e.g. from `jax.eval_shape`, if not like the parameters.
+        Needed for row gradients, which are kept as they come, in O(every x rows), and summed when
+        the cycle ends: it says how many a step brings. Where a leaf is None, nothing is kept.
 
     Returns:
       A transformation with `AccumulateState`. A leaf whose gradient is None adds nothing to its
@@ -73,37 +77,89 @@ def accumulate(
     average = _arguments.flag("average", average)
     dtype = _arguments.float_dtype("accumulator_dtype", accumulator_dtype)
 
+    def kept_dtype(p: Any) -> Any:
+        return dtype or _numerics.compute_dtype(p)
+
+    def start(x: Any) -> Any:
+        if not isinstance(x, SparseRows):
+            return _trees.zeros_like(x, kept_dtype)
+        size, *shape = x.values.shape
+        values = jnp.zeros((every * size, *shape), kept_dtype(x.dtype))
+        return SparseRows(jnp.full((every * size,), x.num_rows), values, x.num_rows)
+
     def init(params: Any) -> AccumulateState:
-        acc = _trees.zeros_like(
-            params if like is None else like, lambda p: dtype or _numerics.compute_dtype(p)
-        )
+        acc = jax.tree.map(start, params if like is None else like, is_leaf=is_rows)
         return AccumulateState(jnp.zeros((), jnp.int32), acc, inner.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any):
         starts = state.mini_step == 0
         emits = state.mini_step == every - 1
 
-        def add(path: str, g: jax.Array, acc: jax.Array) -> jax.Array:
+        def add(path: str, g: Any, acc: Any) -> Any:
+            if isinstance(g, SparseRows) or isinstance(acc, SparseRows):
+                _check_rows(path, g, acc, every)
+                return _append(acc, g, state.mini_step)
             g = _numerics.store(path, g, acc.dtype)
             return jnp.where(starts, g, acc + g)
 
         def step(total: Any, inner_state: Any) -> tuple[Any, Any]:
             if average:
-                total = jax.tree.map(lambda x: _numerics.scale(x, 1.0 / every), total)
+                total = jax.tree.map(
+                    lambda x: on_values(lambda x: _numerics.scale(x, 1.0 / every), x),
+                    total,
+                    is_leaf=is_rows,
+                )
             return inner.update(total, inner_state, params, **extra_args)
 
-        def keep(carried: jax.Array | None, acc: jax.Array | None) -> jax.Array | None:
+        def keep(carried: Any, acc: Any) -> Any:
             if acc is None:
                 return None
+            if isinstance(acc, SparseRows):
+                if carried is None:
+                    size = acc.values.shape[0] // every
+                    nothing = SparseRows(
+                        jnp.full((size,), acc.num_rows), acc.values[:size], acc.num_rows
+                    )
+                    return _append(acc, nothing, state.mini_step)
+                values = carried.values.astype(acc.dtype)
+                return SparseRows(carried.indices, values, acc.num_rows)
             if carried is None:  # no gradient: what the last cycle left has to go all the same
                 return jnp.where(starts, jnp.zeros_like(acc), acc)
             return carried.astype(acc.dtype)
 
-        total = _trees.map_leaves(add, updates, state.acc, names=("the accumulator",))
+        total = _trees.map_leaves(add, updates, state.acc, names=("the accumulator",), rows=True)
         carried, inner_state = _gating.update_if(emits, step, total, state.inner_state)
-        acc = jax.tree.map(keep, carried, state.acc, is_leaf=_trees.is_none)
+        acc = jax.tree.map(keep, carried, state.acc, is_leaf=_trees.is_leaf)
         mini_step = jnp.where(emits, 0, state.mini_step + 1)
         updates = _gating.select(emits, carried, updates, params)
         return updates, AccumulateState(mini_step, acc, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_rows(path: str, g: Any, acc: Any, every: int) -> None:
+    """Refuses a gradient that `like` has not announced."""
+    if not isinstance(acc, SparseRows):
+        raise TypeError(
+            f"{path!r} has a row gradient (SparseRows): accumulate keeps them if it knows how many "
+            "rows a step brings; pass like=jax.eval_shape(gradient function, ...)"
+        )
+    if not isinstance(g, SparseRows):
+        raise TypeError(f"{path!r} has a dense gradient, but `like` announced a row gradient")
+    size = acc.values.shape[0] // every
+    if g.values.shape[0] != size:
+        raise ValueError(
+            f"{path!r} has a gradient of {g.values.shape[0]} rows, but `like` announced {size}"
+        )
+
+
+def _append(acc: SparseRows, rows: SparseRows, mini_step: jax.Array) -> SparseRows:
+    """`acc` with `rows` for what the step of this number in the cycle has brought."""
+    size = rows.values.shape[0]
+    at = mini_step * size + jnp.arange(size, dtype=jnp.int32)
+    # Scattered, not sliced in: XLA updates what it scatters into in place.
+    return SparseRows(
+        acc.indices.at[at].set(jnp.where(rows.is_row, rows.indices, rows.num_rows)),
+        acc.values.at[at].set(rows.values.astype(acc.dtype)),
+        acc.num_rows,
+    )

@@ -86,7 +86,7 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
     max_norm = _arguments.scalar("max_norm", max_norm, above=0.0)
 
     def clip_all(updates: Any) -> Any:
-        updates = _trees.as_gradients(updates)
+        updates = _trees.map_leaves(lambda path, g: g, updates)
         norm = _numerics.global_norm(updates)
         return _trees.map_leaves(lambda path, g: _scaled_down(g, norm, max_norm), updates)
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from adam_transforms import _numerics, _trees
+from adam_transforms.sparse._rows import SparseRows, from_parts, is_rows, to_parts
 
 
 def update_if(
@@ -28,49 +29,70 @@ def update_if(
     Args:
       condition: bool scalar.
       update: returns updates structured and shaped like `gradients`, and the new state.
-      gradients: a tree of arrays.
+      gradients: a tree of arrays and row gradients.
       state: a tree of arrays; its dtypes are kept.
 
     Returns:
       (carried, state). A leaf of ``carried`` has a dtype that holds the gradient's and the
-      update's, so that either is in it exactly; `select` makes updates of it.
+      update's, so that either is in it exactly; `select` makes updates of it. A row gradient's
+      indices are carried with its values; whether it names no row twice is said of the update.
 
     It has no reverse-mode derivative (a `while_loop` has none); forward mode works.
     """
+
+    def update_parts(parts: Any, state: Any) -> tuple[Any, Any]:
+        updates, state = update(from_parts(gradients, parts), state)
+        return to_parts(updates), state
+
     outputs, _ = jax.eval_shape(update, gradients, state)
-    if jax.tree.structure(outputs) != jax.tree.structure(gradients):
+    parts, output_parts = to_parts(gradients), jax.eval_shape(to_parts, outputs)
+    if jax.tree.structure(output_parts) != jax.tree.structure(parts):
         raise ValueError(
             "the inner transformation must return updates of the gradients' structure "
             f"{jax.tree.structure(gradients)}, got {jax.tree.structure(outputs)}"
         )
-    dtypes = jax.tree.map(lambda g: g.dtype, gradients)
 
-    def uncast(carried: jax.Array, dtype: Any) -> jax.Array:
+    def seed(g: jax.Array, u: Any) -> jax.Array:
+        # Only accumulated rows come out in another number than a step's gradient brings.
+        same = g.shape == u.shape
+        return g.astype(_numerics.promote(g.dtype, u.dtype)) if same else jnp.zeros_like(u)
+
+    def unseed(g: jax.Array, carried: jax.Array) -> jax.Array:
+        if g.shape != carried.shape:
+            return g
         # What came in real is carried as complex if the update is; it is real still.
-        is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
-        return (carried if is_complex else _numerics.real(carried)).astype(dtype)
+        return (carried if jnp.iscomplexobj(g) else _numerics.real(carried)).astype(g.dtype)
 
     def body(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         _, carried, state = carry
-        updates, new_state = update(jax.tree.map(uncast, carried, dtypes), state)
+        updates, new_state = update_parts(jax.tree.map(unseed, parts, carried), state)
         return (
             jnp.zeros((), bool),
             _cast(updates, jax.tree.map(lambda c: c.dtype, carried)),
             _cast(new_state, jax.tree.map(jnp.result_type, state)),
         )
 
-    carried = jax.tree.map(
-        lambda g, u: g.astype(_numerics.promote(g.dtype, u.dtype)), gradients, outputs
-    )
+    carried = jax.tree.map(seed, parts, output_parts)
     _, carried, state = jax.lax.while_loop(
         lambda carry: carry[0], body, (condition, carried, state)
     )
-    return carried, state
+    return from_parts(outputs, carried), state
 
 
 def select(condition: jax.Array, carried: Any, gradients: Any, params: Any) -> Any:
-    """The updates out of what `update_if` carried: zeros where `condition` does not hold."""
-    updates = jax.tree.map(lambda c: jnp.where(condition, c, jnp.zeros((), c.dtype)), carried)
+    """The updates out of what `update_if` carried, if `condition` holds; else zeros, and padding
+    for rows."""
+
+    def zero_unless(x: jax.Array) -> jax.Array:
+        return jnp.where(condition, x, jnp.zeros((), x.dtype))
+
+    def leaf(x: Any) -> Any:
+        if not isinstance(x, SparseRows):
+            return zero_unless(x)
+        indices = jnp.where(condition, x.indices, x.num_rows)
+        return SparseRows(indices, zero_unless(x.values), x.num_rows, unique=x.unique)
+
+    updates = jax.tree.map(leaf, carried, is_leaf=is_rows)
     return _trees.in_update_dtype(updates, gradients, params)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_transforms import _arguments, _gating, _numerics, _trees
+from adam_transforms.sparse._rows import on_values
 
 
 class StaticLossScaleState(NamedTuple):
@@ -215,11 +216,11 @@ def scale_loss(loss: jax.Array | float, state: Any) -> jax.Array:
 def _unscale(updates: Any, scale: jax.Array) -> Any:
     """The gradients divided by `scale`, in at least float32."""
 
-    def leaf(path: str, g: jax.Array) -> jax.Array:
+    def unscale(g: jax.Array) -> jax.Array:
         g = g.astype(_numerics.compute_dtype(g.dtype))
         return _numerics.scale(g, (1.0 / scale).astype(_numerics.real_dtype(g.dtype)))
 
-    return _trees.map_leaves(leaf, updates)
+    return _trees.map_leaves(lambda path, g: on_values(unscale, g), updates, rows=True)
 
 
 def _step_if_finite(

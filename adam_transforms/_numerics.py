@@ -157,7 +157,9 @@ def all_finite(tree: Any) -> jax.Array:
         # A NaN wins any maximum. XLA fuses this, where all(isfinite(x)) writes an array of bools.
         return jnp.isfinite(jnp.max(jnp.abs(x), initial=0.0))
 
-    return jnp.all(jnp.array([finite(jnp.asarray(x)) for x in jax.tree.leaves(tree)], bool))
+    leaves = jax.tree.leaves(tree, is_leaf=_is_rows)
+    leaves = [x.masked_values() if _is_rows(x) else jnp.asarray(x) for x in leaves]
+    return jnp.all(jnp.array([finite(x) for x in leaves], bool))
 
 
 def round_stochastically(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Whole optimizers in one call: chains of the pieces, in Keras's order of operations."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -13,6 +13,7 @@ from adam_transforms import (
     _clipping,
     _loss_scale,
 )
+from adam_transforms.sparse._lazy import lazy
 
 
 def adam(
@@ -93,77 +94,8 @@ def adam(
     >>> bool(jnp.abs(params).max() < 0.2)
     True
     """
-    _arguments.scalar_or_schedule("learning_rate", learning_rate)
-    clips = {
-        name: clip(_arguments.scalar(name, limit, above=0.0))
-        for name, clip, limit in (
-            ("clip_value", _clipping.clip_by_value, clip_value),
-            ("clip_norm", _clipping.clip_by_norm, clip_norm),
-            ("clip_global_norm", _clipping.clip_by_global_norm, clip_global_norm),
-        )
-        if limit is not None
-    }
-    if len(clips) > 1:
-        raise ValueError(f"at most one kind of clipping may be given, got {' and '.join(clips)}")
-    if ema is not None:
-        _arguments.decay_rate("ema", ema)
-    for name, count in (
-        ("ema_overwrite_every", ema_overwrite_every),
-        ("accumulate_every", accumulate_every),
-    ):
-        if count is not None:
-            _arguments.positive_int(name, count)
-    if weight_decay is None and weight_decay_mask is not None:
-        raise ValueError("weight_decay_mask needs weight_decay, got None")
-    if not callable(weight_decay_mask) and not all(
-        isinstance(leaf, bool) for leaf in jax.tree.leaves(weight_decay_mask)
-    ):
-        raise TypeError(
-            "weight_decay_mask must be a tree of booleans or a function from the parameters to one "
-            f"(path_mask makes it from patterns), got {weight_decay_mask!r}"
-        )
-    if ema is None and ema_overwrite_every is not None:
-        raise ValueError("ema_overwrite_every needs ema, got None")
-    if _arguments.flag("amsgrad", amsgrad) and _arguments.flag("nesterov", nesterov):
-        raise ValueError("amsgrad and nesterov exclude each other, got both")
-
-    chain: list[Any] = [*clips.values()]
-    if amsgrad:
-        chain.append(
-            _adam.scale_by_amsgrad(
-                b1, b2, eps, mu_dtype=mu_dtype, nu_dtype=nu_dtype, eps_hat=eps_hat, max_of=max_of
-            )
-        )
-    else:
-        _arguments.choice("max_of", max_of, ("corrected", "raw"))
-        chain.append(
-            _adam.scale_by_adam(
-                b1,
-                b2,
-                eps,
-                mu_dtype=mu_dtype,
-                nu_dtype=nu_dtype,
-                eps_hat=eps_hat,
-                nesterov=nesterov,
-            )
-        )
-    if weight_decay is not None:
-        _arguments.scalar_or_schedule("weight_decay", weight_decay)
-        chain.append(optax.add_decayed_weights(weight_decay, weight_decay_mask))
-    chain.append(optax.scale_by_learning_rate(learning_rate))
-    if ema is not None:
-        chain.append(_averaging.params_ema(ema, overwrite_every=ema_overwrite_every))
-
-    tx = optax.chain(*chain)
-    if accumulate_every is not None:
-        tx = _accumulation.accumulate(tx, accumulate_every)
-    if loss_scale is None:
-        return tx
-    if isinstance(loss_scale, str):
-        if loss_scale != "dynamic":
-            raise ValueError(f'loss_scale must be a number or "dynamic", got {loss_scale!r}')
-        return _loss_scale.dynamic_loss_scale(tx)
-    return _loss_scale.static_loss_scale(tx, _arguments.scalar("loss_scale", loss_scale, above=0.0))
+    options = _Options(**locals())
+    return _wrapped(_chain(options), options)
 
 
 def adamw(
@@ -198,4 +130,152 @@ def adamw(
     >>> tx.update(jnp.zeros(1), tx.init(params), params)[0].round(3).tolist()
     [-0.1...]
     """
-    return adam(**locals())
+    options = _Options(**locals())
+    return _wrapped(_chain(options), options)
+
+
+def lazy_adam(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    *,
+    eps_hat: bool = False,
+    amsgrad: bool = False,
+    max_of: str = "raw",
+    nesterov: bool = False,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    weight_decay_mask: Any = None,
+    clip_value: float | jax.Array | None = None,
+    clip_norm: float | jax.Array | None = None,
+    clip_global_norm: float | jax.Array | None = None,
+    accumulate_every: int | None = None,
+    accumulate_like: Any = None,
+    loss_scale: float | jax.Array | str | None = None,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """`adam` that updates only the touched rows of a table with a row gradient.
+
+    The chain of `adam` inside `lazy`, and the wrappers around it::
+
+        dynamic_loss_scale(accumulate(lazy(chain), accumulate_every, like=accumulate_like))
+
+    Args are those of `adam` (an average of all parameters is not to be had lazily), and:
+      accumulate_like: with `accumulate_every`, what the gradients are like (`accumulate`).
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adam_transforms import SparseRows
+    >>> tx = lazy_adam(learning_rate=0.1)
+    >>> params = {"table": jnp.zeros((4, 1))}
+    >>> rows = SparseRows(jnp.array([2]), jnp.array([[3.0]]), num_rows=4)
+    >>> updates, _ = tx.update({"table": rows}, tx.init(params), params)
+    >>> optax.apply_updates(params, updates)["table"].round(3).tolist()
+    [[0.0], [0.0], [-0.1...], [0.0]]
+    """
+    arguments = dict(locals())
+    if accumulate_like is not None and accumulate_every is None:
+        raise ValueError("accumulate_like needs accumulate_every, got None")
+    like = arguments.pop("accumulate_like")
+    options = _Options(**arguments, ema=None, ema_overwrite_every=None)
+    return _wrapped(lazy(_chain(options)), options, like)
+
+
+class _Options(NamedTuple):
+    """What a preset was called with."""
+
+    learning_rate: Any
+    b1: Any
+    b2: Any
+    eps: Any
+    eps_hat: bool
+    amsgrad: bool
+    max_of: str
+    nesterov: bool
+    weight_decay: Any
+    weight_decay_mask: Any
+    clip_value: Any
+    clip_norm: Any
+    clip_global_norm: Any
+    ema: Any
+    ema_overwrite_every: Any
+    accumulate_every: Any
+    loss_scale: Any
+    mu_dtype: Any
+    nu_dtype: Any
+
+
+def _chain(options: _Options) -> optax.GradientTransformationExtraArgs:
+    """Clip, Adam, decay, learning rate, average: what is there of them."""
+    o = options
+    _arguments.scalar_or_schedule("learning_rate", o.learning_rate)
+    chain: list[Any] = [*_clips(o), _moments(o)]
+    if o.weight_decay is not None:
+        _arguments.scalar_or_schedule("weight_decay", o.weight_decay)
+        _check_mask(o.weight_decay_mask)
+        chain.append(optax.add_decayed_weights(o.weight_decay, o.weight_decay_mask))
+    elif o.weight_decay_mask is not None:
+        raise ValueError("weight_decay_mask needs weight_decay, got None")
+    chain.append(optax.scale_by_learning_rate(o.learning_rate))
+    if o.ema is not None:
+        _arguments.decay_rate("ema", o.ema)
+        if o.ema_overwrite_every is not None:
+            _arguments.positive_int("ema_overwrite_every", o.ema_overwrite_every)
+        chain.append(_averaging.params_ema(o.ema, overwrite_every=o.ema_overwrite_every))
+    elif o.ema_overwrite_every is not None:
+        raise ValueError("ema_overwrite_every needs ema, got None")
+    return optax.chain(*chain)
+
+
+def _clips(options: _Options) -> list[Any]:
+    """The clipping asked for, of which there is one kind at most."""
+    clips = {
+        name: clip(_arguments.scalar(name, limit, above=0.0))
+        for name, clip, limit in (
+            ("clip_value", _clipping.clip_by_value, options.clip_value),
+            ("clip_norm", _clipping.clip_by_norm, options.clip_norm),
+            ("clip_global_norm", _clipping.clip_by_global_norm, options.clip_global_norm),
+        )
+        if limit is not None
+    }
+    if len(clips) > 1:
+        raise ValueError(f"at most one kind of clipping may be given, got {' and '.join(clips)}")
+    return [*clips.values()]
+
+
+def _moments(options: _Options) -> optax.GradientTransformationExtraArgs:
+    """Adam or AMSGrad."""
+    o = options
+    if _arguments.flag("amsgrad", o.amsgrad) and _arguments.flag("nesterov", o.nesterov):
+        raise ValueError("amsgrad and nesterov exclude each other, got both")
+    shared = {"mu_dtype": o.mu_dtype, "nu_dtype": o.nu_dtype, "eps_hat": o.eps_hat}
+    if o.amsgrad:
+        return _adam.scale_by_amsgrad(o.b1, o.b2, o.eps, max_of=o.max_of, **shared)
+    _arguments.choice("max_of", o.max_of, ("corrected", "raw"))
+    return _adam.scale_by_adam(o.b1, o.b2, o.eps, nesterov=o.nesterov, **shared)
+
+
+def _check_mask(mask: Any) -> None:
+    """Refuses what `optax.masked` would take for true."""
+    if not callable(mask) and not all(isinstance(leaf, bool) for leaf in jax.tree.leaves(mask)):
+        raise TypeError(
+            "weight_decay_mask must be a tree of booleans or a function from the parameters to one "
+            f"(path_mask makes it from patterns), got {mask!r}"
+        )
+
+
+def _wrapped(
+    tx: optax.GradientTransformationExtraArgs, options: _Options, like: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """Accumulation and the loss scale around a chain, if they are asked for."""
+    every, scale = options.accumulate_every, options.loss_scale
+    if every is not None:
+        every = _arguments.positive_int("accumulate_every", every)
+        tx = _accumulation.accumulate(tx, every, like=like)
+    if scale is None:
+        return tx
+    if isinstance(scale, str):
+        if scale != "dynamic":
+            raise ValueError(f'loss_scale must be a number or "dynamic", got {scale!r}')
+        return _loss_scale.dynamic_loss_scale(tx)
+    return _loss_scale.static_loss_scale(tx, _arguments.scalar("loss_scale", scale, above=0.0))

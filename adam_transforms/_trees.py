@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from adam_transforms import _numerics
-from adam_transforms.sparse._rows import SparseRows
+from adam_transforms.sparse._rows import SparseRows, on_values
 
 
 def is_none(x: Any) -> bool:
@@ -105,7 +105,12 @@ def _structure_difference(leaves: Any, other: Any, name: str, other_name: str) -
 
 
 def map_leaves(
-    fn: Callable[..., Any], updates: Any, *others: Any, names: Sequence[str] = (), outputs: int = 1
+    fn: Callable[..., Any],
+    updates: Any,
+    *others: Any,
+    names: Sequence[str] = (),
+    outputs: int = 1,
+    rows: bool = False,
 ) -> Any:
     """``fn(path, gradient, *other_leaves)`` at every leaf of `updates` that has a gradient.
 
@@ -116,6 +121,7 @@ def map_leaves(
       others: trees of the same structure and shapes as `updates`, e.g. slots.
       names: what each of `others` is called in an error.
       outputs: how many trees to return.
+      rows: whether `fn` takes row gradients too.
 
     Returns:
       A tree, or a tuple of `outputs` trees.
@@ -124,16 +130,18 @@ def map_leaves(
       ValueError: structure or shape differs; names the path.
       TypeError: a gradient is not a floating or complex array; names the path.
     """
-    rows, treedef = align(updates, *others, names=("the updates", *names))
+    aligned, treedef = align(updates, *others, names=("the updates", *names))
     results = []
-    for path, leaf, *rest in rows:
+    for path, leaf, *rest in aligned:
         if leaf is None:
             results.append((None, *rest[: outputs - 1]))
             continue
         for other, name in zip(rest, names, strict=True):
             if other is None:
                 raise ValueError(f"{path!r} has an update, but is None in {name}")
-        result = fn(path, as_gradient(path, leaf), *rest)
+        if not (rows and isinstance(leaf, SparseRows)):
+            leaf = as_gradient(path, leaf)
+        result = fn(path, leaf, *rest)
         results.append((result,) if outputs == 1 else result)
     trees = unzip(results, treedef, outputs)
     return trees[0] if outputs == 1 else trees
@@ -161,19 +169,21 @@ def as_gradient(path: str, leaf: Any) -> jax.Array:
 
 
 def as_gradients(updates: Any) -> Any:
-    """`updates`, every leaf checked to be a gradient and made an array."""
-    return map_leaves(lambda path, g: g, updates)
+    """`updates`, every leaf that is no row gradient checked to be a gradient and made an array."""
+    return map_leaves(lambda path, g: g, updates, rows=True)
 
 
 def in_update_dtype(updates: Any, gradients: Any, params: Any = None) -> Any:
     """Each update in the dtype that updates have everywhere: the promotion of the gradient's and
     the parameter's (of the gradient's alone without `params`)."""
 
-    def leaf(path: str, u: jax.Array, g: Any, p: Any) -> jax.Array:
-        return u.astype(_numerics.promote(jnp.result_type(g), jnp.result_type(p)))
+    def leaf(path: str, u: Any, g: Any, p: Any) -> Any:
+        dtype = _numerics.promote(*(getattr(x, "dtype", x) for x in (g, p)))
+        return on_values(lambda u: u.astype(dtype), u)
 
     likes = gradients if params is None else params
-    return map_leaves(leaf, updates, gradients, likes, names=("the gradient", "the parameter"))
+    names = ("the gradient", "the parameter")
+    return map_leaves(leaf, updates, gradients, likes, names=names, rows=True)
 
 
 def zeros_like(tree: Any, dtype_of: Callable[[Any], Any]) -> Any:

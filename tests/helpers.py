@@ -16,20 +16,26 @@ def x64() -> Any:
 
 
 def types(tree: Any) -> Any:
-    """Shape, dtype and weak type of every leaf: what a `lax.scan` carry must keep."""
-    return jax.tree.map(
-        lambda x: (jnp.shape(x), jnp.result_type(x), getattr(x, "weak_type", False)), tree
-    )
+    """Structure, and shape, dtype and weak type of each leaf: what a `lax.scan` carry must keep."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [
+        (jnp.shape(x), getattr(x, "dtype", type(x)), getattr(x, "weak_type", False)) for x in leaves
+    ]
 
 
 def assert_bits_equal(actual: Any, expected: Any) -> None:
     """The same structure, dtypes and bits, NaNs included."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        a, e = np.asarray(a), np.asarray(e)
+        a, e = _bits(a), _bits(e)
         assert a.dtype == e.dtype
         assert a.shape == e.shape
         assert a.tobytes() == e.tobytes()
+
+
+def _bits(x: Any) -> np.ndarray:
+    is_key = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(x) if is_key else x)
 
 
 def as_numpy(x: Any) -> np.ndarray:

@@ -196,6 +196,129 @@ def test_works_as_a_scan_carry_and_with_extra_arguments() -> None:
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+def bits(tree: Any) -> Any:
+    """A copy to compare with later."""
+    return jax.tree.map(np.array, tree)
+
+
+WRAPPERS = {
+    "skip_nonfinite": at.skip_nonfinite,
+    "dynamic_loss_scale": lambda inner: at.dynamic_loss_scale(inner, 8.0),
+    "static_loss_scale": lambda inner: at.static_loss_scale(inner, 8.0),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_loss_scales_around_lazy_act_as_around_dense_adam_on_these_rows(name: str) -> None:
+    params, _ = params_and_rows()
+    gradients = [params_and_rows(seed, indices=(0, 3, 3, V))[1] for seed in (10, 20, 30)]
+    scale = 8.0 if "scale" in name else 1.0
+    scaled = [{"t": scale * g["t"], "w": scale * g["w"]} for g in gradients]
+    actual, state = run(WRAPPERS[name](at.lazy(at.adam(0.1))), params, scaled)
+    expected, inner = run(at.lazy(at.adam(0.1)), params, gradients)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(state.inner_state, inner, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["skip_nonfinite", "dynamic_loss_scale"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nonfinite_row_gradient_changes_no_bit(name: str, bad: float) -> None:
+    tx = WRAPPERS[name](at.lazy(at.adam(0.1, weight_decay=0.1)))
+    params, gradients = params_and_rows()
+    params["t"] = params["t"].at[4, 0].set(-0.0)
+    params, state = run(tx, params, [gradients])
+    poisoned = {**gradients, "t": gradients["t"].with_values(gradients["t"].values.at[1].set(bad))}
+    after, new_state = run(tx, params, [poisoned], state)
+    assert_bits_equal(after, params)
+    assert_bits_equal(new_state.inner_state, state.inner_state)
+    # A value at padding is no gradient.
+    rows = at.SparseRows(np.array([1, V]), np.array([[1.0] * D, [bad] * D], np.float32), V)
+    after, new_state = run(tx, params, [{**gradients, "t": rows}], state)
+    assert not np.array_equal(after["t"][1], params["t"][1])
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_accumulated_rows_are_the_inner_on_their_sum(average: bool) -> None:
+    every = 3
+    params, like = params_and_rows()
+    shapes = jax.eval_shape(lambda: like)
+    tx = at.accumulate(at.lazy(at.adam(0.1)), every, average=average, like=shapes)
+    cycles = [
+        [params_and_rows(10 * c + i, indices=np.arange(4) * (i + 1) % V)[1] for i in range(every)]
+        for c in range(2)
+    ]
+    state = tx.init(params)
+    assert state.acc["t"].values.shape == (every * 4, D)
+    update = jax.jit(tx.update)
+    actual = params
+    for cycle in cycles:
+        for i, g in enumerate(cycle):
+            before, inner = bits(actual), bits(state.inner_state)
+            updates, new_state = update(g, state, actual)
+            assert types(new_state) == types(state)
+            state = new_state
+            actual = at.apply_updates(actual, updates)
+            if i < every - 1:
+                assert_bits_equal(bits(actual), before)
+                assert_bits_equal(bits(state.inner_state), inner)
+    factor = 1 / every if average else 1.0
+    totals = [
+        {
+            "t": at.SparseRows(
+                np.concatenate([g["t"].indices for g in cycle]),
+                factor * np.concatenate([g["t"].values for g in cycle]),
+                V,
+            ),
+            "w": factor * sum(g["w"] for g in cycle),
+        }
+        for cycle in cycles
+    ]
+    expected, inner = run(at.lazy(at.adam(0.1)), params, totals)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(state.inner_state, inner, rtol=1e-5, atol=1e-7)
+
+
+def test_the_whole_order_of_wrappers_works_and_skips_a_bad_gradient() -> None:
+    params, like = params_and_rows()
+    chain = at.lazy(at.adam(0.1, clip_global_norm=1.0, weight_decay=0.1))
+    tx = at.dynamic_loss_scale(at.accumulate(chain, 2, like=like), 4.0)
+    good = [params_and_rows(seed)[1] for seed in (10, 20)]
+    bad = {**good[0], "t": good[0]["t"].with_values(good[0]["t"].values * jnp.nan)}
+    actual, state = run(tx, params, [good[0], bad, good[1]])
+    unscaled = [jax.tree.map(lambda x: x, g) for g in good]
+    # The bad one halved the scale for what came after it.
+    unscaled = [
+        {"t": (1 / s) * g["t"], "w": g["w"] / s} for g, s in zip(unscaled, (4.0, 2.0), strict=True)
+    ]
+    expected, _ = run(at.accumulate(chain, 2, like=like), params, unscaled)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert int(state.skipped) == 1
+
+
+def test_a_missing_row_gradient_leaves_a_gap_in_the_cycle() -> None:
+    params, gradients = params_and_rows()
+    tx = at.accumulate(at.lazy(optax.sgd(1.0)), 2, average=False, like=gradients)
+    none = {**gradients, "t": None}
+    stale = [gradients, gradients]  # fills every place of the accumulator
+    before, state = run(tx, params, stale)
+    after, _ = run(tx, before, [none], state)
+    after, _ = run(tx, after, [gradients], run(tx, before, [none], state)[1])
+    expected = before["t"] - gradients["t"].to_dense()
+    np.testing.assert_allclose(after["t"], expected, rtol=1e-6)
+
+
+def test_accumulating_rows_needs_to_know_how_many() -> None:
+    params, gradients = params_and_rows()
+    with pytest.raises(TypeError, match="'t'.*like="):
+        tx = at.accumulate(at.lazy(at.adam(0.1)), 2)
+        tx.update(gradients, tx.init(params), params)
+    tx = at.accumulate(at.lazy(at.adam(0.1)), 2, like=gradients)
+    with pytest.raises(ValueError, match="'t'.*5 rows.*4"):
+        tx.update(params_and_rows(indices=range(5))[1], tx.init(params), params)
+    with pytest.raises(TypeError, match="'t'.*dense gradient"):
+        tx.update(at.to_dense(gradients), tx.init(params), params)
+
+
 @pytest.mark.parametrize(
     ("inner", "message"),
     [
@@ -242,15 +365,33 @@ def test_update_without_parameters_and_foreign_states_are_refused() -> None:
         at.lazy(at.adam)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("chain", ["at.adam", "at.adam clipped and decayed", "optax.adamw"])
-def test_memory_does_not_depend_on_the_table_and_nothing_of_its_size_is_copied(chain: str) -> None:
-    tx = at.lazy(CHAINS[chain]())
+IN_PLACE = {
+    "at.adam": lambda like: at.lazy(at.adam(0.1)),
+    "clipped and decayed": lambda like: at.lazy(
+        at.adam(0.1, clip_global_norm=1.0, weight_decay=0.1)
+    ),
+    "AMSGrad": lambda like: at.lazy(at.adam(0.1, amsgrad=True)),
+    "optax.adamw": lambda like: at.lazy(optax.adamw(0.1)),
+    "skip_nonfinite": lambda like: at.skip_nonfinite(at.lazy(at.adam(0.1))),
+    "accumulate": lambda like: at.accumulate(at.lazy(at.adam(0.1)), 4, like=like),
+    "every wrapper": lambda like: at.dynamic_loss_scale(
+        at.accumulate(at.lazy(at.adam(0.1, weight_decay=0.1)), 4, like=like)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_memory_does_not_depend_on_the_table_and_nothing_of_its_size_is_copied(name: str) -> None:
     temporaries = []
     for rows in (10_000, 1_000_000):
         params = {"t": jax.ShapeDtypeStruct((rows, 16), jnp.float32)}
+        like = {"t": at.SparseRows(np.zeros(512, np.int32), np.zeros((512, 16), np.float32), rows)}
+        tx = IN_PLACE[name](like)
         state = jax.eval_shape(tx.init, params)
 
-        def step(params: Any, state: Any, ids: Any, values: Any, rows: int = rows) -> Any:
+        def step(
+            params: Any, state: Any, ids: Any, values: Any, rows: int = rows, tx: Any = tx
+        ) -> Any:
             gradients = {"t": at.SparseRows(ids, values, rows)}
             updates, state = tx.update(gradients, state, params)
             return at.apply_updates(params, updates), state
@@ -260,7 +401,8 @@ def test_memory_does_not_depend_on_the_table_and_nothing_of_its_size_is_copied(c
         lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, ids, values)
         compiled = lowered.compile()
         assert not re.search(rf"f32\[{rows},16\]\S* copy\(", compiled.as_text())
-        temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
+        memory: Any = compiled.memory_analysis()
+        temporaries.append(memory.temp_size_in_bytes)
     assert temporaries[0] == temporaries[1]
 
 
@@ -303,3 +445,21 @@ def test_follows_tensorflow_addons_lazy_adam_and_torch_sparse_adam(name: str) ->
         for name in names:
             error = max(error, float(np.abs(params[name] - recorded[f"p/{name}"][t]).max()))
     assert error <= 2 * case["float64_replay"]["exact_coefficients"]["max_abs_err_p"] + 1e-6
+
+
+def test_lazy_adam_is_adam_inside_lazy_with_the_wrappers_around() -> None:
+    options: Any = {"b1": 0.8, "eps_hat": True, "weight_decay": 0.1, "clip_norm": 0.5}
+    params, like = params_and_rows()
+    gradients = [params_and_rows(seed)[1] for seed in (10, 20, 30, 40)]
+    preset = at.lazy_adam(
+        0.1, **options, accumulate_every=2, accumulate_like=like, loss_scale="dynamic"
+    )
+    by_hand = at.dynamic_loss_scale(at.accumulate(at.lazy(at.adam(0.1, **options)), 2, like=like))
+    actual, state = run(preset, params, gradients)
+    expected, expected_state = run(by_hand, params, gradients)
+    assert_bits_equal(actual, expected)
+    assert_bits_equal(state, expected_state)
+    with pytest.raises(ValueError, match="accumulate_like needs accumulate_every"):
+        at.lazy_adam(accumulate_like=like)
+    with pytest.raises(ValueError, match="clip_norm"):
+        at.lazy_adam(clip_norm=-1.0)

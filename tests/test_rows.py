@@ -201,7 +201,7 @@ def test_collectives_do_not_sum_the_indices() -> None:
         )
 
 
-@pytest.mark.parametrize("name", [name for name in STOCK if name.startswith("ours")])
+@pytest.mark.parametrize("name", ["ours: adam", "ours: clip_by_norm", "ours: skip_nonfinite"])
 def test_our_error_says_what_to_do(name: str, relaxed_promotion: None) -> None:
     params = {"t": jnp.ones((V, D))}
     tx = STOCK[name]()

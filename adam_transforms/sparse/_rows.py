@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -78,6 +79,10 @@ class SparseRows:
         return self.values.dtype
 
     @property
+    def ndim(self) -> int:
+        return self.values.ndim
+
+    @property
     def is_row(self) -> jax.Array:
         """bool (n,): False at padding."""
         indices = self.indices
@@ -101,7 +106,7 @@ class SparseRows:
         first = _first_positions(indices)
         kept = first == jnp.arange(indices.size, dtype=jnp.int32)
         dtype = _numerics.compute_dtype(self.dtype)
-        sums = jnp.zeros(self.values.shape, dtype).at[first].add(self.values.astype(dtype))
+        sums = jnp.zeros(self.values.shape, dtype).at[first].add(self.masked_values().astype(dtype))
         return SparseRows(
             jnp.where(kept, indices, self.num_rows),
             sums.astype(self.dtype),
@@ -186,6 +191,28 @@ class SparseRows:
 def is_rows(x: Any) -> bool:
     """Makes `jax.tree` functions treat a row gradient as a leaf."""
     return isinstance(x, SparseRows)
+
+
+def on_values(fn: Callable[[jax.Array], jax.Array], x: Any) -> Any:
+    """`fn` of an array, or of the values of a row gradient."""
+    return x.with_values(fn(x.values)) if is_rows(x) else fn(x)
+
+
+def to_parts(tree: Any) -> Any:
+    """`tree` with ``(indices, values)`` for each row gradient: plain arrays, as a carry needs."""
+    return jax.tree.map(lambda x: (x.indices, x.values) if is_rows(x) else x, tree, is_leaf=is_rows)
+
+
+def from_parts(like: Any, parts: Any) -> Any:
+    """What `to_parts` took apart; tables' sizes and uniqueness are those of the rows in `like`."""
+    return jax.tree.map(
+        lambda x, part: (
+            SparseRows(part[0], part[1], x.num_rows, unique=x.unique) if is_rows(x) else part
+        ),
+        like,
+        parts,
+        is_leaf=is_rows,
+    )
 
 
 def to_dense(tree: Any) -> Any:
