@@ -46,6 +46,7 @@ TRANSFORMATIONS = {
     "scale_by_path_learning_rate": lambda: at.scale_by_path_learning_rate(
         [("kernel", 0.1)], decaying(0.2)
     ),
+    "lazy": lambda: at.lazy(at.scale_by_adam()),
     "by_path": lambda: at.by_path([("kernel", at.scale_by_adam())], at.clip_by_norm(1.0)),
     "adam": lambda: at.adam(decaying(0.1)),
     "adam raw AMSGrad": lambda: at.adam(amsgrad=True, eps_hat=True),
@@ -61,9 +62,10 @@ TRANSFORMATIONS = {
         loss_scale="dynamic",
     ),
     "adamw": lambda: at.adamw(0.1, loss_scale=8.0, clip_norm=1.0),
+    "lazy_adam": lambda: at.lazy_adam(0.1, amsgrad=True, accumulate_every=2, weight_decay=0.1),
 }
 # These chain Optax's scale_by_learning_rate, schedules or decay, which promote implicitly.
-OPTAX_INSIDE = ("adam", "adamw")
+OPTAX_INSIDE = ("adam", "adamw", "lazy_adam")
 # These run a gradient through no arithmetic of their own.
 KEEPS_GRADIENT_DTYPE = ("clip", "scale_by_path", "params_ema", "wrapped")
 
