@@ -23,6 +23,7 @@ from adam_transforms._paths import (
 from adam_transforms._presets import adam, adamw, lazy_adam
 from adam_transforms._trees import path_str
 from adam_transforms._updates import apply_updates
+from adam_transforms.sparse._autodiff import grad, value_and_grad
 from adam_transforms.sparse._lazy import LazyState, lazy
 from adam_transforms.sparse._rows import SparseRows, to_dense
 
@@ -48,6 +49,7 @@ __all__ = [
     "ema_params",
     "finalize",
     "global_norm",
+    "grad",
     "lazy",
     "lazy_adam",
     "params_ema",
@@ -60,4 +62,5 @@ __all__ = [
     "skip_nonfinite",
     "static_loss_scale",
     "to_dense",
+    "value_and_grad",
 ]

@@ -92,7 +92,7 @@ def test_scaling_and_adding_rows() -> None:
     np.testing.assert_array_equal((-rows * jnp.float32(0.5)).to_dense(), -0.5 * dense_of(rows))
     np.testing.assert_array_equal((rows + others).to_dense(), dense_of(rows) + dense_of(others))
     with pytest.raises(ValueError, match="scalar"):
-        rows * np.ones(3, np.float32)
+        _ = rows * np.ones(3, np.float32)
 
 
 def test_rows_are_a_pytree_that_keeps_its_static_parts() -> None:
@@ -141,7 +141,7 @@ def test_malformed_rows_are_refused(arguments: Any, error: type, message: str) -
 
 def test_rows_of_another_table_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\[7, 3\].*\[8, 3\]"):
-        jnp.zeros((V + 1, D)) + rows_of([0])
+        _ = jnp.zeros((V + 1, D)) + rows_of([0])
 
 
 STOCK = {

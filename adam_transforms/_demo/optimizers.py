@@ -45,4 +45,9 @@ OPTIMIZERS = {
         _adam_with_options,
         finalize=at.finalize,
     ),
+    "lazy": Optimizer(
+        "adam_transforms.lazy_adam on row gradients",
+        at.lazy_adam,
+        value_and_grad=at.value_and_grad,
+    ),
 }

@@ -105,8 +105,8 @@ def print_table(console: Console, problem: Problem, results: Mapping[str, Result
     )
     if reference is not None:
         console.print(
-            "Differences: of the training losses, and of the parameters after training. Adam makes"
-            "\nwhole steps of gradients that are near zero, and so of their rounding."
+            "Differences: of the training losses, and of the parameters after training."
+            "\nAdam makes whole steps of gradients near zero, and so of their rounding."
         )
 
 

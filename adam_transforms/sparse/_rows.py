@@ -260,5 +260,7 @@ def _first_positions(indices: jax.Array) -> jax.Array:
 
     if n == 0:
         return positions
-    start = (jnp.uint32(0), jnp.ones((n,), bool), positions)
+    # Made from `indices`, to vary over the mesh axes that they vary over inside `shard_map`.
+    zeros = jnp.zeros_like(indices)
+    start = (jnp.uint32(0), zeros == 0, positions + zeros)
     return jax.lax.while_loop(lambda state: jnp.any(state[1]), settle, start)[2]

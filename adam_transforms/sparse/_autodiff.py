@@ -1,0 +1,592 @@
+"""Gradients of tables by the rows read, from functions that know nothing of it.
+
+The function is traced to a jaxpr (1), in which each table is followed to where its rows are read
+(2). The jaxpr is run again with a zero array, a *tap*, added to every read (3). What is
+differentiated are the taps, in place of the tables (4): the gradient of a tap is that of the rows
+read there. Together with the indices of the reads they make the row gradients (5). No (V, D)
+gradient ever exists.
+
+Whatever depends on how JAX represents programs is in this file.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+
+from adam_transforms import _numerics, _paths, _trees
+from adam_transforms.sparse._rows import SparseRows
+
+# Equations that give each operand back, its rows as they were; `stop_gradient` is not among them.
+_KEEP_ROWS = {
+    "copy",
+    "copy_p",
+    "mesh_cast",
+    "name",
+    "optimization_barrier",
+    "pcast",
+    "pvary",
+    "reshard",
+    "sharding_constraint",
+}
+_CALLS = {"jit", "pjit", "closed_call", "core_call"}
+_CHECKPOINTS = {"checkpoint", "remat", "remat2"}
+
+
+def value_and_grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    tables: Any = "auto",
+) -> Callable[..., Any]:
+    r"""As `jax.value_and_grad`, but the gradient of a table is a `SparseRows`.
+
+    .. math:: G_{r} = \sum_{i:\, \mathrm{id}_i = r} \partial L / \partial\,\mathrm{read}_i
+
+    over all of the table's reads in the loss L, each row summed in at least float32. Time and
+    memory are O(rows read), whatever V. ``table[ids]``, ``table[3]``,
+    ``jnp.take(table, ids, axis=0)`` and the `Embed` of Flax linen and NNX are reads, also inside
+    `jax.jit`, `jax.vmap` and `jax.checkpoint` (which keeps its effect), and also of a table that
+    is cast to another dtype first.
+
+    Args:
+      fun: as for `jax.value_and_grad`: it returns a scalar, or (scalar, anything) with `has_aux`.
+        Unlike there it is traced: its Python code cannot branch on the values it differentiates.
+      argnums: which positional arguments to differentiate: one index, or several for a tuple of
+        gradients.
+      has_aux: whether `fun` returns a pair.
+      tables: which leaves, all (V, D...), get a row gradient. ``"auto"``: those that are read by
+        row and are not used in any other way (for an empty array of ids jnp reads nothing, and a
+        leaf that is not used stays dense). Or one regular expression or several, searched for in
+        the leaf's path within its argument; or a predicate ``(path, leaf) -> bool``.
+
+    Returns:
+      A function from `fun`'s arguments to (value, gradient), value being `fun`'s result, and
+      gradient in the structure of the argument. A table's is a `SparseRows` in the table's dtype
+      with unique indices, n being the number of rows read; a selected table that is never read has
+      n = 0. Every other leaf's is what JAX gives.
+
+    Raises:
+      ValueError: a pattern matches nothing, or a selected leaf is used in a way other than reading
+        rows; the error names its path and the operation. The bodies of `scan`, `while_loop`,
+        `cond`, `shard_map` and custom derivatives count as one operation each.
+      TypeError: a leaf is not floating or complex, as from JAX.
+
+    Indices outside of the table follow the mode of the read: with ``"clip"`` the nearest row gets
+    the gradient, with every other mode it goes nowhere. Uses of a table behind
+    `jax.lax.stop_gradient` are no uses. Inside `shard_map` a row gradient is the share of the
+    rows that this device read.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"table": jnp.ones((5, 2)), "scale": jnp.asarray(2.0)}
+    >>> def loss(params, ids):
+    ...     return params["scale"] * jnp.sum(params["table"][ids])
+    >>> value, grads = value_and_grad(loss)(params, jnp.array([3, 0, 3]))
+    >>> float(value), float(grads["scale"])
+    (12.0, 6.0)
+    >>> grads["table"].indices.tolist()  # 5 is padding
+    [3, 0, 5]
+    >>> grads["table"].values.tolist()
+    [[4.0, 4.0], [2.0, 2.0], [0.0, 0.0]]
+    """
+    select = _selector(tables)
+    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    @functools.wraps(fun)
+    def value_and_grad_of(*args: Any, **kwargs: Any) -> Any:
+        if not _are_differentiable(args, positions):
+            # JAX's own error, in its own words.
+            return jax.value_and_grad(fun, argnums, has_aux)(*args, **kwargs)
+        leaves, treedef = _leaves(args, positions)
+        traced = _trace(fun, has_aux, args, kwargs, positions)
+        steps, chosen = _choose(traced.jaxpr, leaves, select)
+        reads = _reads(steps)
+
+        def tapped(dense: list[Any], taps: list[Any]) -> Any:
+            # Tables are not arguments here: no gradient of one is ever computed.
+            rest = iter(dense)
+            inputs = [leaf.value if i in chosen else next(rest) for i, leaf in enumerate(leaves)]
+            outputs, indices = _run(traced.jaxpr, traced.consts, steps, inputs, taps)
+            result = traced.rebuild([_as_array(x) for x in outputs])
+            value, aux = result if has_aux else (result, None)
+            return value, (aux, indices)
+
+        dense = [leaf.value for i, leaf in enumerate(leaves) if i not in chosen]
+        taps = [_tap(read.aval) for read in reads]
+        differentiated = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
+        (value, (aux, indices)), (dense, taps) = differentiated(dense, taps)
+        rest = iter(dense)
+        grads = treedef.unflatten(
+            [
+                _assemble(i, leaf.value, reads, indices, taps) if i in chosen else next(rest)
+                for i, leaf in enumerate(leaves)
+            ]
+        )
+        grads = grads[0] if isinstance(argnums, int) else grads
+        return ((value, aux) if has_aux else value), grads
+
+    return value_and_grad_of
+
+
+def grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    tables: Any = "auto",
+) -> Callable[..., Any]:
+    """As `jax.grad`, but the gradient of a table is a `SparseRows`: see `value_and_grad`.
+
+    Returns:
+      A function from `fun`'s arguments to its gradient, or to (gradient, aux) with `has_aux`.
+
+    >>> import jax.numpy as jnp
+    >>> rows = grad(lambda table: jnp.sum(table[1] ** 2))(jnp.ones((3, 2)))
+    >>> rows.indices.tolist(), rows.values.tolist()
+    ([1], [[2.0, 2.0]])
+    """
+    both = value_and_grad(fun, argnums, has_aux, tables=tables)
+
+    @functools.wraps(fun)
+    def grad_of(*args: Any, **kwargs: Any) -> Any:
+        value, grads = both(*args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return grad_of
+
+
+# ---- (1) the arguments, and the trace -----------------------------------------------------------
+
+
+class _Leaf(NamedTuple):
+    path: str
+    value: Any
+
+
+class _Traced(NamedTuple):
+    """`fun` as a jaxpr of the leaves of the arguments it is differentiated in; `rebuild` makes its
+    result from the jaxpr's outputs."""
+
+    jaxpr: Any
+    consts: Sequence[Any]
+    rebuild: Callable[[Sequence[Any]], Any]
+
+
+def _are_differentiable(args: Sequence[Any], positions: Sequence[int]) -> bool:
+    """Whether the arguments exist and hold nothing but floating and complex arrays."""
+    if not all(-len(args) <= i < len(args) for i in positions):
+        return False
+    leaves = jax.tree.leaves([args[i] for i in positions])
+    return all(
+        isinstance(x, jax.Array | np.ndarray | np.generic | float | complex)
+        and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+        for x in leaves
+    )
+
+
+def _leaves(args: Sequence[Any], positions: Sequence[int]) -> tuple[list[_Leaf], Any]:
+    """The leaves of the arguments at `positions`, and the structure of the tuple of these."""
+    leaves = []
+    for i in positions:
+        found, _ = jax.tree_util.tree_flatten_with_path(args[i])
+        leaves += [_Leaf(_trees.path_str(path), x) for path, x in found]
+    return leaves, jax.tree.structure(tuple(args[i] for i in positions))
+
+
+def _trace(fun: Any, has_aux: bool, args: Any, kwargs: Any, positions: Sequence[int]) -> _Traced:
+    """Traces `fun`; all but the arguments at `positions` stays as it is and is closed over."""
+    inputs, treedef = jax.tree.flatten([args[i] for i in positions])
+    static: list[Any] = []
+
+    def flat(*inputs: Any) -> list[Any]:
+        all_args = list(args)
+        for i, x in zip(positions, treedef.unflatten(inputs), strict=True):
+            all_args[i] = x
+        result = fun(*all_args, **kwargs)
+        if has_aux and not (isinstance(result, tuple | list) and len(result) == 2):
+            raise TypeError(
+                "expected function with aux output to return a two-element tuple, "
+                f"but got type {type(result)} with value {result!r}"
+            )
+        outputs, out_tree = jax.tree.flatten(result)
+        traced = [isinstance(x, jax.Array) for x in outputs]
+        # What is no JAX array, a string in the auxiliary output say, goes around the jaxpr.
+        others = [None if is_array else x for x, is_array in zip(outputs, traced, strict=True)]
+        static[:] = [out_tree, traced, others]
+        return [x for x, is_array in zip(outputs, traced, strict=True) if is_array]
+
+    jaxpr, consts = _open(jax.make_jaxpr(flat)(*inputs))
+    out_tree, traced, others = static
+
+    def rebuild(outputs: Sequence[Any]) -> Any:
+        rest = iter(outputs)
+        return out_tree.unflatten(
+            [next(rest) if t else x for t, x in zip(traced, others, strict=True)]
+        )
+
+    return _Traced(jaxpr, consts, rebuild)
+
+
+def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """The bare jaxpr and its constants, of a closed jaxpr or a bare one."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+# ---- (2) where tables are read ------------------------------------------------------------------
+
+
+class _Read(NamedTuple):
+    """An equation that reads n rows of a table."""
+
+    table: int  # which leaf
+    aval: Any  # what is read
+    indices: Callable[..., jax.Array]  # from the equation's inputs to int32 (n,)
+    values: Callable[[jax.Array], jax.Array]  # from an array like what is read to (n, D...)
+
+
+# A jaxpr has a step for each equation: None to run it as it is, the `_Read` that it is, what it
+# does to a table on the way to one, or the list of the steps of the body that it calls.
+_CAST, _KEPT = "cast", "kept"
+
+
+def _selector(tables: Any) -> Callable[[Sequence[_Leaf]], set[int] | None]:
+    """From the leaves to the selected ones; None for ``"auto"``."""
+    if isinstance(tables, str) and tables == "auto":
+        return lambda leaves: None
+    if callable(tables):
+        return lambda leaves: {i for i, leaf in enumerate(leaves) if tables(leaf.path, leaf.value)}
+    patterns = _paths.compile_patterns("tables", tables)
+
+    def select(leaves: Sequence[_Leaf]) -> set[int]:
+        chosen = set()
+        for pattern in patterns:
+            hits = {i for i, leaf in enumerate(leaves) if pattern.search(leaf.path)}
+            if leaves and not hits:
+                paths = ", ".join(repr(leaf.path) for leaf in leaves)
+                raise ValueError(
+                    f"no leaf matches {pattern.pattern!r} of tables; the paths are {paths}"
+                )
+            chosen |= hits
+        return chosen
+
+    return select
+
+
+def _choose(jaxpr: Any, leaves: Sequence[_Leaf], select: Any) -> tuple[list[Any], set[int]]:
+    """The steps of `jaxpr`, and which of the leaves are tables.
+
+    Raises:
+      ValueError: a selected leaf is no table.
+    """
+    chosen = select(leaves)
+    candidates = set(range(len(leaves))) if chosen is None else chosen
+    for i in candidates if chosen is not None else ():
+        if jnp.ndim(leaves[i].value) == 0:
+            raise ValueError(f"{leaves[i].path!r} is selected by tables, but is a scalar")
+    steps, others = _plan(jaxpr, candidates)
+    if chosen is None:
+        # Without what is left dense, so that the calls that only touch that stay as they are.
+        candidates = {read.table for read in _reads(steps)} - set(others)
+        steps, _ = _plan(jaxpr, candidates)
+    elif others:
+        i, operation = min(others.items())
+        raise ValueError(
+            f"{leaves[i].path!r} is selected by tables, but is not only read by row: "
+            f"the operation {operation!r} uses it too. Leave it out of tables for a dense gradient"
+        )
+    return steps, candidates
+
+
+def _plan(jaxpr: Any, candidates: set[int]) -> tuple[list[Any], dict[int, str]]:
+    """The steps, and for each candidate used otherwise the first such operation."""
+    others: dict[int, str] = {}
+    inputs = [i if i in candidates else None for i in range(len(jaxpr.invars))]
+    steps, _ = _follow(jaxpr, inputs, others)
+    return steps, others
+
+
+def _follow(
+    jaxpr: Any, inputs: Sequence[int | None], others: dict[int, str]
+) -> tuple[list[Any], list[int | None]]:
+    """The steps of a jaxpr with tables among its `inputs`, and which of its outputs are tables."""
+    table_of: dict[Any, int] = {}
+
+    def mark(variables: Sequence[Any], tables: Sequence[int | None]) -> None:
+        for variable, table in zip(variables, tables, strict=True):
+            if table is not None:
+                table_of[variable] = table
+
+    def tables_in(atoms: Sequence[Any]) -> list[int | None]:
+        return [None if isinstance(x, jex.Literal) else table_of.get(x) for x in atoms]
+
+    mark(jaxpr.invars, inputs)
+    steps: list[Any] = []
+    for eqn in jaxpr.eqns:
+        tables = tables_in(eqn.invars)
+        name = eqn.primitive.name
+        step = None
+        if all(table is None for table in tables) or name == "stop_gradient":
+            pass
+        elif name in _KEEP_ROWS:
+            step = _KEPT
+            mark(eqn.outvars, tables[: len(eqn.outvars)])
+        elif name == "convert_element_type" and _is_inexact(eqn.outvars[0].aval):
+            step = _CAST
+            mark(eqn.outvars, tables)
+        elif name in _CALLS | _CHECKPOINTS:
+            step, outputs = _follow(_open(eqn.params["jaxpr"])[0], tables, others)
+            mark(eqn.outvars, outputs)
+        elif tables[0] is not None and not any(t is not None for t in tables[1:]):
+            step = _as_read(eqn, tables[0])
+            if step is None:
+                others.setdefault(tables[0], name)
+        else:
+            for table in tables:
+                if table is not None:
+                    others.setdefault(table, name)
+        steps.append(step)
+    return steps, tables_in(jaxpr.outvars)
+
+
+def _is_inexact(aval: Any) -> bool:
+    return jnp.issubdtype(aval.dtype, jnp.inexact)
+
+
+def _reads(steps: Sequence[Any]) -> list[_Read]:
+    """The reads, in the order they are made in."""
+    reads = []
+    for step in steps:
+        if isinstance(step, _Read):
+            reads.append(step)
+        elif isinstance(step, list):
+            reads += _reads(step)
+    return reads
+
+
+def _as_read(eqn: Any, table: int) -> _Read | None:
+    """The equation as a read of whole rows of its first operand, if it is one."""
+    operand, out = eqn.invars[0].aval, eqn.outvars[0].aval
+    parse = {"gather": _gather, "dynamic_slice": _dynamic_slice, "slice": _slice}
+    parsed = parse.get(eqn.primitive.name, lambda eqn, shape: None)(eqn, operand.shape)
+    if parsed is None:
+        return None
+    indices, order = parsed
+    shape = (-1, *operand.shape[1:]) if math.prod(out.shape) else (0, *operand.shape[1:])
+    return _Read(table, out, indices, lambda x: jnp.reshape(jnp.transpose(x, order), shape))
+
+
+def _gather(eqn: Any, shape: Sequence[int]) -> Any:
+    """``table[ids]`` and what `jax.vmap` makes of a `dynamic_slice`."""
+    numbers, sizes, mode = (
+        eqn.params[name] for name in ("dimension_numbers", "slice_sizes", "mode")
+    )
+    fill = mode == jax.lax.GatherScatterMode.FILL_OR_DROP
+    if (
+        tuple(sizes) != (1, *shape[1:])
+        or tuple(numbers.collapsed_slice_dims) not in ((), (0,))
+        or numbers.operand_batching_dims
+        or 0 not in numbers.start_index_map
+        # A whole row starts at column 0. "fill" alone would take another start for a miss.
+        or (len(numbers.start_index_map) > 1 and fill)
+    ):
+        return None
+    row = numbers.start_index_map.index(0)
+    clip = mode == jax.lax.GatherScatterMode.CLIP
+    rank = len(eqn.outvars[0].aval.shape)
+    batch = [i for i in range(rank) if i not in numbers.offset_dims]
+
+    def indices(operand: Any, starts: jax.Array) -> jax.Array:
+        rows = _replicated(starts)[..., row]
+        return _as_indices(jnp.reshape(rows, (rows.size,)), shape[0], clip)
+
+    return indices, (*batch, *numbers.offset_dims)
+
+
+def _dynamic_slice(eqn: Any, shape: Sequence[int]) -> Any:
+    """``table[id]`` of a scalar."""
+    if tuple(eqn.params["slice_sizes"]) != (1, *shape[1:]):
+        return None
+
+    def indices(operand: Any, row: jax.Array, *columns: Any) -> jax.Array:
+        return _as_indices(jnp.reshape(_replicated(row), (1,)), shape[0], clip=True)
+
+    return indices, tuple(range(len(shape)))
+
+
+def _slice(eqn: Any, shape: Sequence[int]) -> Any:
+    """``table[3]``."""
+    start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * len(shape)
+    sizes = tuple(b - a for a, b in zip(start, limit, strict=True))
+    if sizes != (1, *shape[1:]) or any(stride != 1 for stride in strides[1:]):
+        return None
+    return lambda operand: jnp.full((1,), start[0], jnp.int32), tuple(range(len(shape)))
+
+
+def _as_indices(ids: jax.Array, num_rows: int, clip: bool) -> jax.Array:
+    """int32 indices, those outside the table clipped or made padding."""
+    if jnp.iinfo(ids.dtype).bits < 32:
+        ids = ids.astype(jnp.int32)
+    # Before the cast: a 64-bit id must not wrap into the table.
+    lowest = -1 if jnp.issubdtype(ids.dtype, jnp.signedinteger) else 0
+    ids = jnp.clip(ids, jnp.asarray(lowest, ids.dtype), jnp.asarray(num_rows, ids.dtype))
+    ids = ids.astype(jnp.int32)
+    if clip:
+        return jnp.clip(ids, jnp.int32(0), jnp.int32(num_rows - 1))
+    return jnp.where(ids < 0, jnp.int32(num_rows), ids)
+
+
+# ---- (3) running with taps ----------------------------------------------------------------------
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["table"], meta_fields=["dtypes"])
+@dataclasses.dataclass(frozen=True)
+class _Cast:
+    """A table to be cast, to one dtype after the other. Rows are read first and cast then: XLA
+    would store the whole table once more, were it cast and then read twice."""
+
+    table: Any
+    dtypes: tuple[Any, ...]
+
+    def of(self, x: jax.Array) -> jax.Array:
+        for dtype in self.dtypes:
+            x = jax.lax.convert_element_type(x, dtype)
+        return x
+
+
+def _as_cast(x: Any) -> _Cast:
+    return x if isinstance(x, _Cast) else _Cast(x, ())
+
+
+def _as_array(x: Any) -> Any:
+    return x.of(x.table) if isinstance(x, _Cast) else x
+
+
+def _tap(aval: Any) -> jax.Array:
+    """Zeros to add to a read. Negative ones: x + -0.0 is x, even if that is -0.0."""
+    with _mesh_of(aval):
+        zeros = jax.lax.full(aval.shape, -0.0, aval.dtype, sharding=aval.sharding)
+    if hasattr(aval, "vma"):  # as it was called at first
+        return getattr(jax.lax, "pvary")(zeros, tuple(aval.vma))  # noqa: B009
+    varying = tuple(aval.manual_axis_type.varying)
+    return jax.lax.pcast(zeros, varying, to="varying") if varying else zeros
+
+
+def _mesh_of(aval: Any) -> Any:
+    """The context of an array's mesh: ``.at[ids].get(out_sharding=...)`` reads under another one
+    than it is called in."""
+    mesh = aval.sharding.mesh
+    if mesh == jax.sharding.get_abstract_mesh():
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def _replicated(x: jax.Array) -> jax.Array:
+    """On every device, if a mesh is explicit: where the rows of several reads are joined, their
+    shardings must agree."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if jax.sharding.AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
+    return x
+
+
+def _run(
+    jaxpr: Any, consts: Sequence[Any], steps: Sequence[Any], inputs: Sequence[Any], taps: list[Any]
+) -> tuple[list[Any], list[jax.Array]]:
+    """Runs a jaxpr, adding the first of `taps` to its first read and so on.
+
+    Returns:
+      Its outputs, and the indices of each of its reads.
+    """
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, inputs, strict=True))
+
+    def value(atom: Any) -> Any:
+        return atom.val if isinstance(atom, jex.Literal) else env[atom]
+
+    indices: list[jax.Array] = []
+    for eqn, step in zip(jaxpr.eqns, steps, strict=True):
+        values = [value(x) for x in eqn.invars]
+        if step is None:
+            outputs = _evaluate(jaxpr, eqn, [_as_array(x) for x in values])
+        elif step is _CAST:
+            cast = _as_cast(values[0])
+            outputs = [_Cast(cast.table, (*cast.dtypes, eqn.outvars[0].aval.dtype))]
+        elif step is _KEPT:
+            casts = [_as_cast(x) for x in values]
+            kept = _evaluate(jaxpr, eqn, [cast.table for cast in casts])
+            outputs = [_Cast(x, cast.dtypes) for x, cast in zip(kept, casts, strict=False)]
+        elif isinstance(step, _Read):
+            cast, *ids = [_as_cast(values[0]), *values[1:]]
+            (read,) = _evaluate(jaxpr, eqn, [cast.table, *ids])
+            with _mesh_of(step.aval):
+                outputs = [cast.of(read) + taps[len(indices)]]
+                rows = step.indices(cast.table, *ids)
+            indices.append(_replicated(rows))
+        else:
+            outputs, found = _call(eqn, step, values, taps[len(indices) :])
+            indices += found
+        env.update(zip(eqn.outvars, outputs, strict=True))
+    return [value(x) for x in jaxpr.outvars], indices
+
+
+def _evaluate(jaxpr: Any, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+    """One equation of `jaxpr`, as the jaxpr that consists of it: JAX knows how to run that."""
+    inputs = [
+        (x, v) for x, v in zip(eqn.invars, values, strict=True) if not isinstance(x, jex.Literal)
+    ]
+    one = jaxpr.replace(
+        constvars=[],
+        invars=[x for x, _ in inputs],
+        outvars=eqn.outvars,
+        eqns=[eqn],
+        effects=eqn.effects,
+    )
+    return jex.jaxpr_as_fun(jex.ClosedJaxpr(one, []))(*(v for _, v in inputs))
+
+
+def _call(eqn: Any, steps: Sequence[Any], values: Sequence[Any], taps: list[Any]) -> Any:
+    """The body of a call with reads in it; a checkpointed body stays checkpointed."""
+    body, consts = _open(eqn.params["jaxpr"])
+
+    def run(values: Sequence[Any], taps: list[Any]) -> Any:
+        return _run(body, consts, steps, values, taps)
+
+    if eqn.primitive.name in _CHECKPOINTS:
+        params = eqn.params
+        run = jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])
+    return run(values, taps[: len(_reads(steps))])
+
+
+# ---- (5) row gradients --------------------------------------------------------------------------
+
+
+def _assemble(
+    i: int, table: Any, reads: Sequence[_Read], indices: Sequence[Any], taps: Sequence[Any]
+) -> SparseRows:
+    """The row gradient of leaf `i` from the indices of all reads and the gradients of the taps."""
+    dtype = jnp.result_type(table)
+    wide = _numerics.compute_dtype(dtype)
+    of_table = [k for k, read in enumerate(reads) if read.table == i]
+    values = [_as_dtype(reads[k].values(_replicated(taps[k])), wide) for k in of_table]
+    rows = SparseRows(
+        jnp.concatenate([jnp.zeros((0,), jnp.int32), *(indices[k] for k in of_table)]),
+        jnp.concatenate([jnp.zeros((0, *jnp.shape(table)[1:]), wide), *values]),
+        num_rows=jnp.shape(table)[0],
+    ).sum_duplicates()
+    return rows.with_values(rows.values.astype(dtype))
+
+
+def _as_dtype(x: jax.Array, dtype: Any) -> jax.Array:
+    """The cotangent of a cast: of a real array made complex, the real part."""
+    if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        x = x.real
+    return x.astype(dtype)
