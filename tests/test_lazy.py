@@ -16,7 +16,7 @@ from helpers import assert_bits_equal, normal, types
 import adam_transforms as at
 
 V, D = 9, 3
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "data" / "sparse"
 
 
 def params_and_rows(seed: int = 0, indices: Any = (4, 1, 4, 7)) -> Any:
@@ -406,7 +406,7 @@ def test_memory_does_not_depend_on_the_table_and_nothing_of_its_size_is_copied(n
     assert temporaries[0] == temporaries[1]
 
 
-CASES = {case["case"]: case for case in json.loads((DATA / "sparse_index.json").read_text())}
+CASES = {case["case"]: case for case in json.loads((DATA / "index.json").read_text())}
 
 
 @pytest.mark.parametrize("name", CASES)
