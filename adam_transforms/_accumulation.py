@@ -1,5 +1,6 @@
 """Gradient accumulation: one inner step for every so many gradients."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -105,7 +106,7 @@ def accumulate(
         def step(total: Any, inner_state: Any) -> tuple[Any, Any]:
             if average:
                 total = jax.tree.map(
-                    lambda x: on_values(lambda x: _numerics.scale(x, 1.0 / every), x),
+                    functools.partial(on_values, lambda x: _numerics.scale(x, 1.0 / every)),
                     total,
                     is_leaf=is_rows,
                 )
@@ -114,17 +115,11 @@ def accumulate(
         def keep(carried: Any, acc: Any) -> Any:
             if acc is None:
                 return None
+            if carried is None:
+                return _without_gradient(acc, state.mini_step, every)
             if isinstance(acc, SparseRows):
-                if carried is None:
-                    size = acc.values.shape[0] // every
-                    nothing = SparseRows(
-                        jnp.full((size,), acc.num_rows), acc.values[:size], acc.num_rows
-                    )
-                    return _append(acc, nothing, state.mini_step)
                 values = carried.values.astype(acc.dtype)
                 return SparseRows(carried.indices, values, acc.num_rows)
-            if carried is None:  # no gradient: what the last cycle left has to go all the same
-                return jnp.where(starts, jnp.zeros_like(acc), acc)
             return carried.astype(acc.dtype)
 
         total = _trees.map_leaves(add, updates, state.acc, names=("the accumulator",), rows=True)
@@ -151,6 +146,15 @@ def _check_rows(path: str, g: Any, acc: Any, every: int) -> None:
         raise ValueError(
             f"{path!r} has a gradient of {g.values.shape[0]} rows, but `like` announced {size}"
         )
+
+
+def _without_gradient(acc: Any, mini_step: jax.Array, every: int) -> Any:
+    """`acc` after a step without a gradient, in which what the last cycle left has to go as ever."""
+    if not isinstance(acc, SparseRows):
+        return jnp.where(mini_step == 0, jnp.zeros_like(acc), acc)
+    size = acc.values.shape[0] // every
+    padding = SparseRows(jnp.full((size,), acc.num_rows), acc.values[:size], acc.num_rows)
+    return _append(acc, padding, mini_step)
 
 
 def _append(acc: SparseRows, rows: SparseRows, mini_step: jax.Array) -> SparseRows:

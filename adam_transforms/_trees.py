@@ -14,11 +14,6 @@ from adam_transforms import _numerics
 from adam_transforms.sparse._rows import SparseRows, on_values
 
 
-def is_none(x: Any) -> bool:
-    """Makes `jax.tree` functions treat None as a leaf."""
-    return x is None
-
-
 def is_leaf(x: Any) -> bool:
     """Makes `jax.tree` functions treat None and row gradients as leaves."""
     return x is None or isinstance(x, SparseRows)

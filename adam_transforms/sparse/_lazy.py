@@ -163,9 +163,7 @@ def _gather(x: Any, rows: SparseRows | None) -> Any:
     """The touched rows of `x`, zeros at padding; all of it if there is no row gradient."""
     if rows is None or x is None:
         return x
-    taken = jnp.asarray(x).at[rows.indices].get(mode="clip")
-    mask = jnp.reshape(rows.is_row, (-1,) + (1,) * (taken.ndim - 1))
-    return jnp.where(mask, taken, jnp.zeros((), taken.dtype))
+    return rows.masked(jnp.asarray(x).at[rows.indices].get(mode="clip"))
 
 
 def _scatter(x: Any, rows: SparseRows | None, small: Any) -> Any:

@@ -79,10 +79,6 @@ class SparseRows:
         return self.values.dtype
 
     @property
-    def ndim(self) -> int:
-        return self.values.ndim
-
-    @property
     def is_row(self) -> jax.Array:
         """bool (n,): False at padding."""
         indices = self.indices
@@ -114,10 +110,14 @@ class SparseRows:
             unique=True,
         )
 
+    def masked(self, x: jax.Array) -> jax.Array:
+        """`x`, (n, ...), with zeros at padding."""
+        mask = jnp.reshape(self.is_row, (-1,) + (1,) * (x.ndim - 1))
+        return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
     def masked_values(self) -> jax.Array:
         """`values` with zeros at padding."""
-        mask = jnp.reshape(self.is_row, (-1,) + (1,) * (self.values.ndim - 1))
-        return jnp.where(mask, self.values, jnp.zeros((), self.dtype))
+        return self.masked(self.values)
 
     def with_values(self, values: jax.Array) -> "SparseRows":
         """The same rows with other values."""
