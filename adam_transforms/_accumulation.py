@@ -149,7 +149,7 @@ def _check_rows(path: str, g: Any, acc: Any, every: int) -> None:
 
 
 def _without_gradient(acc: Any, mini_step: jax.Array, every: int) -> Any:
-    """`acc` after a step without a gradient, in which what the last cycle left has to go as ever."""
+    """`acc` after a step without a gradient; what the last cycle left goes all the same."""
     if not isinstance(acc, SparseRows):
         return jnp.where(mini_step == 0, jnp.zeros_like(acc), acc)
     size = acc.values.shape[0] // every
