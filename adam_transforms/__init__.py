@@ -24,6 +24,7 @@ from adam_transforms._presets import adam, adamw, lazy_adam
 from adam_transforms._trees import path_str
 from adam_transforms._updates import apply_updates
 from adam_transforms.sparse._autodiff import grad, value_and_grad
+from adam_transforms.sparse._collectives import all_reduce_rows
 from adam_transforms.sparse._lazy import LazyState, lazy
 from adam_transforms.sparse._rows import SparseRows, to_dense
 
@@ -40,6 +41,7 @@ __all__ = [
     "accumulate",
     "adam",
     "adamw",
+    "all_reduce_rows",
     "apply_updates",
     "by_path",
     "clip_by_global_norm",

@@ -108,6 +108,19 @@ def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
     return -jnp.expm1(count * jnp.log1p(as_scalar(decay) - 1.0))
 
 
+def computed_once(x: jax.Array) -> jax.Array:
+    """`x`, which XLA on CPU then computes once for all its uses.
+
+    XLA repeats cheap arithmetic in every kernel that needs the result. Where rows gathered from a
+    table go into it, the gather becomes a kernel of its own instead, and a gather without
+    arithmetic is a scalar copy that takes four times as long. XLA does not repeat divisions; this
+    one is by 1, whatever `x`, which it cannot know.
+    """
+    if jnp.iscomplexobj(x):  # a complex division by 1 is not exact
+        return x
+    return x / (1.0 + 0.0 * jnp.minimum(jnp.abs(x), jnp.ones((), x.dtype)))
+
+
 def increment(count: jax.Array) -> jax.Array:
     """``count + 1``, which stays at the largest integer once it is there."""
     return jnp.asarray(optax.safe_increment(count))

@@ -1,15 +1,18 @@
 """What does a step cost that touches a few rows of a large table?
 
-    python benchmarks/bench_sparse.py [--rows V ...] [--touched N] [--rounds N] [--output F]
+    python benchmarks/bench_sparse.py [--only SECTION ...] [--sizes V,D,N ...] [--rounds N]
 
-From raw duplicated ids (by Zipf's law) and the cotangents of the rows read to new parameters:
-`lazy` (duplicates summed on the way) against dense `optax.adam` with the scatter-add gradient that
-JAX makes of a lookup, and, where PyTorch is installed, its SparseAdam (coalescing included).
+Sections: `step` is the optimizer's step alone, from raw duplicated ids and the cotangents of the
+rows read to new parameters; `flat` is the same at V = 10^4 and 10^7, beside a bare gather and
+scatter of the same rows; `tower` is the whole training step of a two-tower model, forward and
+backward passes included. Contenders that are not installed are left out by name.
 """
 
 import argparse
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import harness
 import jax
@@ -19,96 +22,347 @@ import optax
 
 import adam_transforms as at
 
-DIM = 64
+BATCHES = 8  # different batches of ids, in turn: the rows of the last one are not in the caches
+DISTRIBUTIONS = ("uniform", "zipf")
 LARGEST_FOR_ALL = 2_000_000  # rows; of larger tables not all contenders' fit into 24 GB
+COLUMNS, ITEMS, HIDDEN, BATCH = 64, 8, 64, 1024  # of the two-tower model
 
 
-def touched_rows(rows: int, touched: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids, int32 (touched,), by Zipf's law over all rows in random order, and (touched, DIM)
-    cotangents."""
-    generator = np.random.default_rng(0)
-    ranks = np.exp(generator.random(touched) * np.log(rows)).astype(np.int64) - 1
+class Size(NamedTuple):
+    """A table of so many rows and columns, and so many ids a step."""
+
+    rows: int
+    columns: int
+    touched: int
+
+
+SIZES = [
+    Size(10**4, 32, 8192),
+    Size(10**6, 64, 8192),
+    Size(10**7, 32, 8192),
+    Size(10**6, 128, 65536),
+]
+
+
+def draw_ids(distribution: str, rows: int, shape: Sequence[int], seed: int) -> np.ndarray:
+    """int32 ids, uniform or by Zipf's law, over all rows in random order."""
+    generator = np.random.default_rng(seed)
+    if distribution == "uniform":
+        return generator.integers(0, rows, shape, np.int32)
+    ranks = np.exp(generator.random(shape) * np.log(rows)).astype(np.int64) - 1
     # A multiplication by a number coprime to `rows` spreads the frequent ones over the table.
-    ids = (ranks * 2_654_435_761) % rows
-    return ids.astype(np.int32), generator.standard_normal((touched, DIM), np.float32)
+    return ((ranks * 2_654_435_761) % rows).astype(np.int32)
 
 
-def jax_case(name: str, tx: Any, rows: int, ids: Any, values: Any, *, dense: bool) -> Any:
-    """One step on a fresh table; parameters and state are donated."""
+def in_turn(step: Callable[..., Any], batches: Sequence[Any]) -> Callable[[Any], Any]:
+    """`step` with one batch after the other."""
+    source = itertools.cycle(batches)
+    return lambda carry: step(carry, *next(source))
+
+
+def step_batches(size: Size, distribution: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Ids, int32 (touched,), and cotangents, (touched, columns)."""
+    generator = np.random.default_rng(0)
+    values = generator.standard_normal((size.touched, size.columns), np.float32)
+    return [
+        (draw_ids(distribution, size.rows, (size.touched,), seed), values)
+        for seed in range(BATCHES)
+    ]
+
+
+def jax_table(size: Size) -> jax.Array:
+    return 0.1 * jax.random.normal(jax.random.key(0), (size.rows, size.columns))
+
+
+def on_device(batches: Sequence[Any]) -> list[Any]:
+    return jax.tree.map(jnp.asarray, list(batches))
+
+
+# ---- the step alone -----------------------------------------------------------------------------
+
+
+def jax_step(name: str, tx: Any, size: Size, batches: Any, *, dense: bool = False) -> harness.Case:
+    """A transformation; parameters and state are donated."""
 
     def step(carry: Any, ids: jax.Array, values: jax.Array) -> Any:
         params, state = carry
         if dense:
-            gradient: Any = jnp.zeros((rows, DIM)).at[ids].add(values)
+            gradient: Any = jnp.zeros(params["table"].shape).at[ids].add(values)
         else:
-            gradient = at.SparseRows(ids, values, rows)
+            gradient = at.SparseRows(ids, values, size.rows)
         updates, state = tx.update({"table": gradient}, state, params)
         return optax.apply_updates(params, updates), state
 
+    params = {"table": jax_table(size)}
     jitted = jax.jit(step, donate_argnums=0)
-    ids, values = jnp.asarray(ids), jnp.asarray(values)
-    params = {"table": 0.1 * jax.random.normal(jax.random.key(0), (rows, DIM))}
-    return harness.Case(name, lambda carry: jitted(carry, ids, values), (params, tx.init(params)))
+    return harness.Case(name, in_turn(jitted, on_device(batches)), (params, tx.init(params)))
 
 
-def torch_case(rows: int, ids: np.ndarray, values: np.ndarray) -> harness.Case | None:
-    """PyTorch's SparseAdam; None where PyTorch is not installed."""
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return None
-    table = torch.nn.Parameter(0.1 * torch.randn(rows, DIM))
+def bare_rows(size: Size, batches: Any) -> harness.Case:
+    """Gathers rows, combines them with as many others, scatters them: 3 streams of rows, where
+    Adam has 7 (reads parameters, both moments and gradients, writes the first three)."""
+
+    def step(table: jax.Array, ids: jax.Array, values: jax.Array) -> jax.Array:
+        rows = 0.5 * table.at[ids].get(mode="clip") + values
+        return table.at[ids].set(rows, mode="drop", unique_indices=True)
+
+    jitted = jax.jit(step, donate_argnums=0)
+    return harness.Case(
+        "bare gather, scatter", in_turn(jitted, on_device(batches)), jax_table(size)
+    )
+
+
+def torch_step(size: Size, batches: Any) -> harness.Case:
+    import torch  # pyright: ignore[reportMissingImports]
+
+    table = torch.nn.Parameter(0.1 * torch.randn(size.rows, size.columns))
     optimizer = torch.optim.SparseAdam([table], lr=1e-3)
-    index, value = torch.from_numpy(ids.astype(np.int64))[None], torch.from_numpy(values)
 
-    def step(_: Any) -> None:
-        table.grad = torch.sparse_coo_tensor(index, value, table.shape, check_invariants=False)
+    def step(_: Any, ids: Any, values: Any) -> None:
+        table.grad = torch.sparse_coo_tensor(ids, values, table.shape, check_invariants=False)
         optimizer.step()
 
-    return harness.Case("torch.optim.SparseAdam", step, None)
-
-
-def bench_step(rows: int, touched: int, rounds: int) -> list[dict[str, Any]]:
-    """The optimizer's step alone, on a table of so many rows."""
-    ids, values = touched_rows(rows, touched)
-    cases = [
-        jax_case("lazy_adam", at.lazy_adam(1e-3), rows, ids, values, dense=False),
-        torch_case(rows, ids, values),
+    batches = [
+        (torch.from_numpy(ids.astype(np.int64))[None], torch.from_numpy(values))
+        for ids, values in batches
     ]
-    if rows <= LARGEST_FOR_ALL:
-        clipped = at.lazy_adam(1e-3, clip_global_norm=1.0, weight_decay=1e-2)
-        cases += [
-            jax_case("lazy(optax.adam)", at.lazy(optax.adam(1e-3)), rows, ids, values, dense=False),
-            jax_case("lazy_adam, clipped, decayed", clipped, rows, ids, values, dense=False),
-            jax_case("optax.adam, dense", optax.adam(1e-3), rows, ids, values, dense=True),
-        ]
-    cases = [c for c in cases if c is not None]
-    harness.interleave(cases, rounds=rounds)
+    return harness.Case("torch SparseAdam", in_turn(step, batches), None)
+
+
+def tensorflow_step(name: str, size: Size, batches: Any) -> harness.Case:
+    import tensorflow as tf  # pyright: ignore[reportMissingImports]
+
+    table = tf.Variable(0.1 * tf.random.normal((size.rows, size.columns)))
+    if name == "TF1 AdamOptimizer":
+        optimizer = tf.compat.v1.train.AdamOptimizer(1e-3)
+    else:
+        import keras  # pyright: ignore[reportMissingImports]
+
+        table = keras.Variable(table)
+        optimizer = keras.optimizers.Adam(1e-3)
+        optimizer.build([table])
+
+    @tf.function
+    def step(ids: Any, values: Any) -> None:
+        gradient = tf.IndexedSlices(values, ids, (size.rows, size.columns))
+        optimizer.apply_gradients([(gradient, table)])
+
+    batches = [(tf.constant(ids), tf.constant(values)) for ids, values in batches]
+    return harness.Case(name, in_turn(lambda _, *batch: step(*batch), batches), None)
+
+
+def installed(cases: Iterator[Callable[[], harness.Case]]) -> list[harness.Case]:
+    """The contenders that can be had here; the others are named."""
+    found = []
+    for case in cases:
+        try:
+            found.append(case())
+        except ImportError as error:
+            print(f"left out: {error.name} is not installed")
+    return found
+
+
+def bench_step(size: Size, distribution: str, rounds: int) -> list[dict[str, Any]]:
+    batches = step_batches(size, distribution)
+
+    def contenders() -> Iterator[Callable[[], harness.Case]]:
+        yield lambda: jax_step("lazy_adam", at.lazy_adam(1e-3), size, batches)
+        yield lambda: torch_step(size, batches)
+        yield lambda: bare_rows(size, batches)
+        yield lambda: jax_step("dense optax.adam", optax.adam(1e-3), size, batches, dense=True)
+        if size.rows <= LARGEST_FOR_ALL:
+            inner = at.lazy(optax.adam(1e-3))
+            yield lambda: jax_step("lazy(optax.adam)", inner, size, batches)
+            clipped = at.lazy_adam(1e-3, clip_global_norm=1.0, weight_decay=1e-2)
+            yield lambda: jax_step("lazy_adam, clipped, decayed", clipped, size, batches)
+            yield lambda: tensorflow_step("TF1 AdamOptimizer", size, batches)
+            yield lambda: tensorflow_step("Keras 3 Adam", size, batches)
+
+    cases = installed(contenders())
+    harness.interleave(cases, rounds=rounds, cycle=BATCHES, warm_up=1)
     base = cases[0].median_ms()
     return [
-        {"rows": rows, "name": c.name, "ms": c.median_ms(), "ratio": c.median_ms() / base}
-        for c in cases
+        {
+            "rows": size.rows,
+            "columns": size.columns,
+            "ids": f"{size.touched} {distribution}",
+            "name": case.name,
+            "ms": case.median_ms(),
+            "ratio": case.median_ms() / base,
+        }
+        for case in cases
     ]
+
+
+def bench_flat(sizes: Sequence[Size], rounds: int) -> list[dict[str, Any]]:
+    cases = []
+    for size in sizes:
+        batches = step_batches(size, "uniform")
+        cases += [
+            jax_step("lazy_adam", at.lazy_adam(1e-3), size, batches),
+            bare_rows(size, batches),
+        ]
+    harness.interleave(cases, rounds=rounds, cycle=BATCHES, warm_up=1)
+    return [
+        {
+            "name": case.name,
+            "rows": sizes[i // 2].rows,
+            "ms": case.median_ms(),
+            "ratio": case.median_ms() / cases[i % 2].median_ms(),
+        }
+        for i, case in enumerate(cases)
+    ]
+
+
+# ---- the two-tower model ------------------------------------------------------------------------
+
+
+def tower_batches(rows: int, distribution: str) -> list[tuple[np.ndarray, ...]]:
+    """Users, int32 (BATCH,), items, int32 (BATCH, ITEMS), and whether each was chosen."""
+    generator = np.random.default_rng(0)
+    chosen = (generator.random((BATCH, ITEMS)) < 0.2).astype(np.float32)
+    return [
+        (
+            draw_ids(distribution, rows, (BATCH,), seed),
+            draw_ids(distribution, rows, (BATCH, ITEMS), BATCHES + seed),
+            chosen,
+        )
+        for seed in range(BATCHES)
+    ]
+
+
+def jax_tower(
+    name: str, value_and_grad: Any, tx: Any, rows: int, columns: int, batches: Any
+) -> harness.Case:
+    from flax import nnx
+
+    class Tower(nnx.Module):
+        """Scores items for a user."""
+
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.users = nnx.Embed(rows, columns, rngs=rngs)
+            self.items = nnx.Embed(rows, columns, rngs=rngs)
+            self.hidden = nnx.Linear(columns, HIDDEN, rngs=rngs)
+            self.out = nnx.Linear(HIDDEN, columns, rngs=rngs)
+
+        def __call__(self, users: jax.Array, items: jax.Array) -> jax.Array:
+            user = self.out(nnx.relu(self.hidden(self.users(users))))
+            return jnp.einsum("bd,bkd->bk", user, self.items(items))
+
+    model, params = nnx.split(Tower(nnx.Rngs(0)))
+
+    def step(carry: Any, users: jax.Array, items: jax.Array, chosen: jax.Array) -> Any:
+        params, state = carry
+
+        def loss(params: Any) -> jax.Array:
+            scores = nnx.merge(model, params)(users, items)
+            return jnp.mean(optax.sigmoid_binary_cross_entropy(scores, chosen))
+
+        _, grads = value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    jitted = jax.jit(step, donate_argnums=0)
+    return harness.Case(name, in_turn(jitted, on_device(batches)), (params, tx.init(params)))
+
+
+def torch_tower(rows: int, columns: int, batches: Any) -> harness.Case:
+    import torch  # pyright: ignore[reportMissingImports]
+
+    users = torch.nn.Embedding(rows, columns, sparse=True)
+    items = torch.nn.Embedding(rows, columns, sparse=True)
+    mlp = torch.nn.Sequential(
+        torch.nn.Linear(columns, HIDDEN), torch.nn.ReLU(), torch.nn.Linear(HIDDEN, columns)
+    )
+    tables = torch.optim.SparseAdam([*users.parameters(), *items.parameters()], lr=1e-3)
+    dense = torch.optim.Adam(mlp.parameters(), lr=1e-3)
+    loss_of = torch.nn.BCEWithLogitsLoss()
+
+    def step(_: Any, user: Any, item: Any, chosen: Any) -> None:
+        tables.zero_grad()
+        dense.zero_grad()
+        scores = torch.einsum("bd,bkd->bk", mlp(users(user)), items(item))
+        loss_of(scores, chosen).backward()
+        tables.step()
+        dense.step()
+
+    batches = [tuple(map(torch.from_numpy, batch)) for batch in batches]
+    return harness.Case("torch Embedding, SparseAdam", in_turn(step, batches), None)
+
+
+def bench_tower(rows: int, distribution: str, rounds: int) -> list[dict[str, Any]]:
+    model = (rows, COLUMNS, tower_batches(rows, distribution))
+
+    def contenders() -> Iterator[Callable[[], harness.Case]]:
+        lazy, dense = at.lazy_adam(1e-3), optax.adam(1e-3)
+        yield lambda: jax_tower("row gradients, lazy_adam", at.value_and_grad, lazy, *model)
+        yield lambda: torch_tower(*model)
+        yield lambda: jax_tower("jax.grad, optax.adam", jax.value_and_grad, dense, *model)
+
+    cases = installed(contenders())
+    harness.interleave(cases, rounds=rounds, cycle=BATCHES, warm_up=1)
+    base = cases[0].median_ms()
+    return [
+        {
+            "rows": rows,
+            "ids": distribution,
+            "name": case.name,
+            "ms": case.median_ms(),
+            "ratio": case.median_ms() / base,
+        }
+        for case in cases
+    ]
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def size_of(text: str) -> Size:
+    rows, columns, touched = map(int, text.split(","))
+    return Size(rows, columns, touched)
 
 
 def main() -> None:
+    sections = ("step", "flat", "tower")
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[10**5, 10**6, 10**7])
-    parser.add_argument("--touched", type=int, default=8192, help="ids a step (default 8192)")
-    parser.add_argument("--rounds", type=int, default=24, help="timed turns of each (default 24)")
+    parser.add_argument("--only", nargs="+", choices=sections, default=sections)
+    parser.add_argument(
+        "--sizes", type=size_of, nargs="+", default=SIZES, metavar="V,D,N", help="of `step`"
+    )
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[10**4, 10**7], help="of `flat` (default 10^4 10^7)"
+    )
+    parser.add_argument(
+        "--tower-rows", type=int, nargs="+", default=[10**4, 10**5, 10**6], help="of each table"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
     parser.add_argument(
         "--output", type=Path, default=harness.RESULTS / "sparse.json", help="(default %(default)s)"
     )
     arguments = parser.parse_args()
-    results = [
-        row
-        for rows in arguments.rows
-        for row in bench_step(rows, arguments.touched, arguments.rounds)
-    ]
-    harness.print_table(
-        f"step: {arguments.touched:,} ids a step, Zipf-distributed, into tables {DIM} wide", results
-    )
-    harness.write_json(arguments.output, {"step": results})
+
+    results = {}
+    if "step" in arguments.only:
+        results["step"] = [
+            row
+            for size in arguments.sizes
+            for distribution in DISTRIBUTIONS
+            for row in bench_step(size, distribution, arguments.rounds)
+        ]
+        harness.print_table("step: the optimizer alone", results["step"])
+    if "flat" in arguments.only:
+        sizes = [Size(rows, 32, 8192) for rows in arguments.rows]
+        results["flat"] = bench_flat(sizes, arguments.rounds)
+        harness.print_table("flat: 8,192 uniform ids, tables 32 wide", results["flat"])
+    if "tower" in arguments.only:
+        results["tower"] = [
+            row
+            for rows in arguments.tower_rows
+            for distribution in DISTRIBUTIONS
+            for row in bench_tower(rows, distribution, arguments.rounds)
+        ]
+        harness.print_table("tower: a whole training step", results["tower"])
+    harness.write_json(arguments.output, results)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SECTIONS = ["step", "options", "accumulate"]
 RUNS = {
     "bench_dense.py": (["--parameters", "65536", "--only", *SECTIONS], SECTIONS),
-    "bench_sparse.py": (["--rows", "1000", "--touched", "64"], ["step"]),
+    "bench_sparse.py": (
+        ["--sizes", "1000,4,64", "--rows", "1000", "2000", "--tower-rows", "1000"],
+        ["step", "flat", "tower"],
+    ),
 }
 
 

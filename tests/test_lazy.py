@@ -383,7 +383,7 @@ IN_PLACE = {
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_memory_does_not_depend_on_the_table_and_nothing_of_its_size_is_copied(name: str) -> None:
     temporaries = []
-    for rows in (10_000, 1_000_000):
+    for rows in (1_000_000, 10_000_000):
         params = {"t": jax.ShapeDtypeStruct((rows, 16), jnp.float32)}
         like = {"t": at.SparseRows(np.zeros(512, np.int32), np.zeros((512, 16), np.float32), rows)}
         tx = IN_PLACE[name](like)

@@ -135,6 +135,21 @@ def test_increment_stays_at_the_largest_integer():
     assert [int(_numerics.increment(c)) for c in counts] == [1, 42, largest, largest]
 
 
+# Compiling
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.complex64])
+def test_what_is_computed_once_is_what_it_was(dtype):
+    finfo = jnp.finfo(dtype)
+    x = [0.0, -0.0, 1.0, -3.7, finfo.tiny, finfo.max, -finfo.max, np.inf, -np.inf, np.nan]
+    with x64():
+        x = jnp.asarray(x, dtype)
+        once = jax.jit(_numerics.computed_once)(x)
+        assert once.dtype == dtype
+        np.testing.assert_array_equal(once, x)
+        np.testing.assert_array_equal(jnp.signbit(once.real), jnp.signbit(x.real))
+
+
 # Norms
 
 

@@ -68,10 +68,11 @@ def test_sum_duplicates_names_each_row_once_and_keeps_the_gradient(indices: list
 @pytest.mark.parametrize("num_rows", [1, 50, 10**6, 2**31 - 1])
 def test_first_positions_are_those_that_sorting_finds(n: int, num_rows: int) -> None:
     generator = np.random.default_rng(n)
-    indices = generator.integers(0, num_rows, n).astype(np.int32)
+    indices = generator.integers(0, num_rows + 1, n)
     indices[: n // 2] = indices[0] + 8 * np.arange(n // 2)  # a stride, as of fields of a record
+    indices = (indices % (num_rows + 1)).astype(np.int32)
     _, first, inverse = np.unique(indices, return_index=True, return_inverse=True)
-    np.testing.assert_array_equal(jax.jit(_first_positions)(indices), first[inverse])
+    np.testing.assert_array_equal(jax.jit(_first_positions, static_argnums=1)(indices, num_rows), first[inverse])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -105,6 +106,81 @@ def test_rows_are_a_pytree_that_keeps_its_static_parts() -> None:
     paths = [at.path_str(path) for path, _ in jax.tree_util.tree_flatten_with_path({"t": rows})[0]]
     assert paths == ["t/indices", "t/values"]
     assert repr(rows) == "SparseRows(float32[7,3], 2 of 7 distinct rows)"
+
+
+def test_a_batch_of_row_gradients_shows_that_it_is_one() -> None:
+    rows = [rows_of([1, 1, 3], seed=seed) for seed in (0, 1)]
+    batch = jax.vmap(lambda g: at.SparseRows(jnp.array([1, 1, 3]), g, V))(
+        jnp.stack([r.values for r in rows])
+    )
+    assert batch.shape == (2, V, D)
+    assert batch.dtype == np.float32
+    assert repr(batch) == "SparseRows(float32[2,7,3], 3 of 7 rows, batched)"
+    dense = jax.vmap(at.SparseRows.to_dense)(batch)
+    np.testing.assert_array_equal(dense, [dense_of(r) for r in rows])
+    table = jnp.ones((V, D))
+    added = jax.vmap(lambda table, r: table + r, (None, 0))(table, batch)
+    np.testing.assert_array_equal(added, dense + 1)
+    assert_bits_equal(jax.vmap(lambda r: r + r)(batch).shape, (2, V, D))
+
+
+REFUSED_OF_A_BATCH = {
+    "to_dense": lambda rows: rows.to_dense(),
+    "sum_duplicates": lambda rows: rows.sum_duplicates(),
+    "is_row": lambda rows: rows.is_row,
+    "masked_values": lambda rows: rows.masked_values(),
+    "table + rows": lambda rows: jnp.zeros(rows.shape) + rows,
+    "rows + table": lambda rows: rows + jnp.zeros(rows.shape),
+    "rows + rows": lambda rows: rows + rows,
+    "scaled": lambda rows: rows * 2.0,
+    "global_norm": lambda rows: at.global_norm(rows),
+    "at.to_dense": lambda rows: at.to_dense({"t": rows}),
+    "lazy": lambda rows: at.lazy(at.adam(0.1)).update(
+        {"t": rows},
+        at.lazy(at.adam(0.1)).init({"t": jnp.ones((V, D))}),
+        {"t": jnp.ones((V, D))},
+    ),
+}
+
+
+@pytest.mark.parametrize("unique", [False, True])
+@pytest.mark.parametrize("operation", REFUSED_OF_A_BATCH)
+def test_what_is_done_with_one_gradient_is_refused_of_a_batch(operation: str, unique: bool) -> None:
+    rows = at.SparseRows(jnp.array([1, 3]), jnp.ones((2, D)), V, unique=unique)
+    batch = jax.tree.map(lambda x: jnp.stack([x, x]), rows)
+    with pytest.raises(ValueError, match=r"\(n,\).*\[2, 2\]"):
+        REFUSED_OF_A_BATCH[operation](batch)
+
+
+@pytest.mark.parametrize("leaf", [None, 0, "a", object(), (), jax.sharding.PartitionSpec("x")])
+def test_rows_of_anything_can_be_shown(leaf: Any) -> None:
+    """As in the trees that JAX makes of axes, shardings and shapes."""
+    rows = rows_of([1, 3])
+    treedef = jax.tree.structure(rows)
+    assert repr(leaf) in repr(treedef.unflatten([leaf, leaf]))
+    assert repr(leaf) in repr(treedef.unflatten([jax.tree.leaves(rows)[0], leaf]))
+    assert repr(leaf) in repr(treedef.unflatten([leaf, rows.values]))
+
+
+def test_rows_of_shapes_and_of_one_row_have_theirs() -> None:
+    shapes = jax.eval_shape(lambda: rows_of([1, 3]))
+    assert shapes.shape == (V, D)
+    assert repr(shapes) == "SparseRows(float32[7,3], 2 of 7 rows)"
+
+    def one(row: Any) -> Any:
+        assert row.shape == (V, D)
+        assert repr(row).startswith("SparseRows(")
+        return row.values
+
+    jax.vmap(one)(rows_of([1, 3]))
+
+
+def test_negative_padding_replaces_no_row() -> None:
+    rows = at.SparseRows(np.array([-1, 2]), np.ones((2, D), np.float32), V, unique=True)
+    table = jnp.asarray(normal(0, V, D))
+    replaced = rows.scatter(table, jnp.zeros((2, D)))
+    assert_bits_equal(replaced, table.at[2].set(0.0))
+    assert_bits_equal(rows.gather(table), jnp.stack([jnp.zeros(D), table[2]]))
 
 
 def test_global_norm_is_that_of_the_dense_array() -> None:

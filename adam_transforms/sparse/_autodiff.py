@@ -1,18 +1,17 @@
 """Gradients of tables by the rows read, from functions that know nothing of it.
 
-The function is traced to a jaxpr (1), in which each table is followed to where its rows are read
-(2). The jaxpr is run again with a zero array, a *tap*, added to every read (3). What is
-differentiated are the taps, in place of the tables (4): the gradient of a tap is that of the rows
-read there. Together with the indices of the reads they make the row gradients (5). No (V, D)
-gradient ever exists.
+The function is traced to a jaxpr (1), in which each table is followed to where its rows are read,
+by `_reads`, and the tables are chosen (2). The jaxpr is run again with a zero array, a *tap*, added
+to every read (3). What is differentiated are the taps, in place of the tables: the gradient of a
+tap is that of the rows read there. Together with the indices of the reads they make the row
+gradients (4). No (V, D) gradient ever exists.
 
-Whatever depends on how JAX represents programs is in this file.
+Whatever depends on how JAX represents programs is in this file and in `_reads`.
 """
 
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,22 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from adam_transforms import _numerics, _paths, _trees
+from adam_transforms.sparse._collectives import as_varying, varying_axes
+from adam_transforms.sparse._reads import (
+    CAST,
+    CHECKPOINTS,
+    KEPT,
+    Read,
+    all_reads,
+    follow,
+    open_jaxpr,
+    replicated,
+)
 from adam_transforms.sparse._rows import SparseRows
-
-# Equations that give each operand back, its rows as they were; `stop_gradient` is not among them.
-_KEEP_ROWS = {
-    "copy",
-    "copy_p",
-    "mesh_cast",
-    "name",
-    "optimization_barrier",
-    "pcast",
-    "pvary",
-    "reshard",
-    "sharding_constraint",
-}
-_CALLS = {"jit", "pjit", "closed_call", "core_call"}
-_CHECKPOINTS = {"checkpoint", "remat", "remat2"}
 
 
 def value_and_grad(
@@ -83,7 +78,7 @@ def value_and_grad(
     Indices outside of the table follow the mode of the read: with ``"clip"`` the nearest row gets
     the gradient, with every other mode it goes nowhere. Uses of a table behind
     `jax.lax.stop_gradient` are no uses. Inside `shard_map` a row gradient is the share of the
-    rows that this device read.
+    rows that this device read; `all_reduce_rows` makes it that of all devices.
 
     >>> import jax.numpy as jnp
     >>> params = {"table": jnp.ones((5, 2)), "scale": jnp.asarray(2.0)}
@@ -108,7 +103,7 @@ def value_and_grad(
         leaves, treedef = _leaves(args, positions)
         traced = _trace(fun, has_aux, args, kwargs, positions)
         steps, chosen = _choose(traced.jaxpr, leaves, select)
-        reads = _reads(steps)
+        reads = all_reads(steps)
 
         def tapped(dense: list[Any], taps: list[Any]) -> Any:
             # Tables are not arguments here: no gradient of one is ever computed.
@@ -223,7 +218,7 @@ def _trace(fun: Any, has_aux: bool, args: Any, kwargs: Any, positions: Sequence[
         static[:] = [out_tree, traced, others]
         return [x for x, is_array in zip(outputs, traced, strict=True) if is_array]
 
-    jaxpr, consts = _open(jax.make_jaxpr(flat)(*inputs))
+    jaxpr, consts = open_jaxpr(jax.make_jaxpr(flat)(*inputs))
     out_tree, traced, others = static
 
     def rebuild(outputs: Sequence[Any]) -> Any:
@@ -235,26 +230,7 @@ def _trace(fun: Any, has_aux: bool, args: Any, kwargs: Any, positions: Sequence[
     return _Traced(jaxpr, consts, rebuild)
 
 
-def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """The bare jaxpr and its constants, of a closed jaxpr or a bare one."""
-    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
-
-
-# ---- (2) where tables are read ------------------------------------------------------------------
-
-
-class _Read(NamedTuple):
-    """An equation that reads n rows of a table."""
-
-    table: int  # which leaf
-    aval: Any  # what is read
-    indices: Callable[..., jax.Array]  # from the equation's inputs to int32 (n,)
-    values: Callable[[jax.Array], jax.Array]  # from an array like what is read to (n, D...)
-
-
-# A jaxpr has a step for each equation: None to run it as it is, the `_Read` that it is, what it
-# does to a table on the way to one, or the list of the steps of the body that it calls.
-_CAST, _KEPT = "cast", "kept"
+# ---- (2) the choice of tables -------------------------------------------------------------------
 
 
 def _selector(tables: Any) -> Callable[[Sequence[_Leaf]], set[int] | None]:
@@ -294,7 +270,7 @@ def _choose(jaxpr: Any, leaves: Sequence[_Leaf], select: Any) -> tuple[list[Any]
     steps, others = _plan(jaxpr, candidates)
     if chosen is None:
         # Without what is left dense, so that the calls that only touch that stay as they are.
-        candidates = {read.table for read in _reads(steps)} - set(others)
+        candidates = {read.table for read in all_reads(steps)} - set(others)
         steps, _ = _plan(jaxpr, candidates)
     elif others:
         i, operation = min(others.items())
@@ -309,139 +285,8 @@ def _plan(jaxpr: Any, candidates: set[int]) -> tuple[list[Any], dict[int, str]]:
     """The steps, and for each candidate used otherwise the first such operation."""
     others: dict[int, str] = {}
     inputs = [i if i in candidates else None for i in range(len(jaxpr.invars))]
-    steps, _ = _follow(jaxpr, inputs, others)
+    steps, _ = follow(jaxpr, inputs, others)
     return steps, others
-
-
-def _follow(
-    jaxpr: Any, inputs: Sequence[int | None], others: dict[int, str]
-) -> tuple[list[Any], list[int | None]]:
-    """The steps of a jaxpr with tables among its `inputs`, and which of its outputs are tables."""
-    table_of: dict[Any, int] = {}
-
-    def mark(variables: Sequence[Any], tables: Sequence[int | None]) -> None:
-        for variable, table in zip(variables, tables, strict=True):
-            if table is not None:
-                table_of[variable] = table
-
-    def tables_in(atoms: Sequence[Any]) -> list[int | None]:
-        return [None if isinstance(x, jex.Literal) else table_of.get(x) for x in atoms]
-
-    mark(jaxpr.invars, inputs)
-    steps: list[Any] = []
-    for eqn in jaxpr.eqns:
-        tables = tables_in(eqn.invars)
-        name = eqn.primitive.name
-        step = None
-        if all(table is None for table in tables) or name == "stop_gradient":
-            pass
-        elif name in _KEEP_ROWS:
-            step = _KEPT
-            mark(eqn.outvars, tables[: len(eqn.outvars)])
-        elif name == "convert_element_type" and _is_inexact(eqn.outvars[0].aval):
-            step = _CAST
-            mark(eqn.outvars, tables)
-        elif name in _CALLS | _CHECKPOINTS:
-            step, outputs = _follow(_open(eqn.params["jaxpr"])[0], tables, others)
-            mark(eqn.outvars, outputs)
-        elif tables[0] is not None and not any(t is not None for t in tables[1:]):
-            step = _as_read(eqn, tables[0])
-            if step is None:
-                others.setdefault(tables[0], name)
-        else:
-            for table in tables:
-                if table is not None:
-                    others.setdefault(table, name)
-        steps.append(step)
-    return steps, tables_in(jaxpr.outvars)
-
-
-def _is_inexact(aval: Any) -> bool:
-    return jnp.issubdtype(aval.dtype, jnp.inexact)
-
-
-def _reads(steps: Sequence[Any]) -> list[_Read]:
-    """The reads, in the order they are made in."""
-    reads = []
-    for step in steps:
-        if isinstance(step, _Read):
-            reads.append(step)
-        elif isinstance(step, list):
-            reads += _reads(step)
-    return reads
-
-
-def _as_read(eqn: Any, table: int) -> _Read | None:
-    """The equation as a read of whole rows of its first operand, if it is one."""
-    operand, out = eqn.invars[0].aval, eqn.outvars[0].aval
-    parse = {"gather": _gather, "dynamic_slice": _dynamic_slice, "slice": _slice}
-    parsed = parse.get(eqn.primitive.name, lambda eqn, shape: None)(eqn, operand.shape)
-    if parsed is None:
-        return None
-    indices, order = parsed
-    shape = (-1, *operand.shape[1:]) if math.prod(out.shape) else (0, *operand.shape[1:])
-    return _Read(table, out, indices, lambda x: jnp.reshape(jnp.transpose(x, order), shape))
-
-
-def _gather(eqn: Any, shape: Sequence[int]) -> Any:
-    """``table[ids]`` and what `jax.vmap` makes of a `dynamic_slice`."""
-    numbers, sizes, mode = (
-        eqn.params[name] for name in ("dimension_numbers", "slice_sizes", "mode")
-    )
-    fill = mode == jax.lax.GatherScatterMode.FILL_OR_DROP
-    if (
-        tuple(sizes) != (1, *shape[1:])
-        or tuple(numbers.collapsed_slice_dims) not in ((), (0,))
-        or numbers.operand_batching_dims
-        or 0 not in numbers.start_index_map
-        # A whole row starts at column 0. "fill" alone would take another start for a miss.
-        or (len(numbers.start_index_map) > 1 and fill)
-    ):
-        return None
-    row = numbers.start_index_map.index(0)
-    clip = mode == jax.lax.GatherScatterMode.CLIP
-    rank = len(eqn.outvars[0].aval.shape)
-    batch = [i for i in range(rank) if i not in numbers.offset_dims]
-
-    def indices(operand: Any, starts: jax.Array) -> jax.Array:
-        rows = _replicated(starts)[..., row]
-        return _as_indices(jnp.reshape(rows, (rows.size,)), shape[0], clip)
-
-    return indices, (*batch, *numbers.offset_dims)
-
-
-def _dynamic_slice(eqn: Any, shape: Sequence[int]) -> Any:
-    """``table[id]`` of a scalar."""
-    if tuple(eqn.params["slice_sizes"]) != (1, *shape[1:]):
-        return None
-
-    def indices(operand: Any, row: jax.Array, *columns: Any) -> jax.Array:
-        return _as_indices(jnp.reshape(_replicated(row), (1,)), shape[0], clip=True)
-
-    return indices, tuple(range(len(shape)))
-
-
-def _slice(eqn: Any, shape: Sequence[int]) -> Any:
-    """``table[3]``."""
-    start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
-    strides = eqn.params["strides"] or (1,) * len(shape)
-    sizes = tuple(b - a for a, b in zip(start, limit, strict=True))
-    if sizes != (1, *shape[1:]) or any(stride != 1 for stride in strides[1:]):
-        return None
-    return lambda operand: jnp.full((1,), start[0], jnp.int32), tuple(range(len(shape)))
-
-
-def _as_indices(ids: jax.Array, num_rows: int, clip: bool) -> jax.Array:
-    """int32 indices, those outside the table clipped or made padding."""
-    if jnp.iinfo(ids.dtype).bits < 32:
-        ids = ids.astype(jnp.int32)
-    # Before the cast: a 64-bit id must not wrap into the table.
-    lowest = -1 if jnp.issubdtype(ids.dtype, jnp.signedinteger) else 0
-    ids = jnp.clip(ids, jnp.asarray(lowest, ids.dtype), jnp.asarray(num_rows, ids.dtype))
-    ids = ids.astype(jnp.int32)
-    if clip:
-        return jnp.clip(ids, jnp.int32(0), jnp.int32(num_rows - 1))
-    return jnp.where(ids < 0, jnp.int32(num_rows), ids)
 
 
 # ---- (3) running with taps ----------------------------------------------------------------------
@@ -474,10 +319,7 @@ def _tap(aval: Any) -> jax.Array:
     """Zeros to add to a read. Negative ones: x + -0.0 is x, even if that is -0.0."""
     with _mesh_of(aval):
         zeros = jax.lax.full(aval.shape, -0.0, aval.dtype, sharding=aval.sharding)
-    if hasattr(aval, "vma"):  # as it was called at first
-        return getattr(jax.lax, "pvary")(zeros, tuple(aval.vma))  # noqa: B009
-    varying = tuple(aval.manual_axis_type.varying)
-    return jax.lax.pcast(zeros, varying, to="varying") if varying else zeros
+    return as_varying(zeros, varying_axes(aval))
 
 
 def _mesh_of(aval: Any) -> Any:
@@ -487,15 +329,6 @@ def _mesh_of(aval: Any) -> Any:
     if mesh == jax.sharding.get_abstract_mesh():
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(mesh)
-
-
-def _replicated(x: jax.Array) -> jax.Array:
-    """On every device, if a mesh is explicit: where the rows of several reads are joined, their
-    shardings must agree."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if jax.sharding.AxisType.Explicit in mesh.axis_types:
-        return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
-    return x
 
 
 def _run(
@@ -517,20 +350,20 @@ def _run(
         values = [value(x) for x in eqn.invars]
         if step is None:
             outputs = _evaluate(jaxpr, eqn, [_as_array(x) for x in values])
-        elif step is _CAST:
+        elif step is CAST:
             cast = _as_cast(values[0])
             outputs = [_Cast(cast.table, (*cast.dtypes, eqn.outvars[0].aval.dtype))]
-        elif step is _KEPT:
+        elif step is KEPT:
             casts = [_as_cast(x) for x in values]
             kept = _evaluate(jaxpr, eqn, [cast.table for cast in casts])
             outputs = [_Cast(x, cast.dtypes) for x, cast in zip(kept, casts, strict=False)]
-        elif isinstance(step, _Read):
+        elif isinstance(step, Read):
             cast, *ids = [_as_cast(values[0]), *values[1:]]
             (read,) = _evaluate(jaxpr, eqn, [cast.table, *ids])
             with _mesh_of(step.aval):
                 outputs = [cast.of(read) + taps[len(indices)]]
                 rows = step.indices(cast.table, *ids)
-            indices.append(_replicated(rows))
+            indices.append(replicated(rows))
         else:
             outputs, found = _call(eqn, step, values, taps[len(indices) :])
             indices += found
@@ -555,32 +388,34 @@ def _evaluate(jaxpr: Any, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
 
 def _call(eqn: Any, steps: Sequence[Any], values: Sequence[Any], taps: list[Any]) -> Any:
     """The body of a call with reads in it; a checkpointed body stays checkpointed."""
-    body, consts = _open(eqn.params["jaxpr"])
+    body, consts = open_jaxpr(eqn.params["jaxpr"])
 
     def run(values: Sequence[Any], taps: list[Any]) -> Any:
         return _run(body, consts, steps, values, taps)
 
-    if eqn.primitive.name in _CHECKPOINTS:
+    if eqn.primitive.name in CHECKPOINTS:
         params = eqn.params
         run = jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])
-    return run(values, taps[: len(_reads(steps))])
+    return run(values, taps[: len(all_reads(steps))])
 
 
-# ---- (5) row gradients --------------------------------------------------------------------------
+# ---- (4) row gradients --------------------------------------------------------------------------
 
 
 def _assemble(
-    i: int, table: Any, reads: Sequence[_Read], indices: Sequence[Any], taps: Sequence[Any]
+    i: int, table: Any, reads: Sequence[Read], indices: Sequence[Any], taps: Sequence[Any]
 ) -> SparseRows:
     """The row gradient of leaf `i` from the indices of all reads and the gradients of the taps."""
     dtype = jnp.result_type(table)
     wide = _numerics.compute_dtype(dtype)
+    num_rows, *width = jnp.shape(table)
+    _, *columns = jax.typeof(table).sharding.spec
     of_table = [k for k, read in enumerate(reads) if read.table == i]
-    values = [_as_dtype(reads[k].values(_replicated(taps[k])), wide) for k in of_table]
+    values = [_as_dtype(reads[k].values(taps[k], columns), wide) for k in of_table]
     rows = SparseRows(
-        jnp.concatenate([jnp.zeros((0,), jnp.int32), *(indices[k] for k in of_table)]),
-        jnp.concatenate([jnp.zeros((0, *jnp.shape(table)[1:]), wide), *values]),
-        num_rows=jnp.shape(table)[0],
+        jnp.concatenate([indices[k] for k in of_table] or [jnp.zeros((0,), jnp.int32)]),
+        jnp.concatenate(values or [jnp.zeros((0, *width), wide)]),
+        num_rows=num_rows,
     ).sum_duplicates()
     return rows.with_values(rows.values.astype(dtype))
 

@@ -163,11 +163,11 @@ def _gather(x: Any, rows: SparseRows | None) -> Any:
     """The touched rows of `x`, zeros at padding; all of it if there is no row gradient."""
     if rows is None or x is None:
         return x
-    return rows.masked(jnp.asarray(x).at[rows.indices].get(mode="clip"))
+    return rows.gather(jnp.asarray(x))
 
 
 def _scatter(x: Any, rows: SparseRows | None, small: Any) -> Any:
     """`x` with its touched rows replaced."""
     if rows is None:
         return small
-    return x.at[rows.indices].set(small.astype(x.dtype), mode="drop", unique_indices=True)
+    return rows.scatter(x, small.astype(x.dtype))

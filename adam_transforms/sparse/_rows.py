@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adam_transforms import _numerics
 
@@ -35,6 +37,10 @@ class SparseRows:
     admits no arithmetic: a transformation that maps over leaves without knowing of rows fails when
     it is traced, where it would have scaled or clipped the indices otherwise.
 
+    Over a mesh every device gets all n rows, sharded along D as `values` are, and a table that they
+    are added to stays sharded as it was. What comes out of `jax.vmap` is a batch, with leaves
+    (B, n) and (B, n, D...): it can be mapped over again, and nothing else.
+
     >>> import jax.numpy as jnp
     >>> rows = SparseRows(jnp.array([2, 0, 2]), jnp.array([[1.0], [2.0], [3.0]]), num_rows=4)
     >>> rows
@@ -59,10 +65,10 @@ class SparseRows:
                 "indices and values must have shapes (n,) and (n, D...), "
                 f"got {list(indices.shape)} and {list(values.shape)}"
             )
-        self.values = values
+        self.values = _all_rows(values)
         self.num_rows = operator.index(num_rows)
         self.unique = unique
-        self._keys = _as_keys(indices.astype(jnp.int32))
+        self._keys = _as_keys(_all_rows(indices.astype(jnp.int32)))
 
     @property
     def indices(self) -> jax.Array:
@@ -71,8 +77,9 @@ class SparseRows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The table's."""
-        return (self.num_rows, *self.values.shape[1:])
+        """The table's, or the batch of tables': (V, D...), or (B, V, D...)."""
+        keys = self._keys
+        return (*keys.shape[:-1], self.num_rows, *self.values.shape[keys.ndim :])
 
     @property
     def dtype(self) -> np.dtype:
@@ -81,14 +88,15 @@ class SparseRows:
     @property
     def is_row(self) -> jax.Array:
         """bool (n,): False at padding."""
+        self._refuse_batch()
         indices = self.indices
         return (indices >= 0) & (indices < self.num_rows)
 
     def to_dense(self) -> jax.Array:
         """The (V, D...) array, duplicates summed."""
         dtype = _numerics.compute_dtype(self.dtype)
-        dense = jnp.zeros(self.shape, dtype)
-        return self._scatter_add(dense, self.values.astype(dtype)).astype(self.dtype)
+        zeros, values = jnp.zeros(self.shape, dtype), self.values.astype(dtype)
+        return self._scatter_add(zeros, values, _explicit(values)).astype(self.dtype)
 
     def sum_duplicates(self) -> "SparseRows":
         """The same gradient with each row named once.
@@ -96,13 +104,16 @@ class SparseRows:
         The first of equal indices gets the sum, in at least float32 on the way; the others become
         padding. The order and n stay. O(n) in time and memory, whatever V.
         """
+        self._refuse_batch()
         if self.unique:
             return self
         indices = jnp.where(self.is_row, self.indices, self.num_rows)
-        first = _first_positions(indices)
+        first = _first_positions(indices, self.num_rows)
         kept = first == jnp.arange(indices.size, dtype=jnp.int32)
         dtype = _numerics.compute_dtype(self.dtype)
-        sums = jnp.zeros(self.values.shape, dtype).at[first].add(self.masked_values().astype(dtype))
+        values = self.masked_values().astype(dtype)
+        zeros = jnp.zeros(values.shape, dtype)
+        sums = zeros.at[first].add(values, out_sharding=_explicit(values))
         return SparseRows(
             jnp.where(kept, indices, self.num_rows),
             sums.astype(self.dtype),
@@ -123,12 +134,35 @@ class SparseRows:
         """The same rows with other values."""
         return SparseRows(self.indices, values, self.num_rows, unique=self.unique)
 
-    def _scatter_add(self, table: jax.Array, values: jax.Array) -> jax.Array:
+    def gather(self, table: jax.Array) -> jax.Array:
+        """(n, D...), these rows of a table or of what mirrors it; zeros at padding."""
+        sharding = _explicit(table, all_rows=True)
+        return self.masked(table.at[self.indices].get(mode="clip", out_sharding=sharding))
+
+    def scatter(self, table: jax.Array, values: jax.Array) -> jax.Array:
+        """`table`, or what mirrors it, with these rows, which must be unique, replaced."""
+        return self._at(table).set(
+            values, mode="drop", unique_indices=True, out_sharding=_explicit(table)
+        )
+
+    def _scatter_add(self, table: jax.Array, values: jax.Array, sharding: Any) -> jax.Array:
+        return self._at(table).add(
+            values, mode="drop", unique_indices=self.unique, out_sharding=sharding
+        )
+
+    def _at(self, table: jax.Array) -> Any:
         # "drop" leaves out what is outside, but wraps what is negative.
-        indices = jnp.where(self.is_row, self.indices, self.num_rows)
-        return table.at[indices].add(values, mode="drop", unique_indices=self.unique)
+        return table.at[jnp.where(self.is_row, self.indices, self.num_rows)]
+
+    def _refuse_batch(self) -> None:
+        if self._keys.ndim != 1:
+            raise ValueError(
+                f"indices must have shape (n,), got {list(self._keys.shape)} in {self}: "
+                "a batch of row gradients is for jax.vmap to map over"
+            )
 
     def __add__(self, other: Any) -> Any:
+        self._refuse_batch()
         if isinstance(other, SparseRows):
             if self.shape != other.shape:
                 raise ValueError(f"row gradients of {self.shape} and {other.shape} do not add")
@@ -149,12 +183,12 @@ class SparseRows:
             )
         dtype = _numerics.promote(table.dtype, self.dtype)
         if jnp.finfo(dtype).bits >= 32:
-            return self._scatter_add(table.astype(dtype), self.values.astype(dtype))
+            values = self.values.astype(dtype)
+            return self._scatter_add(table.astype(dtype), values, _explicit(table))
         rows = self.sum_duplicates()
         wide = _numerics.compute_dtype(dtype)
-        before = table.at[rows.indices].get(mode="clip").astype(wide)
-        after = (before + rows.values.astype(wide)).astype(dtype)
-        return table.astype(dtype).at[rows.indices].set(after, mode="drop", unique_indices=True)
+        after = rows.gather(table).astype(wide) + rows.values.astype(wide)
+        return rows.scatter(table.astype(dtype), after.astype(dtype))
 
     def __mul__(self, factor: Any) -> "SparseRows":
         """Every value times a scalar."""
@@ -168,12 +202,15 @@ class SparseRows:
         return self.with_values(-self.values)
 
     def __repr__(self) -> str:
-        values = self.values
-        if not hasattr(values, "shape"):
-            return f"SparseRows({values!r}, num_rows={self.num_rows})"
+        keys, values = self._keys, self.values
+        n = getattr(keys, "shape", ())
+        if not n or getattr(values, "shape", ())[: len(n)] != n:
+            # The leaves are anything, as in a tree of shardings or of the axes to map over.
+            return f"SparseRows({keys!r}, {values!r}, num_rows={self.num_rows})"
         sizes = ",".join(map(str, self.shape))
         rows = "distinct rows" if self.unique else "rows"
-        return f"SparseRows({values.dtype}[{sizes}], {values.shape[0]} of {self.num_rows} {rows})"
+        batched = ", batched" if len(n) > 1 else ""
+        return f"SparseRows({values.dtype}[{sizes}], {n[-1]} of {self.num_rows} {rows}{batched})"
 
     def tree_flatten_with_keys(self) -> Any:
         names = (jax.tree_util.GetAttrKey("indices"), jax.tree_util.GetAttrKey("values"))
@@ -226,40 +263,68 @@ def to_dense(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.to_dense() if is_rows(x) else x, tree, is_leaf=is_rows)
 
 
+def _explicit(x: jax.Array, *, all_rows: bool = False) -> NamedSharding | None:
+    """The sharding of `x`, of which every device has all rows if `all_rows`; None if the mesh is
+    not explicit, for there it is XLA that shards."""
+    sharding: Any = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    first, *columns = sharding.spec
+    spec = PartitionSpec(None if all_rows else first, *columns)
+    return NamedSharding(sharding.mesh, spec)
+
+
+def _all_rows(x: jax.Array) -> jax.Array:
+    """`x` with all its rows on every device of its mesh, inside `shard_map` on this one: XLA would
+    otherwise give each device some rows to add to a table of zeros, and sum these tables."""
+    mesh: Any = jax.typeof(x).sharding.mesh
+    if AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.reshard(x, _explicit(x, all_rows=True))
+    if set(mesh.axis_types) == {AxisType.Auto} and isinstance(x, Tracer):
+        spec = PartitionSpec(None, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    return x
+
+
 def _as_keys(indices: jax.Array) -> jax.Array:
     """The indices as an array of PRNG keys, which no arithmetic is defined on."""
     words = jnp.stack([indices.astype(jnp.uint32), jnp.zeros_like(indices, jnp.uint32)], axis=-1)
     return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
-def _first_positions(indices: jax.Array) -> jax.Array:
-    """For each of (n,) int32 indices the position of the first that equals it; int32 (n,).
+def _first_positions(indices: jax.Array, num_rows: int) -> jax.Array:
+    """For each of (n,) indices in [0, num_rows] the position of the first that equals it.
 
     Hashing, where sorting would take ten times as long: each index writes its position into its
     slot of a small table, the first one wins, and all that find their own index there are done.
-    The others, whose slot went to another index, try again with another hash.
+    The others, whose slot went to another index, try again with another hash. An index is its own
+    slot, and nobody's else, where that does not take a larger table.
     """
     n = indices.size
     positions = jnp.arange(n, dtype=jnp.int32)
-    bits = max(1, math.ceil(math.log2(max(n, 1) * _SLOTS_PER_INDEX)))
+    if n == 0:
+        return positions
+    bits = max(1, math.ceil(math.log2(n * _SLOTS_PER_INDEX)))
     slots = 1 << bits
+
+    def winners(slot: jax.Array, slots: int, contend: Any = True) -> jax.Array:
+        owner = jnp.full((slots,), n, jnp.int32)
+        owner = owner.at[jnp.where(contend, slot, slots)].min(positions, mode="drop")
+        return owner[slot]
+
+    if num_rows < slots:
+        return winners(indices, num_rows + 1)
 
     def settle(state: tuple[Any, ...]) -> tuple[Any, ...]:
         attempt, open_, first = state
         salted = indices.astype(jnp.uint32) * jnp.uint32(2) + jnp.uint32(1)
         hashed = salted * (jnp.uint32(_MULTIPLIER) + attempt * jnp.uint32(0x9E3779B2))
         slot = (hashed ^ (hashed >> 15)) * jnp.uint32(0x85EBCA6B) >> jnp.uint32(32 - bits)
-        owner = jnp.full((slots,), n, jnp.int32)
-        owner = owner.at[jnp.where(open_, slot.astype(jnp.int32), slots)].min(
-            positions, mode="drop"
-        )
-        winner = owner[slot.astype(jnp.int32)]
+        winner = winners(slot.astype(jnp.int32), slots, open_)
         settled = open_ & (indices[jnp.minimum(winner, n - 1)] == indices) & (winner < n)
         first = jnp.where(settled, winner, first)
         return attempt + jnp.uint32(1), open_ & ~settled, first
 
-    if n == 0:
-        return positions
     # Made from `indices`, to vary over the mesh axes that they vary over inside `shard_map`.
     zeros = jnp.zeros_like(indices)
     start = (jnp.uint32(0), zeros == 0, positions + zeros)

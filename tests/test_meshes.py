@@ -1,0 +1,392 @@
+"""Tables and batches on several devices: the same steps as on one."""
+
+import contextlib
+import functools
+import re
+from typing import Any
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import adam_transforms as at
+
+pytestmark = pytest.mark.usefixtures("relaxed_promotion")
+V, D, N = 16, 8, 32
+STEPS = 3
+IDS = np.random.default_rng(0).integers(0, V, (STEPS, N)).astype(np.int32)
+TARGETS = helpers.normal(1, STEPS, N, D)
+
+
+def make_params(spec: Any = None, mesh: Any = None) -> dict[str, Any]:
+    params = {"t": helpers.normal(2, V, D), "w": helpers.normal(3, D), "none": None}
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, params)
+    specs = {"t": spec, "w": P(spec[1]), "none": None}
+    return jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), params, specs)
+
+
+def loss(params: Any, ids: Any, targets: Any, read_spec: Any = None) -> Any:
+    read = params["t"].at[ids].get(out_sharding=read_spec)
+    return jnp.sum((read * params["w"] - targets) ** 2)
+
+
+def step(tx: Any, params: Any, state: Any, grads: Any) -> Any:
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+@functools.cache
+def on_one_device(scale: float = 1.0) -> Any:
+    """Parameters and state after `STEPS` steps on whole batches, with the loss times `scale`."""
+    tx, params = at.lazy_adam(0.1), make_params()
+    state = tx.init(params)
+    grad = jax.jit(at.grad(lambda *args: scale * loss(*args)))
+    run = jax.jit(lambda *args: step(tx, *args))
+    for ids, targets in zip(IDS, TARGETS, strict=True):
+        params, state = run(params, state, grad(params, ids, targets))
+    return jax.device_get((params, state))
+
+
+def assert_same_on_one_device(params: Any, state: Any, scale: float = 1.0) -> None:
+    actual = jax.device_get((params, state))
+    helpers.assert_close(actual, on_one_device(scale), rtol=1e-5, atol=1e-6)
+
+
+# ---- tables over a mesh ----
+
+
+def make_mesh(kind: Any) -> Any:
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+
+
+def in_mesh(mesh: Any) -> Any:
+    return jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh)
+
+
+both_kinds = pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+every_layout = pytest.mark.parametrize(
+    ("table_spec", "ids_spec"),
+    [
+        (P(None, None), P("y")),
+        (P("x", None), P(None)),
+        (P("x", None), P("y")),
+        (P(None, "x"), P(None)),
+        (P(None, "x"), P("y")),
+        (P("x", "y"), P("x")),
+        (P(("x", "y"), None), P("x")),
+    ],
+)
+
+
+@both_kinds
+@every_layout
+def test_row_gradients_of_a_sharded_table(kind: Any, table_spec: Any, ids_spec: Any) -> None:
+    """Of several reads, by ids in two dimensions, with a cast, and by ids all devices have."""
+    mesh = make_mesh(kind)
+    table = np.random.default_rng(4).integers(-4, 5, (V, D)).astype(np.float32)
+    ids = IDS[0].reshape(4, 8)
+    spec = P(*ids_spec, None, table_spec[1])
+
+    def loss(table: Any, ids: Any, spec: Any = None) -> Any:
+        read = table.at[ids].get(out_sharding=spec)
+        low = table.astype(jnp.bfloat16).at[ids].get(out_sharding=spec).astype(jnp.float32)
+        same = table.at[np.array([3, 3])].get(out_sharding=spec and P(None, spec[-1]))
+        return jnp.sum(read * low) + jnp.sum(same**2)
+
+    expected = jax.device_get(jax.jit(jax.grad(loss))(table, ids))
+    with in_mesh(mesh):
+        sharded = jax.device_put(table, NamedSharding(mesh, table_spec))
+        sharded_ids = jax.device_put(ids, NamedSharding(mesh, P(*ids_spec, None)))
+        explicit = kind == AxisType.Explicit
+        rows = jax.jit(lambda table, ids: at.grad(loss)(table, ids, *([spec] if explicit else [])))(
+            sharded, sharded_ids
+        )
+        assert rows.values.shape == (2 * N + 2, D)
+        assert rows.indices.sharding.is_fully_replicated
+        actual = jax.device_get(jax.jit(at.SparseRows.to_dense)(rows))
+    helpers.assert_bits_equal(actual, expected)
+
+
+@both_kinds
+@every_layout
+def test_lazy_steps_keep_every_sharding(kind: Any, table_spec: Any, ids_spec: Any) -> None:
+    mesh, tx = make_mesh(kind), at.lazy_adam(0.1)
+    explicit = kind == AxisType.Explicit
+    read_spec = P(*ids_spec, table_spec[1])
+    table_sharding = NamedSharding(mesh, table_spec)
+
+    def whole_step(params: Any, state: Any, ids: Any, targets: Any) -> Any:
+        grads = at.grad(loss)(params, ids, targets, read_spec if explicit else None)
+        if explicit:
+            assert jax.typeof(grads["t"].values).sharding.spec == P(None, table_spec[1])
+        return step(tx, params, state, grads)
+
+    with in_mesh(mesh):
+        params = make_params(table_spec, mesh)
+        state = (jax.jit(tx.init) if explicit else tx.init)(params)
+        shardings = None
+        if not explicit:
+            shardings = jax.tree.map(lambda x: x.sharding, (params, state))
+        run = jax.jit(whole_step, donate_argnums=(0, 1), out_shardings=shardings)
+        for ids, targets in zip(IDS, TARGETS, strict=True):
+            ids = jax.device_put(ids, NamedSharding(mesh, ids_spec))
+            targets = jax.device_put(targets, NamedSharding(mesh, read_spec))
+            params, state = jax.block_until_ready(run(params, state, ids, targets))
+        tables = [x for x in jax.tree.leaves((params, state)) if x.shape == (V, D)]
+        assert len(tables) == 3
+        assert all(x.sharding.is_equivalent_to(table_sharding, 2) for x in tables)
+    assert_same_on_one_device(params, state)
+
+
+def sums_of_rows(table: Any, indices: Any, values: Any) -> Any:
+    sums = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        rows = at.SparseRows(indices, values.astype(dtype), V)
+        sums += [table.astype(dtype) + rows, (rows + rows).to_dense()]
+    return sums
+
+
+@pytest.mark.parametrize("context", [True, False])
+@every_layout
+def test_rows_meet_a_table_on_an_explicit_mesh(
+    context: bool, table_spec: Any, ids_spec: Any
+) -> None:
+    mesh = make_mesh(AxisType.Explicit)
+    table, values = np.ones((V, D), np.float32), np.arange(8.0 * D, dtype=np.float32) % 7
+    indices = np.array([3, 5, 3, V, -1, 0, 3, 1], np.int32)
+    arrays = table, indices, values.reshape(8, D)
+    expected = jax.device_get(jax.jit(sums_of_rows)(*arrays))
+    specs = (table_spec, ids_spec, P(*ids_spec, None))
+    with in_mesh(mesh) if context else contextlib.nullcontext():
+        actual = jax.jit(sums_of_rows)(
+            *(jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(arrays, specs, strict=True))
+        )
+    for sum_with_table in actual[::2]:
+        assert sum_with_table.sharding.is_equivalent_to(NamedSharding(mesh, table_spec), 2)
+    helpers.assert_bits_equal(jax.device_get(actual), expected)
+
+
+def test_on_an_explicit_mesh_it_needs_no_jit() -> None:
+    mesh = make_mesh(AxisType.Explicit)
+    spec = P("x", None)
+    with in_mesh(mesh):
+        params = make_params(spec, mesh)
+        grads = at.grad(loss)(params, IDS[0], TARGETS[0], P(None, None))
+        actual, state = step(at.lazy_adam(0.1), params, at.lazy_adam(0.1).init(params), grads)
+        assert actual["t"].sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+    tx, params = at.lazy_adam(0.1), make_params()
+    grads = at.grad(loss)(params, IDS[0], TARGETS[0])
+    expected = step(tx, params, tx.init(params), grads)
+    helpers.assert_close(*map(jax.device_get, ((actual, state), expected)), rtol=1e-5, atol=1e-6)
+
+
+@both_kinds
+@pytest.mark.parametrize("table_spec", [P(None, None), P("x", None), P(("x", "y"), None)])
+def test_no_array_of_the_size_of_a_table_crosses_devices(kind: Any, table_spec: Any) -> None:
+    """Nor is copied: a device updates the rows it has, and sent are the rows touched."""
+    mesh, tx, rows = make_mesh(kind), at.lazy_adam(0.1), 4096
+    read_spec = P("y", None) if kind == AxisType.Explicit else None
+
+    def whole_step(params: Any, state: Any, ids: Any, targets: Any) -> Any:
+        return step(tx, params, state, at.grad(loss)(params, ids, targets, read_spec))
+
+    def place(x: Any, spec: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    with in_mesh(mesh):
+        params = {"t": jnp.zeros((rows, D)), "w": jnp.zeros(D)}
+        args = jax.tree.map(
+            lambda x: place(x, table_spec if x.ndim == 2 else P()), (params, tx.init(params))
+        )
+        batch = place(IDS[0], P("y")), place(TARGETS[0], P("y", None))
+        shardings = jax.tree.map(lambda x: x.sharding, args)
+        run = jax.jit(whole_step, donate_argnums=(0, 1), out_shardings=shardings)
+        text = run.lower(*args, *batch).compile().as_text()
+    sent = re.findall(r"= (.*) (?:all-|reduce-|collective-|copy)[\w-]*\(", text)
+    assert any("s32[32" in shapes for shapes in sent)  # the ids of all devices
+    rows_sent = [int(n) for shapes in sent for n in re.findall(r"\w+\[(\d+),", shapes)]
+    assert max(rows_sent) == N
+
+
+# ---- batches over the devices of a mapped axis ----
+
+MAPS = ["shard_map", "shard_map unchecked", "pmap"]
+every_map = pytest.mark.parametrize("how", MAPS)
+
+
+def over_devices(how: str, fun: Any, sharded: int = 2) -> Any:
+    """`fun` on eight devices, axis "d": the first arguments whole, the last `sharded` in parts.
+    All devices' results are the same."""
+    if how == "pmap":
+        mapped = jax.pmap(fun, axis_name="d", in_axes=(None,) * 2 + (0,) * sharded)
+
+        def run(*args: Any) -> Any:
+            parts = [x.reshape(8, -1, *x.shape[1:]) for x in args[-sharded:]]
+            result = jax.device_get(mapped(*args[:-sharded], *parts))
+            jax.tree.map(lambda x: np.testing.assert_array_equal(x, x[:1].repeat(8, 0)), result)
+            return jax.tree.map(lambda x: x[0], result)
+
+        return run
+    return jax.jit(
+        jax.shard_map(
+            fun,
+            mesh=jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,)),
+            in_specs=(P(),) * 2 + (P("d"),) * sharded,
+            out_specs=P(),
+            check_vma=how == "shard_map",
+        )
+    )
+
+
+@every_map
+def test_a_row_gradient_is_the_share_of_the_rows_that_the_device_read(how: str) -> None:
+    def share(params: Any, _: Any, ids: Any, targets: Any) -> Any:
+        rows = at.grad(loss)(params, ids, targets)["t"]
+        assert rows.indices.shape == (N // 8,)
+        return jax.lax.psum(rows.to_dense(), "d")
+
+    actual = over_devices(how, share)(make_params(), 0.0, IDS[0], TARGETS[0])
+    expected = jax.grad(loss)(make_params(), IDS[0], TARGETS[0])["t"]
+    helpers.assert_close(jax.device_get(actual), jax.device_get(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("average", [False, True])
+@every_map
+def test_all_reduced_it_is_the_gradient_of_the_whole_batch(how: str, average: bool) -> None:
+    def share(params: Any, _: Any, ids: Any, targets: Any) -> Any:
+        grads = at.all_reduce_rows(at.grad(loss)(params, ids, targets), "d", average=average)
+        assert grads["t"].values.shape == (N, D) and not grads["t"].unique
+        assert grads["none"] is None
+        return at.to_dense(grads)
+
+    params = make_params()
+    actual = over_devices(how, share)(params, 0.0, IDS[0], TARGETS[0])
+    expected = jax.grad(loss)(params, IDS[0], TARGETS[0])
+    if average:
+        expected = jax.tree.map(lambda x: x / 8, expected)
+    helpers.assert_close(jax.device_get(actual), jax.device_get(expected), rtol=1e-5, atol=1e-5)
+
+
+@every_map
+def test_lazy_steps_on_shares_of_the_batch(how: str) -> None:
+    tx = at.lazy_adam(0.1)
+
+    def share(params: Any, state: Any, ids: Any, targets: Any) -> Any:
+        grads = at.grad(loss)(params, ids, targets)
+        return step(tx, params, state, at.all_reduce_rows(grads, "d", average=True))
+
+    run, params = over_devices(how, share), make_params()
+    state = tx.init(params)
+    for ids, targets in zip(IDS, TARGETS, strict=True):
+        params, state = jax.block_until_ready(run(params, state, ids, targets))
+    assert_same_on_one_device(params, state, scale=1 / 8)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("axes", ["x", ("x",), ("x", "y"), ("y", "x")])
+def test_several_axes_and_some(axes: Any, kind: Any, check_vma: bool) -> None:
+    mesh = make_mesh(kind)
+
+    def share(params: Any, ids: Any, targets: Any) -> Any:
+        return at.to_dense(at.all_reduce_rows(at.grad(loss)(params, ids, targets), axes))
+
+    batch_spec = P(axes)
+    args = make_params(), IDS[0], TARGETS[0]
+    sharded = [
+        jax.device_put(x, NamedSharding(mesh, s))
+        for x, s in zip(args, (P(), batch_spec, batch_spec), strict=True)
+    ]
+    run = jax.shard_map(
+        share,
+        mesh=mesh,
+        in_specs=(P(), batch_spec, batch_spec),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    actual, expected = jax.device_get((jax.jit(run)(*sharded), jax.grad(loss)(*args)))
+    helpers.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@both_kinds
+@pytest.mark.parametrize("table_spec", [P(None, None), P(None, "y")])
+def test_a_map_over_some_axes_of_a_mesh(kind: Any, table_spec: Any) -> None:
+    """The table stays sharded over the others."""
+    mesh, tx = make_mesh(kind), at.lazy_adam(0.1)
+
+    def share(params: Any, ids: Any) -> Any:
+        grads = at.grad(lambda p: jnp.sum(p["t"].at[ids].get() ** 2))(params)
+        return step(tx, params, tx.init(params), at.all_reduce_rows(grads, "x"))[0]["t"]
+
+    def whole(params: Any) -> Any:
+        grads = at.grad(lambda p: jnp.sum(p["t"][IDS[0]] ** 2))(params)
+        return step(tx, params, tx.init(params), grads)[0]["t"]
+
+    table = {"t": make_params()["t"]}
+    expected = jax.device_get(whole(table))
+    with in_mesh(mesh):
+        run = jax.shard_map(
+            share, mesh=mesh, in_specs=(P(), P("x")), out_specs=P(), axis_names={"x"}
+        )
+        sharding = NamedSharding(mesh, table_spec)
+        actual = jax.jit(run)(
+            {"t": jax.device_put(table["t"], sharding)},
+            jax.device_put(IDS[0], NamedSharding(mesh, P("x"))),
+        )
+    assert actual.sharding.is_equivalent_to(sharding, 2)
+    helpers.assert_close(jax.device_get(actual), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("inside", [jnp.sum, lambda x: jax.lax.psum(jnp.sum(x), "d")])
+def test_what_does_not_vary_is_the_sum_already(inside: Any) -> None:
+    """The ids that all devices share, and a loss summed before it is differentiated."""
+
+    def share(params: Any, ids: Any, targets: Any) -> Any:
+        def loss(params: Any) -> Any:
+            read = params["t"][ids[: len(targets)]]
+            return inside((read * params["w"] - targets) ** 2)
+
+        return at.to_dense(at.all_reduce_rows(at.grad(loss)(params), "d"))
+
+    def whole(params: Any) -> Any:
+        read = params["t"][np.tile(IDS[0][:4], 8)]
+        return jnp.sum((read * params["w"] - TARGETS[0]) ** 2)
+
+    params = make_params()
+    run = jax.shard_map(
+        share,
+        mesh=jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,)),
+        in_specs=(P(), P(), P("d")),
+        out_specs=P(),
+    )
+    actual = jax.jit(run)(params, IDS[0], TARGETS[0])
+    actual, expected = jax.device_get((actual, jax.grad(whole)(params)))
+    helpers.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@every_map
+def test_rows_that_users_make_of_what_varies_and_what_does_not(how: str) -> None:
+    def share(ones: Any, _: Any, ids: Any) -> Any:
+        rows = at.SparseRows(ids, ones[: ids.size].astype(jnp.bfloat16), V)
+        rows = at.all_reduce_rows({"t": [rows]}, "d")["t"][0]
+        assert rows.dtype == jnp.bfloat16
+        return rows.to_dense()
+
+    actual = over_devices(how, share, sharded=1)(jnp.ones((N, 1)), 0.0, IDS[0])
+    np.testing.assert_array_equal(actual[:, 0], np.bincount(IDS[0], minlength=V))
+
+
+@every_map
+def test_an_axis_that_is_not_mapped_is_refused_by_name(how: str) -> None:
+    def share(params: Any, _: Any, ids: Any, targets: Any) -> Any:
+        return at.all_reduce_rows(at.grad(loss)(params, ids, targets), "other")
+
+    with pytest.raises(NameError, match="other"):
+        over_devices(how, share)(make_params(), 0.0, IDS[0], TARGETS[0])
+    with pytest.raises(NameError, match="other"):
+        at.all_reduce_rows({"w": jnp.ones(2)}, "other")
