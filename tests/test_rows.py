@@ -72,7 +72,8 @@ def test_first_positions_are_those_that_sorting_finds(n: int, num_rows: int) -> 
     indices[: n // 2] = indices[0] + 8 * np.arange(n // 2)  # a stride, as of fields of a record
     indices = (indices % (num_rows + 1)).astype(np.int32)
     _, first, inverse = np.unique(indices, return_index=True, return_inverse=True)
-    np.testing.assert_array_equal(jax.jit(_first_positions, static_argnums=1)(indices, num_rows), first[inverse])
+    found = jax.jit(_first_positions, static_argnums=1)(indices, num_rows)
+    np.testing.assert_array_equal(found, first[inverse])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
