@@ -111,9 +111,11 @@ class SparseRows:
         first = _first_positions(indices, self.num_rows)
         kept = first == jnp.arange(indices.size, dtype=jnp.int32)
         dtype = _numerics.compute_dtype(self.dtype)
-        values = self.masked_values().astype(dtype)
-        zeros = jnp.zeros(values.shape, dtype)
-        sums = zeros.at[first].add(values, out_sharding=_explicit(values))
+        values = self.values.astype(dtype)
+        # Padding goes nowhere.
+        into = jnp.where(self.is_row, first, indices.size)
+        sums = jnp.zeros(values.shape, dtype).at[into]
+        sums = sums.add(values, mode="drop", out_sharding=_explicit(values))
         return SparseRows(
             jnp.where(kept, indices, self.num_rows),
             sums.astype(self.dtype),
