@@ -25,13 +25,24 @@ from adam_transforms._trees import path_str
 from adam_transforms._updates import apply_updates
 from adam_transforms.sparse._autodiff import grad, value_and_grad
 from adam_transforms.sparse._collectives import all_reduce_rows
+from adam_transforms.sparse._deferred import (
+    DeferredAdamState,
+    Owed,
+    catch_up,
+    deferred_adam,
+    dense_equivalent,
+    flush,
+    owed,
+)
 from adam_transforms.sparse._lazy import LazyState, lazy
 from adam_transforms.sparse._rows import SparseRows, to_dense
 
 __all__ = [
     "AccumulateState",
+    "DeferredAdamState",
     "DynamicLossScaleState",
     "LazyState",
+    "Owed",
     "ParamsEmaState",
     "ScaleByPathLearningRateState",
     "ScheduledDecayState",
@@ -44,16 +55,21 @@ __all__ = [
     "all_reduce_rows",
     "apply_updates",
     "by_path",
+    "catch_up",
     "clip_by_global_norm",
     "clip_by_norm",
     "clip_by_value",
+    "deferred_adam",
+    "dense_equivalent",
     "dynamic_loss_scale",
     "ema_params",
     "finalize",
+    "flush",
     "global_norm",
     "grad",
     "lazy",
     "lazy_adam",
+    "owed",
     "params_ema",
     "path_mask",
     "path_str",

@@ -112,19 +112,21 @@ def accumulate(
                 )
             return inner.update(total, inner_state, params, **extra_args)
 
-        def keep(carried: Any, acc: Any) -> Any:
+        def keep(carried: Any, acc: Any, total: Any) -> Any:
             if acc is None:
                 return None
             if carried is None:
                 return _without_gradient(acc, state.mini_step, every)
             if isinstance(acc, SparseRows):
+                if carried.values.shape != acc.values.shape:
+                    return total  # an update of more rows than the gradients' is carried apart
                 values = carried.values.astype(acc.dtype)
                 return SparseRows(carried.indices, values, acc.num_rows)
             return carried.astype(acc.dtype)
 
         total = _trees.map_leaves(add, updates, state.acc, names=("the accumulator",), rows=True)
         carried, inner_state = _gating.update_if(emits, step, total, state.inner_state)
-        acc = jax.tree.map(keep, carried, state.acc, is_leaf=_trees.is_leaf)
+        acc = jax.tree.map(keep, carried, state.acc, total, is_leaf=_trees.is_leaf)
         mini_step = jnp.where(emits, 0, state.mini_step + 1)
         updates = _gating.select(emits, carried, updates, params)
         return updates, AccumulateState(mini_step, acc, inner_state)

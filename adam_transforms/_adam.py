@@ -44,7 +44,7 @@ class Coefficients(NamedTuple):
     nu_correction: Any
 
 
-class _Hyperparameters(NamedTuple):
+class Hyperparameters(NamedTuple):
     """What `scale_by_adam` (``max_of=None``) or `scale_by_amsgrad` was called with."""
 
     b1: Any
@@ -59,7 +59,7 @@ class _Hyperparameters(NamedTuple):
     bias_correction_mu: bool = True
     bias_correction_nu: bool = True
 
-    def checked(self) -> "_Hyperparameters":
+    def checked(self) -> "Hyperparameters":
         """The same, every argument checked."""
         hp = self._replace(
             b1=_arguments.decay_rate("b1", self.b1),
@@ -143,7 +143,7 @@ def scale_by_adam(
     [1.0, -1.0]
     """
     return _moment_transformation(
-        _Hyperparameters(b1, b2, eps, eps_root, mu_dtype, nu_dtype, eps_hat, nesterov=nesterov)
+        Hyperparameters(b1, b2, eps, eps_root, mu_dtype, nu_dtype, eps_hat, nesterov=nesterov)
     )
 
 
@@ -202,7 +202,7 @@ def scale_by_amsgrad(
     """
     max_of = _arguments.choice("max_of", max_of, ("corrected", "raw"))
     return _moment_transformation(
-        _Hyperparameters(
+        Hyperparameters(
             b1,
             b2,
             eps,
@@ -217,14 +217,14 @@ def scale_by_amsgrad(
     )
 
 
-def _moment_transformation(hp: _Hyperparameters) -> optax.GradientTransformationExtraArgs:
+def _moment_transformation(hp: Hyperparameters) -> optax.GradientTransformationExtraArgs:
     """The transformation that `scale_by_adam` and `scale_by_amsgrad` share."""
     hp = hp.checked()
     scheduled = callable(hp.b1) or callable(hp.b2)
 
     def init(params: Any) -> Any:
         def nu() -> Any:
-            return _trees.zeros_like(params, lambda p: hp.nu_dtype or _least_nu_dtype(p))
+            return _trees.zeros_like(params, lambda p: hp.nu_dtype or least_nu_dtype(p))
 
         count = jnp.zeros((), jnp.int32)
         mu = _trees.zeros_like(params, lambda p: hp.mu_dtype or p)
@@ -242,26 +242,26 @@ def _moment_transformation(hp: _Hyperparameters) -> optax.GradientTransformation
             b1, b2 = hp.b1, hp.b2
             count = _numerics.increment(state.count)
             corrections = [_numerics.bias_correction(b, count) for b in (b1, b2)]
-            coefficients = _coefficients(hp, state.count, b1, b2, corrections)
+            coefficients = coefficients_of(hp, state.count, b1, b2, corrections)
             return _update_leaves(hp, coefficients, updates, state, params)
         b1, b2 = (_arguments.at_count(b, state.inner_state.count) for b in (hp.b1, hp.b2))
         corrections = [
             _numerics.moving_average(c, 1.0, b)
             for c, b in zip(state.corrections, (b1, b2), strict=True)
         ]
-        coefficients = _coefficients(hp, state.inner_state.count, b1, b2, corrections)
+        coefficients = coefficients_of(hp, state.inner_state.count, b1, b2, corrections)
         updates, inner = _update_leaves(hp, coefficients, updates, state.inner_state, params)
         return updates, ScheduledDecayState((corrections[0], corrections[1]), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _least_nu_dtype(param_dtype: Any) -> Any:
+def least_nu_dtype(param_dtype: Any) -> Any:
     return _numerics.real_dtype(_numerics.compute_dtype(param_dtype))
 
 
-def _coefficients(
-    hp: _Hyperparameters, count: jax.Array, b1: Any, b2: Any, corrections: list[jax.Array]
+def coefficients_of(
+    hp: Hyperparameters, count: jax.Array, b1: Any, b2: Any, corrections: list[jax.Array]
 ) -> Coefficients:
     """The scalars of the step that follows `count` others, the bias corrections folded in."""
     eps, eps_root = (
@@ -296,11 +296,11 @@ def _is_zero(value: Any) -> bool:
 
 
 def _update_leaves(
-    hp: _Hyperparameters, c: Coefficients, updates: Any, state: Any, params: Any
+    hp: Hyperparameters, c: Coefficients, updates: Any, state: Any, params: Any
 ) -> tuple[Any, Any]:
     """Moves the moments and rescales, leaf by leaf."""
     slots = {name: slot for name, slot in state._asdict().items() if name != "count"}
-    step: Callable[..., Any] = functools.partial(_update_leaf, hp, c)
+    step: Callable[..., Any] = functools.partial(update_leaf, hp, c)
     # A parameter says no more than the dtype of its update; without parameters mu stands in.
     likes = slots["mu"] if params is None else params
     updates, *slots_now = _trees.map_leaves(
@@ -315,8 +315,8 @@ def _update_leaves(
     return updates, type(state)(count, *slots_now)
 
 
-def _update_leaf(
-    hp: _Hyperparameters, c: Coefficients, path: str, g: jax.Array, *slots_and_like: jax.Array
+def update_leaf(
+    hp: Hyperparameters, c: Coefficients, path: str, g: jax.Array, *slots_and_like: jax.Array
 ) -> tuple[jax.Array, ...]:
     """One leaf's update and its new slots, in the dtypes that the slots came in."""
     mu_was, nu_was, *nu_max_was, like = slots_and_like

@@ -6,6 +6,7 @@ computed in `scalar_dtype`: float32, or float64 when JAX's x64 mode is on.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -119,6 +120,23 @@ def computed_once(x: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(x):  # a complex division by 1 is not exact
         return x
     return x / (1.0 + 0.0 * jnp.minimum(jnp.abs(x), jnp.ones((), x.dtype)))
+
+
+def witness(x: jax.Array) -> jax.Array:
+    """A scalar for `after`: XLA has it only when it has `x`, or some other use of what is in it."""
+    x = jnp.ravel(x)[:1]
+    return jnp.sum(jnp.minimum(jnp.abs(x), jnp.ones((), x.dtype)))
+
+
+def after(witnesses: Sequence[jax.Array], x: jax.Array) -> jax.Array:
+    """`x`, which XLA then has only after all that the `witnesses` are of.
+
+    XLA writes into an array in place where it knows all reads of it to come before; else it copies
+    the array. That a write depends on what was read is how it knows.
+    """
+    for witness in witnesses:
+        x = jnp.where(witness == 2.0, jnp.zeros((), x.dtype), x)  # it is 1 at most
+    return x
 
 
 def increment(count: jax.Array) -> jax.Array:

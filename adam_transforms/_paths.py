@@ -58,6 +58,33 @@ class Rules(NamedTuple):
         return treedef.unflatten([self.index(path) for path in paths])
 
 
+def selector(name: str, selection: Any) -> Callable[[Sequence[tuple[str, Any]]], set[int]]:
+    """From (path, leaf) pairs to the positions of the selected ones.
+
+    Args:
+      name: what the selection is called in an error.
+      selection: one regular expression or several, each of which must match something, or a
+        predicate ``(path, leaf) -> bool``.
+    """
+    if callable(selection):
+        return lambda leaves: {i for i, leaf in enumerate(leaves) if selection(*leaf)}
+    patterns = compile_patterns(name, selection)
+
+    def select(leaves: Sequence[tuple[str, Any]]) -> set[int]:
+        chosen = set()
+        for pattern in patterns:
+            hits = {i for i, (path, _) in enumerate(leaves) if pattern.search(path)}
+            if leaves and not hits:
+                paths = _listed([path for path, _ in leaves])
+                raise ValueError(
+                    f"no leaf matches {pattern.pattern!r} of {name}; the paths are {paths}"
+                )
+            chosen |= hits
+        return chosen
+
+    return select
+
+
 def parse_rules(rules: Any) -> tuple[Rules, list[Any]]:
     """Splits ``[(patterns, value), ...]`` into the compiled rules and their values."""
     if not isinstance(rules, Sequence) or isinstance(rules, str):

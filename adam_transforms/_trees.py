@@ -152,7 +152,8 @@ def as_gradient(path: str, leaf: Any) -> jax.Array:
     if isinstance(leaf, SparseRows):
         raise TypeError(
             f"{path!r} has a row gradient (SparseRows), but this transformation needs dense "
-            "arrays: put it inside lazy(...), or make the gradients dense with to_dense"
+            "arrays: put it inside lazy(...) (for adam: lazy_adam, or deferred_adam), or make the "
+            "gradients dense with to_dense"
         )
     dtype = jnp.result_type(leaf) if hasattr(leaf, "dtype") or isinstance(leaf, float) else None
     if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):

@@ -9,6 +9,7 @@ backward passes included. Contenders that are not installed are left out by name
 """
 
 import argparse
+import importlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -130,14 +131,12 @@ def torch_step(size: Size, batches: Any) -> harness.Case:
 
 
 def tensorflow_step(name: str, size: Size, batches: Any) -> harness.Case:
-    import tensorflow as tf  # pyright: ignore[reportMissingImports]
-
+    tf: Any = importlib.import_module("tensorflow")
     table = tf.Variable(0.1 * tf.random.normal((size.rows, size.columns)))
     if name == "TF1 AdamOptimizer":
         optimizer = tf.compat.v1.train.AdamOptimizer(1e-3)
     else:
-        import keras  # pyright: ignore[reportMissingImports]
-
+        keras: Any = importlib.import_module("keras")
         table = keras.Variable(table)
         optimizer = keras.optimizers.Adam(1e-3)
         optimizer.build([table])

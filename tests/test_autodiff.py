@@ -234,6 +234,22 @@ def test_ids_in_64_bits_do_not_wrap_into_the_table():
         assert np.count_nonzero(rows.to_dense()) == WIDTH
 
 
+@pytest.mark.parametrize("shape", [(1, 2), (1,), (4,), (4, 2, 2), (4, 0)])
+def test_tables_of_any_shape(shape):
+    table, ids = integers(4, *shape), jnp.array([0, -1, 0, shape[0], -shape[0] - 1])
+
+    def loss(table):
+        read = (table[ids], table[0], jnp.take(table, ids, axis=0))
+        return sum(factor * jnp.nansum(x) for factor, x in zip((1.0, 2.0, 4.0), read, strict=True))
+
+    check_to_the_bit(loss, table)
+
+
+def test_a_table_without_rows_is_refused_as_jax_refuses_it():
+    with pytest.raises(TypeError, match="out of range"):
+        grad(table_loss)(jnp.ones((0, WIDTH)), IDS)
+
+
 def test_all_ids_equal_are_one_row():
     rows = grad(lambda table: jnp.sum(table[jnp.full((7,), 2)]))(TABLE)
     assert sorted(rows.indices.tolist()) == [2] + [ROWS] * 6
@@ -447,7 +463,9 @@ def test_patterns_and_predicates_select():
     def loss(params):
         return jnp.sum(params["a"]["table"][IDS] * params["b"][0][IDS] * params["scale"])
 
-    for tables in ("a/", ["a/t.*e$"], re.compile("^a"), lambda path, leaf: path == "a/table"):
+    # What a predicate returns counts as true or false.
+    predicates = (lambda path, leaf: path == "a/table", lambda path, leaf: re.match("a", path))
+    for tables in ("a/", ["a/t.*e$"], re.compile("^a"), *predicates):
         grads = jax.eval_shape(grad(loss, tables=tables), make_params())
         assert is_rows(grads["a"]["table"])
         assert not is_rows(grads["b"][0])

@@ -17,6 +17,7 @@ RUNS = {
         ["--sizes", "1000,4,64", "--rows", "1000", "2000", "--tower-rows", "1000"],
         ["step", "flat", "tower"],
     ),
+    "bench_deferred.py": (["--rows", "10000", "--only", "step"], ["step"]),
 }
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_bits_equal, normal, types
+from helpers import as_numpy, assert_bits_equal, assert_close, normal, types
 
 import adam_transforms as at
 
@@ -100,14 +100,31 @@ def test_other_rows_and_the_types_of_the_state_stay(name: str) -> None:
             assert_bits_equal(new[idle], old[idle])
 
 
-def test_global_norm_inside_spans_rows_and_dense_leaves() -> None:
+@pytest.mark.parametrize("make", [at.clip_by_global_norm, optax.clip_by_global_norm])
+def test_global_norm_inside_spans_rows_and_dense_leaves(make: Any) -> None:
     params, gradients = params_and_rows()
-    tx = at.lazy(optax.chain(optax.clip_by_global_norm(0.5), optax.scale(-1.0)))
+    tx = at.lazy(make(0.5))
     updates, _ = tx.update(gradients, tx.init(params), params)
     dense = at.to_dense(gradients)
-    clip = optax.chain(optax.clip_by_global_norm(0.5), optax.scale(-1.0))
-    expected, _ = clip.update(dense, clip.init(params), params)
+    expected, _ = make(0.5).update(dense, make(0.5).init(params), params)
     chex.assert_trees_all_close(at.to_dense(updates), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
+@pytest.mark.parametrize("shape", [(1, D), (V,), (V, 2, 2), (V, 0)], ids=str)
+def test_tables_of_any_shape_and_dtype(shape: tuple[int, ...], dtype: str) -> None:
+    """The touched row moves as in the dense step; ids outside move none."""
+    p = jnp.asarray(normal(0, *shape)).astype(dtype)
+    table = {"t": np.asarray(p) if dtype == "float32" else p}
+    values = normal(1, 4, *shape[1:])
+    indices = np.array([0, shape[0], 0, -1], np.int32)
+    rows = at.SparseRows(indices, jnp.asarray(values).astype(dtype), shape[0])
+    actual, state = run(at.lazy(at.adam(0.1)), table, [{"t": rows}])
+    expected, _ = run(at.adam(0.1), table, [{"t": rows.to_dense()}])
+    assert_bits_equal(actual["t"][1:], p[1:])
+    rtol = 1e-5 if jnp.finfo(dtype).bits >= 32 else 1e-2
+    np.testing.assert_allclose(as_numpy(actual["t"]), as_numpy(expected["t"]), rtol=rtol)
+    assert types(state) == types(at.lazy(at.adam(0.1)).init(table))
 
 
 def test_padding_and_rows_outside_change_nothing() -> None:
@@ -319,39 +336,152 @@ def test_accumulating_rows_needs_to_know_how_many() -> None:
         tx.update(at.to_dense(gradients), tx.init(params), params)
 
 
-@pytest.mark.parametrize(
-    ("inner", "message"),
-    [
-        (lambda: at.accumulate(at.adam(0.1), 2), "accumulat.*around lazy"),
-        (lambda: optax.chain(at.accumulate(at.adam(0.1), 2)), "accumulat.*around lazy"),
-        (
-            lambda: optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
-            "accumulat.*around lazy",
+COLLECTING = {
+    "accumulate": lambda: at.accumulate(at.adam(0.1), 2),
+    "accumulate in a chain": lambda: optax.chain(at.accumulate(at.adam(0.1), 2)),
+    "MultiSteps": lambda: optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
+    "apply_every": lambda: optax.chain(optax.adam(0.1), optax.apply_every(2)),
+}
+
+
+@pytest.mark.parametrize("name", COLLECTING)
+def test_what_collects_gradients_inside_is_refused_with_the_right_order(name: str) -> None:
+    order = "dynamic_loss_scale(accumulate(lazy(optax.chain(clip, adam, decay, learning rate)), "
+    with pytest.raises(ValueError, match=re.escape(order)):
+        at.lazy(COLLECTING[name]()).init(params_and_rows()[0])
+
+
+def adam_with_everything() -> Any:
+    return at.adam(0.1, clip_global_norm=1.0, weight_decay=0.1)
+
+
+# Unusual orders, and the usual ones that they equal.
+ORDERS = {
+    "dynamic_loss_scale inside": (
+        lambda like: at.lazy(at.dynamic_loss_scale(adam_with_everything(), 4.0)),
+        lambda like: at.dynamic_loss_scale(at.lazy(adam_with_everything()), 4.0),
+    ),
+    "skip_nonfinite inside": (
+        lambda like: at.lazy(at.skip_nonfinite(adam_with_everything())),
+        lambda like: at.skip_nonfinite(at.lazy(adam_with_everything())),
+    ),
+    "apply_if_finite inside": (
+        lambda like: at.lazy(optax.apply_if_finite(adam_with_everything(), 9)),
+        lambda like: at.skip_nonfinite(at.lazy(adam_with_everything())),
+    ),
+    "static_loss_scale inside": (
+        lambda like: at.lazy(at.static_loss_scale(adam_with_everything(), 4.0)),
+        lambda like: at.static_loss_scale(at.lazy(adam_with_everything()), 4.0),
+    ),
+    "lazy inside": (
+        lambda like: at.lazy(at.lazy(adam_with_everything())),
+        lambda like: at.lazy(adam_with_everything()),
+    ),
+    "injected around lazy_adam": (
+        lambda like: optax.inject_hyperparams(at.lazy_adam)(lambda count: 0.1 / (1 + count)),
+        lambda like: at.lazy_adam(lambda count: 0.1 / (1 + count)),
+    ),
+    "injected around a function": (
+        lambda like: optax.inject_hyperparams(lambda rate: at.lazy(at.adam(rate)))(rate=0.1),
+        lambda like: at.lazy_adam(0.1),
+    ),
+    "by path around": (
+        lambda like: at.by_path([("t", at.lazy_adam(0.1))], at.adam(0.1)),
+        lambda like: at.lazy_adam(0.1),
+    ),
+    "average of the rest outside": (
+        lambda like: optax.chain(
+            at.lazy_adam(0.1),
+            optax.masked(at.params_ema(0.9), at.path_mask("t", exclude=True)),
         ),
-    ],
-)
-def test_accumulation_inside_is_refused(inner: Any, message: str) -> None:
-    params, _ = params_and_rows()
-    with pytest.raises(ValueError, match=message):
-        at.lazy(inner()).init(params)
+        lambda like: at.lazy_adam(0.1),
+    ),
+}
 
 
-def test_what_keeps_no_rows_is_refused_by_name() -> None:
-    def init(params: Any) -> Any:
-        return {"columns": jax.tree.map(lambda p: jnp.zeros(p.shape[::-1]), params)}
+@pytest.mark.parametrize("name", ORDERS)
+def test_other_orders_of_wrappers_give_the_same_numbers(name: str) -> None:
+    params, like = params_and_rows()
+    gradients = [params_and_rows(seed, indices=(seed % V, 2, 2, V))[1] for seed in (10, 21, 32, 43)]
+    if name.startswith(("dynamic", "skip", "apply_if")):
+        bad = gradients[1]["t"]
+        gradients[1]["t"] = bad.with_values(bad.values.at[0, 0].set(jnp.nan))
+    actual, expected = (run(make(like), params, gradients)[0] for make in ORDERS[name])
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
 
-    inner = optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
-    params, gradients = params_and_rows()
-    tx = at.lazy(inner)
-    with pytest.raises(ValueError, match="'columns/t'.*'t'"):
-        tx.update(gradients, tx.init(params), params)
+
+def test_a_loss_scale_inside_accumulation_skips_a_whole_cycle() -> None:
+    params, like = params_and_rows()
+    gradients = [params_and_rows(seed)[1] for seed in (10, 20, 30, 40)]
+    scaled = [{"t": 4.0 * g["t"], "w": 4.0 * g["w"]} for g in gradients]
+    scaled[0] = {**scaled[0], "t": scaled[0]["t"] * jnp.nan}
+    inside = at.dynamic_loss_scale(at.lazy(at.adam(0.1)), 4.0)
+    actual, state = run(at.accumulate(inside, 2, like=like), params, scaled[:2])
+    assert_bits_equal(actual, params)
+    halved = [{"t": 0.5 * g["t"], "w": 0.5 * g["w"]} for g in scaled[2:]]
+    actual, _ = run(at.accumulate(inside, 2, like=like), params, halved, state)
+    expected, _ = run(at.accumulate(at.lazy(at.adam(0.1)), 2, like=like), params, gradients[2:])
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_average_of_a_table_is_refused() -> None:
+MIXING = {
+    "of columns": optax.GradientTransformation(
+        lambda params: {"columns": jax.tree.map(lambda p: jnp.zeros(p.shape[1:]), params)},
+        lambda updates, state, params=None: (updates, state),
+    ),
+    "transposed": optax.GradientTransformation(
+        lambda params: {"columns": jax.tree.map(lambda p: jnp.zeros(p.shape[::-1]), params)},
+        lambda updates, state, params=None: (updates, state),
+    ),
+    "Adafactor": optax.scale_by_factored_rms(min_dim_size_to_factor=2),
+    "SM3": optax.scale_by_sm3(),
+    "flatten": optax.flatten(optax.adam(0.1)),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("width", [3, V])
+def test_a_state_that_is_not_kept_by_row_is_refused_by_name(name: str, width: int) -> None:
+    params = {"t": jnp.ones((V, width))}
+    rows = at.SparseRows(np.array([1, 3], np.int32), np.ones((2, width), np.float32), V)
+    tx = at.lazy(MIXING[name])
+    slot = "mu" if name == "flatten" else "/t"
+    with pytest.raises(ValueError, match=f"kept by row, but '.*{slot}"):
+        tx.update({"t": rows}, tx.init(params), params)
+
+
+def test_a_state_that_changes_its_shape_is_refused() -> None:
+    """Adafactor factors the many rows of a batch, and not the few of the table."""
+    params = {"t": jnp.ones((3, 5))}
+    rows = at.SparseRows(np.zeros(5, np.int32), np.ones((5, 5), np.float32), 3)
+    tx = at.lazy(optax.scale_by_factored_rms(min_dim_size_to_factor=5))
+    with pytest.raises(ValueError, match="'v.*/t' has shape"):
+        tx.update({"t": rows}, tx.init(params), params)
+
+
+def test_average_of_a_table_is_refused_and_of_the_rest_is_exact() -> None:
     params, gradients = params_and_rows()
     tx = at.lazy(at.adam(0.1, ema=0.9))
     with pytest.raises(ValueError, match="params_ema.*'t'"):
         tx.update(gradients, tx.init(params), params)
+    # A parameter of the shape that the table would have with a row more.
+    params, gradients = ({**tree, "w": jnp.ones((V + 1, D))} for tree in (params, gradients))
+    rest = optax.masked(at.params_ema(0.9), {"t": False, "w": True})
+    after, state = run(at.lazy(optax.chain(at.adam(0.1), rest)), params, [gradients] * 2)
+    _, expected = run(at.adam(0.1, ema=0.9), {"w": params["w"]}, [{"w": gradients["w"]}] * 2)
+    chex.assert_trees_all_close(at.ema_params(state)["w"], at.ema_params(expected)["w"], rtol=1e-6)
+
+
+def test_the_slots_of_many_tables_are_told_apart() -> None:
+    """All of one shape, and one as tall as another that is asked for with a few rows more."""
+    params = {f"t{i}": jnp.zeros((V + i % 3, D)) for i in range(9)}
+    gradients = {
+        name: at.SparseRows(np.array([i]), np.ones((1, D), np.float32), params[name].shape[0])
+        for i, name in enumerate(params)
+    }
+    _, state = run(at.lazy(at.scale_by_adam()), params, [gradients])
+    for i, mu in enumerate(state.inner_state.mu.values()):
+        assert np.flatnonzero(np.any(mu, axis=1)).tolist() == [i]
 
 
 def test_update_without_parameters_and_foreign_states_are_refused() -> None:
@@ -361,8 +491,72 @@ def test_update_without_parameters_and_foreign_states_are_refused() -> None:
         tx.update(gradients, tx.init(params))
     with pytest.raises(ValueError, match="init"):
         tx.update(gradients, at.LazyState(()), params)
+    for other in ((V - 1, D), (V, D + 1), (1, D)):
+        with pytest.raises(ValueError, match=rf"'0/mu/t' has shape \[{other[0]}, {other[1]}\]"):
+            tx.update(gradients, tx.init({**params, "t": jnp.ones(other)}), params)
     with pytest.raises(TypeError, match="inner"):
         at.lazy(at.adam)  # pyright: ignore[reportArgumentType]
+
+
+WRONG = {
+    "only in the updates": ({"x": jnp.ones(2)}, {}, "'x' is only in the updates"),
+    "only in the parameters": ({}, {"x": jnp.ones(2)}, "'x' is only in the parameters"),
+    "another table": ({}, {"t": jnp.ones((V - 1, D))}, "'t'.*9, 3.*8, 3"),
+    "a tree": ({}, {"t": {"a": jnp.ones((V, D))}}, "'t' is an array in the updates, but a tree"),
+    "none": ({}, {"t": None}, "'t' has a row gradient, but no parameter"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_gradients_that_differ_from_the_parameters_are_refused_by_path(name: str) -> None:
+    in_gradients, in_params, message = WRONG[name]
+    params, gradients = params_and_rows()
+    params, gradients = {**params, **in_params}, {**gradients, **in_gradients}
+    tx = at.lazy(at.adam(0.1))
+    with pytest.raises(ValueError, match=message):
+        tx.update(gradients, tx.init(params), params)
+
+
+def test_flax_linen_train_state_applies_row_gradients() -> None:
+    nn = pytest.importorskip("flax.linen")
+    train_state = pytest.importorskip("flax.training.train_state")
+    model, ids = nn.Sequential([nn.Embed(V, D), nn.Dense(1)]), jnp.array([1, 1, 4])
+    start = model.init(jax.random.key(0), ids)
+
+    def trained(tx: Any, grad: Any) -> Any:
+        train = train_state.TrainState.create(apply_fn=model.apply, params=start, tx=tx)
+
+        @jax.jit
+        def step(train: Any) -> Any:
+            gradients = grad(lambda p: jnp.mean(model.apply(p, ids) ** 2))(train.params)
+            return train.apply_gradients(grads=gradients)
+
+        return step(step(train)).params
+
+    # The same rows at every step: lazy is dense.
+    assert_close(trained(at.lazy_adam(0.1), at.grad), trained(at.adam(0.1), jax.grad), 1e-5)
+
+
+def test_flax_nnx_optimizer_applies_row_gradients() -> None:
+    nnx = pytest.importorskip("flax.nnx")
+    ids = jnp.array([1, 1, 4])
+
+    def trained(tx: Any, grad: Any) -> Any:
+        rngs = nnx.Rngs(0)
+        model = nnx.Sequential(nnx.Embed(V, D, rngs=rngs), nnx.Linear(D, 1, rngs=rngs))
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model: Any, optimizer: Any) -> None:
+            graph, params = nnx.split(model)
+            gradients = grad(lambda p: jnp.mean(nnx.merge(graph, p)(ids) ** 2))(params)
+            optimizer.update(model, gradients)
+
+        for _ in range(2):
+            step(model, optimizer)
+        return jax.tree.leaves(nnx.state(model))
+
+    assert_close(trained(at.lazy_adam(0.1), at.grad), trained(at.adam(0.1), jax.grad), 1e-5)
 
 
 IN_PLACE = {
@@ -380,11 +574,15 @@ IN_PLACE = {
 }
 
 
-@pytest.mark.parametrize("name", IN_PLACE)
-def test_memory_does_not_depend_on_the_table_and_nothing_of_its_size_is_copied(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "float32") for name in IN_PLACE), ("at.adam", "float16")]
+)
+def test_memory_does_not_depend_on_the_table_and_nothing_of_its_size_is_copied(
+    name: str, dtype: str
+) -> None:
     temporaries = []
     for rows in (1_000_000, 10_000_000):
-        params = {"t": jax.ShapeDtypeStruct((rows, 16), jnp.float32)}
+        params = {"t": jax.ShapeDtypeStruct((rows, 16), dtype)}
         like = {"t": at.SparseRows(np.zeros(512, np.int32), np.zeros((512, 16), np.float32), rows)}
         tx = IN_PLACE[name](like)
         state = jax.eval_shape(tx.init, params)
@@ -394,13 +592,13 @@ def test_memory_does_not_depend_on_the_table_and_nothing_of_its_size_is_copied(n
         ) -> Any:
             gradients = {"t": at.SparseRows(ids, values, rows)}
             updates, state = tx.update(gradients, state, params)
-            return at.apply_updates(params, updates), state
+            return optax.apply_updates(params, updates), state
 
         ids = jax.ShapeDtypeStruct((512,), jnp.int32)
         values = jax.ShapeDtypeStruct((512, 16), jnp.float32)
         lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, ids, values)
         compiled = lowered.compile()
-        assert not re.search(rf"f32\[{rows},16\]\S* copy\(", compiled.as_text())
+        assert not re.search(rf"f\d+\[{rows},16\]\S* (copy|convert)\(", compiled.as_text())
         memory: Any = compiled.memory_analysis()
         temporaries.append(memory.temp_size_in_bytes)
     assert temporaries[0] == temporaries[1]

@@ -39,6 +39,13 @@ def test_table_example_learns_and_moves_only_what_it_reads(relaxed_promotion: No
     assert set(moved) == set(np.asarray(names["ids"]).tolist())
 
 
+def test_deferred_example_learns_and_leaves_nothing_owed(relaxed_promotion: None) -> None:
+    names: dict = {}
+    exec(EXAMPLES[3], names)
+    assert names["loss"] < 0.1
+    assert int(at.owed(names["params"], names["state"])["table"].rows) == 0
+
+
 def test_examples_are_as_short_as_promised() -> None:
     """15 lines for Optax, 20 for Flax."""
     assert [len(example.splitlines()) for example in EXAMPLES[:2]] == [15, 20]

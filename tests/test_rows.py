@@ -1,7 +1,11 @@
 """Row gradients: what they stand for, and that nothing corrupts them in silence."""
 
+import contextlib
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,7 +109,7 @@ def test_rows_are_a_pytree_that_keeps_its_static_parts() -> None:
     through = jax.jit(lambda r: r)(rows)
     assert_bits_equal(through.indices, rows.indices)
     paths = [at.path_str(path) for path, _ in jax.tree_util.tree_flatten_with_path({"t": rows})[0]]
-    assert paths == ["t/indices", "t/values"]
+    assert paths == ["t/values", "t/indices"]
     assert repr(rows) == "SparseRows(float32[7,3], 2 of 7 distinct rows)"
 
 
@@ -159,8 +163,9 @@ def test_rows_of_anything_can_be_shown(leaf: Any) -> None:
     rows = rows_of([1, 3])
     treedef = jax.tree.structure(rows)
     assert repr(leaf) in repr(treedef.unflatten([leaf, leaf]))
-    assert repr(leaf) in repr(treedef.unflatten([jax.tree.leaves(rows)[0], leaf]))
-    assert repr(leaf) in repr(treedef.unflatten([leaf, rows.values]))
+    values, keys = jax.tree.leaves(rows)
+    assert repr(leaf) in repr(treedef.unflatten([values, leaf]))
+    assert repr(leaf) in repr(treedef.unflatten([leaf, keys]))
 
 
 def test_rows_of_shapes_and_of_one_row_have_theirs() -> None:
@@ -174,6 +179,48 @@ def test_rows_of_shapes_and_of_one_row_have_theirs() -> None:
         return row.values
 
     jax.vmap(one)(rows_of([1, 3]))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32", "int64", "uint64"])
+@pytest.mark.parametrize("x64", [False, True])
+def test_indices_of_any_width_do_not_wrap_into_the_table(dtype: str, x64: bool) -> None:
+    """2^32 + 1 is not row 1."""
+    limits = np.iinfo(dtype)
+    outside = [limits.max, limits.min or limits.max, V, 2**32 + 1, 2**63 + 2, 1 - 2**32]
+    outside = [i for i in outside if limits.min <= i <= limits.max]
+    indices = np.array([3, *outside], dtype)
+    values = np.ones((indices.size, D), np.float32)
+    with helpers.x64() if x64 else contextlib.nullcontext():
+        made = [at.SparseRows(indices, values, V)]
+        if x64 or limits.bits < 64:  # else JAX has cut them itself
+            made.append(at.SparseRows(jnp.asarray(indices), values, V))
+        for rows in made:
+            assert rows.indices.dtype == np.int32
+            assert np.flatnonzero(rows.to_dense().any(axis=1)).tolist() == [3]
+
+
+@pytest.mark.parametrize("table", ["float16", "bfloat16", "float32", "complex64"])
+@pytest.mark.parametrize("values", ["float16", "bfloat16", "float32", "complex64"])
+def test_the_sum_has_the_dtype_of_the_table_or_is_refused(table: str, values: str) -> None:
+    p, rows = jnp.ones((V, D), table), rows_of([1, 1, 3], values)
+    if values == "complex64" != table:
+        with pytest.raises(TypeError, match=f"{table}.*{values}"):
+            _ = p + rows
+        return
+    for total in (p + rows, optax.apply_updates(p, rows), at.apply_updates(p, rows)):
+        assert_bits_equal(total, (1 + dense_of(rows_of([1, 1, 3]))).astype(table))
+
+
+@pytest.mark.parametrize("values", ["float32", "complex64"])
+def test_a_table_of_integers_takes_no_rows(values: str) -> None:
+    with pytest.raises(TypeError, match=f"int32.*{values}"):
+        _ = jnp.ones((V, D), jnp.int32) + rows_of([1], values)
+
+
+def test_a_table_without_rows_takes_padding() -> None:
+    rows = at.SparseRows(np.array([0, -1], np.int32), np.ones((2, D), np.float32), 0)
+    assert rows.to_dense().shape == (0, D)
+    assert (jnp.ones((0, D)) + rows.sum_duplicates()).shape == (0, D)
 
 
 def test_negative_padding_replaces_no_row() -> None:
@@ -209,6 +256,10 @@ def test_apply_updates_of_optax_and_ours_take_rows() -> None:
         (([0, 1], np.ones((1, D)), V), ValueError, "shapes"),
         (([[0]], np.ones((1, 1, D)), V), ValueError, "shapes"),
         (([0], np.ones((1, D)), 2.5), TypeError, "integer"),
+        (([0], np.ones((1, D)), -1), ValueError, "num_rows.*-1"),
+        (([0], np.ones((1, D)), 2**31), ValueError, "num_rows.*2147483648"),
+        (([0], np.ones((1, D), np.int32), V), TypeError, "values.*int32"),
+        (([True], np.ones((1, D)), V), TypeError, "integers.*bool"),
     ],
 )
 def test_malformed_rows_are_refused(arguments: Any, error: type, message: str) -> None:
@@ -221,54 +272,111 @@ def test_rows_of_another_table_are_refused() -> None:
         _ = jnp.zeros((V + 1, D)) + rows_of([0])
 
 
-STOCK = {
-    "scale": lambda: optax.scale(-1.0),
-    "scale_by_learning_rate": lambda: optax.scale_by_learning_rate(0.1),
-    "scale_by_learning_rate schedule": lambda: optax.scale_by_learning_rate(lambda count: 0.1),
-    "scale_by_schedule": lambda: optax.scale_by_schedule(lambda count: 0.1),
-    "clip": lambda: optax.clip(1.0),
-    "clip_by_global_norm": lambda: optax.clip_by_global_norm(1.0),
-    "clip_by_block_rms": lambda: optax.clip_by_block_rms(1.0),
-    "adaptive_grad_clip": lambda: optax.adaptive_grad_clip(0.1),
-    "add_decayed_weights": lambda: optax.add_decayed_weights(0.1),
-    "add_noise": lambda: optax.add_noise(0.1, 0.1, key=0),
-    "centralize": lambda: optax.centralize(),
-    "ema": lambda: optax.ema(0.9),
-    "trace": lambda: optax.trace(0.9),
-    "scale_by_adam": lambda: optax.scale_by_adam(),
-    "scale_by_amsgrad": lambda: optax.scale_by_amsgrad(),
-    "scale_by_lion": lambda: optax.scale_by_lion(),
-    "scale_by_rms": lambda: optax.scale_by_rms(),
-    "scale_by_sign": lambda: optax.scale_by_sign(),
-    "scale_by_trust_ratio": lambda: optax.scale_by_trust_ratio(),
-    "normalize_by_update_norm": lambda: optax.normalize_by_update_norm(),
-    "zero_nans": lambda: optax.zero_nans(),
-    "adam": lambda: optax.adam(0.1),
-    "sgd": lambda: optax.sgd(0.1),
-    "MultiSteps": lambda: optax.MultiSteps(optax.sgd(0.1), 2),
-    "ours: adam": lambda: at.adam(0.1),
-    "ours: clip_by_norm": lambda: at.clip_by_norm(0.1),
-    "ours: accumulate": lambda: at.accumulate(at.adam(0.1), 2),
-    "ours: skip_nonfinite": lambda: at.skip_nonfinite(at.adam(0.1)),
+# What Optax's factories are called with, by the name of the parameter.
+ARGUMENTS: dict[str, Any] = {
+    **dict.fromkeys(
+        ("learning_rate", "step_size", "weight_decay", "clipping", "eta", "gamma"), 0.1
+    ),
+    **dict.fromkeys(("noise_scale", "noise_multiplier", "slow_step_size"), 0.1),
+    **dict.fromkeys(("max_delta", "max_norm", "threshold", "l2_norm_clip"), 1.0),
+    **dict.fromkeys(("every_k_schedule", "k", "sync_period", "max_consecutive_errors"), 2),
+    **dict.fromkeys(("max_backtracking_steps", "max_linesearch_steps"), 2),
+    **dict.fromkeys(("should_transform_fn", "should_update_fn"), lambda step: True),
+    **dict.fromkeys(("inner", "opt", "optimizer", "base_optimizer", "tx"), optax.sgd(0.1)),
+    **dict.fromkeys(("fast_optimizer", "adv_optimizer"), optax.sgd(0.1)),
+    **dict.fromkeys(("mask", "update_mask"), {"t": True}),
+    "decay": 0.9,
+    "freeze_mask": {"t": False},
+    "key": 0,
+    "param_labels": {"t": "group"},
+    "step_size_fn": lambda count: 0.1,
+    "transforms": {"group": optax.scale(-1.0)},
 }
 
 
-# These look at leaves of several dimensions only, or at what is not a number.
-ACT_ON_VALUES_ALONE = ("centralize", "zero_nans")
+def factories_of_optax() -> Iterator[tuple[str, Any]]:
+    """All that are made of `ARGUMENTS`."""
+    for module in (optax, optax.contrib):
+        for name, factory in vars(module).items():
+            if name.startswith("_") or not inspect.isfunction(factory):
+                continue
+            signature = inspect.signature(factory)
+            parameters = [p for p in signature.parameters.values() if p.kind != p.VAR_POSITIONAL]
+            known = {p.name: ARGUMENTS[p.name] for p in parameters if p.name in ARGUMENTS}
+            needed = {
+                p.name for p in parameters if p.default is p.empty and p.kind != p.VAR_KEYWORD
+            }
+            if "GradientTransformation" in str(signature.return_annotation) and needed <= {*known}:
+                yield name, lambda factory=factory, known=known: factory(**known)
 
 
-@pytest.mark.parametrize("name", STOCK)
-def test_what_knows_no_rows_fails_when_traced(name: str, relaxed_promotion: None) -> None:
+THEIRS = {
+    **dict(factories_of_optax()),
+    "MultiSteps": lambda: optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation(),
+    "chain": lambda: optax.chain(optax.scale(-1.0)),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(optax.sgd)(learning_rate=0.1),
+    "scheduled learning rate": lambda: optax.scale_by_learning_rate(lambda count: 0.1),
+}
+OURS = {
+    "adam": lambda: at.adam(0.1),
+    "scale_by_adam": lambda: at.scale_by_adam(),
+    "scale_by_amsgrad": lambda: at.scale_by_amsgrad(),
+    "clip_by_value": lambda: at.clip_by_value(0.1),
+    "clip_by_norm": lambda: at.clip_by_norm(0.1),
+    "clip_by_global_norm": lambda: at.clip_by_global_norm(0.1),
+    "params_ema": lambda: at.params_ema(0.9),
+    "scale_by_path_learning_rate": lambda: at.scale_by_path_learning_rate([("t", 0.1)], 0.1),
+    "by_path": lambda: at.by_path([("t", at.adam(0.1))], at.adam(0.1)),
+    "skip_nonfinite": lambda: at.skip_nonfinite(at.adam(0.1)),
+    "dynamic_loss_scale": lambda: at.dynamic_loss_scale(at.adam(0.1)),
+    "static_loss_scale": lambda: at.static_loss_scale(at.adam(0.1), 2.0),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", THEIRS)
+def test_what_knows_no_rows_fails_when_traced_or_is_right(
+    name: str, relaxed_promotion: None
+) -> None:
     """And never scales, clips or sums the indices in silence."""
-    tx = STOCK[name]()
-    params = {"t": jnp.ones((V, D))}
+    params: Any = {"t": jnp.ones((V, D))}
+    params = optax.LookaheadParams(params, params) if name == "lookahead" else params
     rows = {"t": rows_of([1, 1, 3])}
-    if name in ACT_ON_VALUES_ALONE:
-        updates, _ = tx.update(rows, tx.init(params), params)
-        assert_bits_equal(updates["t"].indices, rows["t"].indices)
+    tx = optax.with_extra_args_support(THEIRS[name]())
+
+    def update(g: Any) -> Any:
+        known = {"value": jnp.float32(1), "grad": g, "value_fn": lambda p: jnp.sum(p["t"])}
+        return tx.update(g, tx.init(params), params, **known)[0]
+
+    try:
+        jax.eval_shape(update, at.to_dense(rows))
+    except (TypeError, ValueError):
+        pytest.skip("needs more to be made or called")
+    try:
+        updates = jax.eval_shape(update, rows)
+    except Exception:
         return
-    with pytest.raises((TypeError, ValueError, AttributeError)):
-        jax.eval_shape(lambda g: tx.update(g, tx.init(params), params), rows)
+    updates, expected = update(rows), update(at.to_dense(rows))
+    np.testing.assert_allclose(at.to_dense(updates)["t"], expected["t"], rtol=1e-6)
+
+
+def test_the_table_of_their_pieces_is_not_empty() -> None:
+    assert len(THEIRS) > 80
+    assert {"scale", "clip", "ema", "trace", "add_noise", "apply_every", "lookahead"} <= {*THEIRS}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_error_says_what_to_do(name: str) -> None:
+    params = {"t": jnp.ones((V, D))}
+    tx = OURS[name]()
+    with pytest.raises(TypeError, match="'t'.*lazy.*to_dense"):
+        tx.update({"t": rows_of([1])}, tx.init(params), params)
+
+
+def test_the_error_of_optax_names_the_class(relaxed_promotion: None) -> None:
+    params, tx = {"t": jnp.ones((V, D))}, optax.adam(0.1)
+    with pytest.raises(ValueError, match="SparseRows"):
+        tx.update({"t": rows_of([1])}, tx.init(params), params)
 
 
 def test_collectives_do_not_sum_the_indices() -> None:
@@ -276,11 +384,3 @@ def test_collectives_do_not_sum_the_indices() -> None:
         jax.vmap(lambda r: jax.lax.psum(r, "i"), axis_name="i")(
             jax.tree.map(lambda x: jnp.stack([x, x]), rows_of([1]))
         )
-
-
-@pytest.mark.parametrize("name", ["ours: adam", "ours: clip_by_norm", "ours: skip_nonfinite"])
-def test_our_error_says_what_to_do(name: str, relaxed_promotion: None) -> None:
-    params = {"t": jnp.ones((V, D))}
-    tx = STOCK[name]()
-    with pytest.raises(TypeError, match="'t'.*lazy.*to_dense"):
-        tx.update({"t": rows_of([1])}, tx.init(params), params)

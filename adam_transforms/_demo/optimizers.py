@@ -17,13 +17,15 @@ class Optimizer(NamedTuple):
     Fields:
       description: a few words for the help and below the closing table.
       make: from the learning rate to the transformation.
-      value_and_grad: differentiates the loss; called like `jax.value_and_grad`.
-      finalize: from the trained (params, state) to the parameters to evaluate.
+      value_and_grad: from the loss and the optimizer's state to what computes loss and gradient.
+      settle: what is left to do when training ends, from (params, state) to (params, state).
+      finalize: from these to the parameters to evaluate.
     """
 
     description: str
     make: Callable[[float], optax.GradientTransformation]
-    value_and_grad: Callable[..., Any] = jax.value_and_grad
+    value_and_grad: Callable[[Any, Any], Any] = lambda loss, state: jax.value_and_grad(loss)
+    settle: Callable[[Any, Any], Any] = lambda params, state: (params, state)
     finalize: Callable[[Any, Any], Any] = lambda params, state: params
 
 
@@ -48,6 +50,12 @@ OPTIMIZERS = {
     "lazy": Optimizer(
         "adam_transforms.lazy_adam on row gradients",
         at.lazy_adam,
-        value_and_grad=at.value_and_grad,
+        value_and_grad=lambda loss, state: at.value_and_grad(loss),
+    ),
+    "deferred": Optimizer(
+        "adam_transforms.deferred_adam on row gradients",
+        lambda learning_rate: at.deferred_adam(learning_rate, tables="ngram_table"),
+        value_and_grad=lambda loss, state: at.value_and_grad(loss, rows_from=state),
+        settle=at.flush,
     ),
 }

@@ -38,7 +38,7 @@ class Result:
     compile_seconds: float
     state_bytes: int
     held_out_loss: float  # nats a word, over the full vocabulary
-    params: Any  # at the end of training, as the optimizer left them
+    params: Any  # at the end of training, settled
 
 
 class Problem:
@@ -106,9 +106,9 @@ def train(
 ) -> Result:
     """Trains from the problem's initial parameters; `on_step` hears of every step."""
     transform = optimizer.make(learning_rate)
-    value_and_grad = optimizer.value_and_grad(problem.model.apply)
 
     def step(params: Any, state: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
+        value_and_grad = optimizer.value_and_grad(problem.model.apply, state)
         loss, gradients = value_and_grad(params, *batch)
         updates, state = transform.update(gradients, state, params)
         return at.apply_updates(params, updates), state, loss
@@ -129,6 +129,7 @@ def train(
         losses[i], milliseconds[i] = float(loss), 1e3 * (perf_counter() - start)
         on_step(losses[i], milliseconds[i])
 
+    params, state = optimizer.settle(params, state)
     held_out_loss = problem.held_out_loss(optimizer.finalize(params, state))
     return Result(losses, milliseconds, compile_seconds, state_bytes, held_out_loss, params)
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from adam_transforms import _numerics, _paths, _trees
 from adam_transforms.sparse._collectives import as_varying, varying_axes
+from adam_transforms.sparse._deferred import current_rows
 from adam_transforms.sparse._reads import (
     CAST,
     CHECKPOINTS,
@@ -41,6 +42,7 @@ def value_and_grad(
     has_aux: bool = False,
     *,
     tables: Any = "auto",
+    rows_from: Any = None,
 ) -> Callable[..., Any]:
     r"""As `jax.value_and_grad`, but the gradient of a table is a `SparseRows`.
 
@@ -61,7 +63,11 @@ def value_and_grad(
       tables: which leaves, all (V, D...), get a row gradient. ``"auto"``: those that are read by
         row and are not used in any other way (for an empty array of ids jnp reads nothing, and a
         leaf that is not used stays dense). Or one regular expression or several, searched for in
-        the leaf's path within its argument; or a predicate ``(path, leaf) -> bool``.
+        the leaf's path within its argument; or a predicate ``(path, leaf) -> bool`` (what it
+        returns counts as true or false, as in an `if`).
+      rows_from: an optimizer state with a `DeferredAdamState` in it, however deep. Its tables are
+        found among the leaves by their paths, get row gradients (and, with ``tables="auto"``, no
+        others do), and are read as they would be if every row were up to date.
 
     Returns:
       A function from `fun`'s arguments to (value, gradient), value being `fun`'s result, and
@@ -72,13 +78,15 @@ def value_and_grad(
     Raises:
       ValueError: a pattern matches nothing, or a selected leaf is used in a way other than reading
         rows; the error names its path and the operation. The bodies of `scan`, `while_loop`,
-        `cond`, `shard_map` and custom derivatives count as one operation each.
+        `cond`, `shard_map` and custom derivatives count as one operation each. `rows_from` has no
+        deferred state, two for one table, or one for a table that is no leaf here.
       TypeError: a leaf is not floating or complex, as from JAX.
 
-    Indices outside of the table follow the mode of the read: with ``"clip"`` the nearest row gets
-    the gradient, with every other mode it goes nowhere. Uses of a table behind
-    `jax.lax.stop_gradient` are no uses. Inside `shard_map` a row gradient is the share of the
-    rows that this device read; `all_reduce_rows` makes it that of all devices.
+    Negative ids are rows from the end where jnp reads them so. Indices outside of the table follow
+    the mode of the read: with ``"clip"`` the nearest row gets the gradient, with every other mode
+    it goes nowhere. Uses of a table behind `jax.lax.stop_gradient` are no uses. Inside `shard_map`
+    a row gradient is the share of the rows that this device read; `all_reduce_rows` makes it that
+    of all devices.
 
     >>> import jax.numpy as jnp
     >>> params = {"table": jnp.ones((5, 2)), "scale": jnp.asarray(2.0)}
@@ -92,7 +100,8 @@ def value_and_grad(
     >>> grads["table"].values.tolist()
     [[4.0, 4.0], [2.0, 2.0], [0.0, 0.0]]
     """
-    select = _selector(tables)
+    auto = isinstance(tables, str) and tables == "auto"
+    select = None if auto else _paths.selector("tables", tables)
     positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
     @functools.wraps(fun)
@@ -102,13 +111,17 @@ def value_and_grad(
             return jax.value_and_grad(fun, argnums, has_aux)(*args, **kwargs)
         leaves, treedef = _leaves(args, positions)
         traced = _trace(fun, has_aux, args, kwargs, positions)
-        steps, chosen = _choose(traced.jaxpr, leaves, select)
+        deferred = _deferred_leaves(rows_from, leaves)
+        steps, chosen = _choose(traced.jaxpr, leaves, select, set(deferred))
         reads = all_reads(steps)
 
         def tapped(dense: list[Any], taps: list[Any]) -> Any:
             # Tables are not arguments here: no gradient of one is ever computed.
             rest = iter(dense)
-            inputs = [leaf.value if i in chosen else next(rest) for i, leaf in enumerate(leaves)]
+            inputs = [
+                deferred.get(i, leaf.value) if i in chosen else next(rest)
+                for i, leaf in enumerate(leaves)
+            ]
             outputs, indices = _run(traced.jaxpr, traced.consts, steps, inputs, taps)
             result = traced.rebuild([_as_array(x) for x in outputs])
             value, aux = result if has_aux else (result, None)
@@ -137,6 +150,7 @@ def grad(
     has_aux: bool = False,
     *,
     tables: Any = "auto",
+    rows_from: Any = None,
 ) -> Callable[..., Any]:
     """As `jax.grad`, but the gradient of a table is a `SparseRows`: see `value_and_grad`.
 
@@ -148,7 +162,7 @@ def grad(
     >>> rows.indices.tolist(), rows.values.tolist()
     ([1], [[2.0, 2.0]])
     """
-    both = value_and_grad(fun, argnums, has_aux, tables=tables)
+    both = value_and_grad(fun, argnums, has_aux, tables=tables, rows_from=rows_from)
 
     @functools.wraps(fun)
     def grad_of(*args: Any, **kwargs: Any) -> Any:
@@ -230,54 +244,59 @@ def _trace(fun: Any, has_aux: bool, args: Any, kwargs: Any, positions: Sequence[
     return _Traced(jaxpr, consts, rebuild)
 
 
+def _deferred_leaves(state: Any, leaves: Sequence[_Leaf]) -> dict[int, "_Table"]:
+    """The leaves that are deferred tables, each with what brings the rows read up to date."""
+    if state is None:
+        return {}
+    deferred = {}
+    for path, read_now in current_rows(state).items():
+        found = [i for i, leaf in enumerate(leaves) if leaf.path == path]
+        if len(found) != 1:
+            paths = ", ".join(repr(leaf.path) for leaf in leaves)
+            raise ValueError(
+                f"rows_from has a table at {path!r}, of which there must be one among the leaves "
+                f"that are differentiated; these are {paths}"
+            )
+        deferred[found[0]] = _Table(leaves[found[0]].value, read_now, path)
+    return deferred
+
+
 # ---- (2) the choice of tables -------------------------------------------------------------------
 
 
-def _selector(tables: Any) -> Callable[[Sequence[_Leaf]], set[int] | None]:
-    """From the leaves to the selected ones; None for ``"auto"``."""
-    if isinstance(tables, str) and tables == "auto":
-        return lambda leaves: None
-    if callable(tables):
-        return lambda leaves: {i for i, leaf in enumerate(leaves) if tables(leaf.path, leaf.value)}
-    patterns = _paths.compile_patterns("tables", tables)
-
-    def select(leaves: Sequence[_Leaf]) -> set[int]:
-        chosen = set()
-        for pattern in patterns:
-            hits = {i for i, leaf in enumerate(leaves) if pattern.search(leaf.path)}
-            if leaves and not hits:
-                paths = ", ".join(repr(leaf.path) for leaf in leaves)
-                raise ValueError(
-                    f"no leaf matches {pattern.pattern!r} of tables; the paths are {paths}"
-                )
-            chosen |= hits
-        return chosen
-
-    return select
-
-
-def _choose(jaxpr: Any, leaves: Sequence[_Leaf], select: Any) -> tuple[list[Any], set[int]]:
+def _choose(
+    jaxpr: Any, leaves: Sequence[_Leaf], select: Any, deferred: set[int]
+) -> tuple[list[Any], set[int]]:
     """The steps of `jaxpr`, and which of the leaves are tables.
 
+    Args:
+      select: from the leaves to the selected ones; None for "auto".
+      deferred: leaves that have to be tables; "auto" stands for these, if there are any.
+
     Raises:
-      ValueError: a selected leaf is no table.
+      ValueError: a selected or deferred leaf is no table.
     """
-    chosen = select(leaves)
-    candidates = set(range(len(leaves))) if chosen is None else chosen
-    for i in candidates if chosen is not None else ():
+    required = deferred | (set() if select is None else select(leaves))
+    any_table = select is None and not deferred
+    for i in required:
         if jnp.ndim(leaves[i].value) == 0:
             raise ValueError(f"{leaves[i].path!r} is selected by tables, but is a scalar")
+    candidates = set(range(len(leaves))) if any_table else required
     steps, others = _plan(jaxpr, candidates)
-    if chosen is None:
+    for i in sorted(required & set(others)):
+        advice = (
+            "It is a deferred table: call flush before"
+            if i in deferred
+            else "Leave it out of tables for a dense gradient"
+        )
+        raise ValueError(
+            f"{leaves[i].path!r} is selected by tables, but is not only read by row: "
+            f"the operation {others[i]!r} uses it too. {advice}"
+        )
+    if any_table:
         # Without what is left dense, so that the calls that only touch that stay as they are.
         candidates = {read.table for read in all_reads(steps)} - set(others)
         steps, _ = _plan(jaxpr, candidates)
-    elif others:
-        i, operation = min(others.items())
-        raise ValueError(
-            f"{leaves[i].path!r} is selected by tables, but is not only read by row: "
-            f"the operation {operation!r} uses it too. Leave it out of tables for a dense gradient"
-        )
     return steps, candidates
 
 
@@ -292,27 +311,56 @@ def _plan(jaxpr: Any, candidates: set[int]) -> tuple[list[Any], dict[int, str]]:
 # ---- (3) running with taps ----------------------------------------------------------------------
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["table"], meta_fields=["dtypes"])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["table", "read_now"],
+    meta_fields=["path", "dtypes"],
+)
 @dataclasses.dataclass(frozen=True)
-class _Cast:
-    """A table to be cast, to one dtype after the other. Rows are read first and cast then: XLA
-    would store the whole table once more, were it cast and then read twice."""
+class _Table:
+    """A table on its way to where its rows are read, and what is to be done to these rows then.
+
+    Attributes:
+      table: the array.
+      read_now: of a deferred table, the function of `current_rows`; None of any other.
+      path: its path, of a deferred table.
+      dtypes: what to cast the rows to, one dtype after the other. XLA would store the whole table
+        once more, were it cast and then read twice.
+    """
 
     table: Any
-    dtypes: tuple[Any, ...]
+    read_now: Any = None
+    path: str = ""
+    dtypes: tuple[Any, ...] = ()
 
-    def of(self, x: jax.Array) -> jax.Array:
+    def cast(self, x: jax.Array) -> jax.Array:
         for dtype in self.dtypes:
             x = jax.lax.convert_element_type(x, dtype)
         return x
 
+    def up_to_date(self, read: Read, x: jax.Array, indices: jax.Array) -> jax.Array:
+        """`x`, which was read from the table, as it should have been read."""
+        if self.read_now is None:
+            return x
+        rows = SparseRows(indices, jnp.zeros((indices.size, 0)), self.table.shape[0])
+        now = self.read_now(self.table, rows)
+        exists = jnp.reshape(rows.is_row, (-1, *[1] * (now.ndim - 1)))
+        return jnp.where(read.placed(jnp.broadcast_to(exists, now.shape)), read.placed(now), x)
 
-def _as_cast(x: Any) -> _Cast:
-    return x if isinstance(x, _Cast) else _Cast(x, ())
+
+def _as_table(x: Any) -> _Table:
+    return x if isinstance(x, _Table) else _Table(x)
 
 
 def _as_array(x: Any) -> Any:
-    return x.of(x.table) if isinstance(x, _Cast) else x
+    if not isinstance(x, _Table):
+        return x
+    if x.read_now is not None:
+        raise ValueError(
+            f"{x.path!r} is a deferred table and has rows that are not up to date, but is not only "
+            "read by row here (stop_gradient counts as another use). Call flush before"
+        )
+    return x.cast(x.table)
 
 
 def _tap(aval: Any) -> jax.Array:
@@ -351,18 +399,22 @@ def _run(
         if step is None:
             outputs = _evaluate(jaxpr, eqn, [_as_array(x) for x in values])
         elif step is CAST:
-            cast = _as_cast(values[0])
-            outputs = [_Cast(cast.table, (*cast.dtypes, eqn.outvars[0].aval.dtype))]
+            table = _as_table(values[0])
+            dtypes = (*table.dtypes, eqn.outvars[0].aval.dtype)
+            outputs = [dataclasses.replace(table, dtypes=dtypes)]
         elif step is KEPT:
-            casts = [_as_cast(x) for x in values]
-            kept = _evaluate(jaxpr, eqn, [cast.table for cast in casts])
-            outputs = [_Cast(x, cast.dtypes) for x, cast in zip(kept, casts, strict=False)]
+            tables = [_as_table(x) for x in values]
+            kept = _evaluate(jaxpr, eqn, [table.table for table in tables])
+            outputs = [
+                dataclasses.replace(table, table=x) for x, table in zip(kept, tables, strict=False)
+            ]
         elif isinstance(step, Read):
-            cast, *ids = [_as_cast(values[0]), *values[1:]]
-            (read,) = _evaluate(jaxpr, eqn, [cast.table, *ids])
+            table, *ids = [_as_table(values[0]), *values[1:]]
+            (read,) = _evaluate(jaxpr, eqn, [table.table, *ids])
             with _mesh_of(step.aval):
-                outputs = [cast.of(read) + taps[len(indices)]]
-                rows = step.indices(cast.table, *ids)
+                rows = step.indices(table.table, *ids)
+                read = table.up_to_date(step, read, rows)
+                outputs = [table.cast(read) + taps[len(indices)]]
             indices.append(replicated(rows))
         else:
             outputs, found = _call(eqn, step, values, taps[len(indices) :])

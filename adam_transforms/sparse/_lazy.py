@@ -9,7 +9,10 @@ import optax
 from adam_transforms import _arguments, _trees
 from adam_transforms._accumulation import AccumulateState
 from adam_transforms._averaging import ParamsEmaState
-from adam_transforms.sparse._rows import SparseRows
+from adam_transforms.sparse._rows import SparseRows, put_rows, take_rows
+
+# States of transformations that collect gradients over several steps.
+_COLLECTING = (AccumulateState, optax.MultiStepsState, optax.ApplyEvery)
 
 
 class LazyState(NamedTuple):
@@ -32,16 +35,17 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
 
     Args:
       inner: any transformation, or chain, that treats the rows of a table alike and apart. What
-        mixes rows and shows it in the shapes of its state is refused; a transformation that
-        mixes rows and keeps no such state (one that normalizes by the norm of a column, say)
+        mixes rows and shows it in the shapes of its state (Adafactor, SM3) is refused; a
+        transformation that mixes rows and keeps no such state (`optax.scale_by_trust_ratio`, say)
         cannot be told from one that does not, and would see the touched rows only.
 
     Returns:
       A transformation with `LazyState`. Updates are `SparseRows` where the gradients are.
 
     Raises:
-      ValueError: `inner` accumulates gradients, averages a table's parameters, or has a state that
-        is not kept by row; update was given row gradients but no `params`.
+      ValueError: `inner` collects gradients over steps, averages a table's parameters, or has a
+        state that is not kept by row; update was given row gradients but no `params`, or a state of
+        other parameters.
 
     References:
       The rule is that of TensorFlow's contrib.opt.LazyAdamOptimizer.
@@ -58,10 +62,12 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
 
     def init(params: Any) -> LazyState:
         state = inner.init(params)
-        if any(_trees.find_states(state, k) for k in (AccumulateState, optax.MultiStepsState)):
+        if any(_trees.find_states(state, kind) for kind in _COLLECTING):
             raise ValueError(
-                "lazy cannot hold a transformation that accumulates gradients, for its buffers are "
-                "of whole tables; put accumulation around lazy: accumulate(lazy(chain), every)"
+                "lazy cannot hold a transformation that collects gradients over steps: each step "
+                "would move the rows that it touches itself. Wrappers nest in this order: "
+                "dynamic_loss_scale(accumulate("
+                "lazy(optax.chain(clip, adam, decay, learning rate)), every))"
             )
         return LazyState(state)
 
@@ -80,22 +86,23 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
                 "lazy takes the touched rows out of params: update needs them, got None"
             )
         names = ("the updates", "the parameters")
-        rows, _ = _trees.align(updates, params, names=names)
-        param_leaves = [p for _, _, p in rows]
+        aligned, _ = _trees.align(updates, params, names=names)
+        for i in tables:
+            if aligned[i][2] is None:
+                raise ValueError(f"{aligned[i][0]!r} has a row gradient, but no parameter")
+        param_leaves = [p for _, _, p in aligned]
 
-        owners = _slot_owners(inner, treedef, param_leaves, list(tables), [p for p, *_ in rows])
+        slots = _slots(inner, treedef, param_leaves, list(tables))
         state_leaves, state_def = jax.tree.flatten(state.inner_state)
-        if len(owners) != len(state_leaves):
-            raise ValueError("the state is not one that init made for these parameters")
-
+        _check_state(state_leaves, slots)
         small_updates = treedef.unflatten(
             [tables[i].masked_values() if i in tables else g for i, (_, g) in enumerate(leaves)]
         )
         small_params = treedef.unflatten(
-            [_gather(p, tables.get(i)) for i, p in enumerate(param_leaves)]
+            [take_rows(p, tables.get(i)) for i, p in enumerate(param_leaves)]
         )
         small_state = state_def.unflatten(
-            [_gather(x, tables.get(owner)) for x, owner in zip(state_leaves, owners, strict=True)]
+            [take_rows(x, tables.get(s.table)) for x, s in zip(state_leaves, slots, strict=True)]
         )
         small_updates, small_state = inner.update(
             small_updates, small_state, small_params, **extra_args
@@ -105,69 +112,89 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
             for i, u in enumerate(treedef.flatten_up_to(small_updates))
         ]
         new_state = [
-            _scatter(x, tables.get(owner), small)
-            for x, owner, small in zip(
-                state_leaves, owners, state_def.flatten_up_to(small_state), strict=True
+            put_rows(x, tables.get(slot.table), small)
+            for x, slot, small in zip(
+                state_leaves, slots, state_def.flatten_up_to(small_state), strict=True
             )
         ]
+        _check_state(new_state, slots)
         return treedef.unflatten(new_updates), LazyState(state_def.unflatten(new_state))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _slot_owners(
+class _Slot(NamedTuple):
+    """A leaf of the inner state, as `inner.init` makes it."""
+
+    path: str
+    shape: tuple[int, ...]
+    table: int  # the parameter whose rows it is kept by, or -1
+
+
+def _slots(
     inner: optax.GradientTransformationExtraArgs,
     treedef: Any,
     params: list[Any],
     tables: list[int],
-    paths: list[str],
-) -> list[int]:
-    """For each leaf of the inner state, the table whose slot it is, or -1.
+) -> list[_Slot]:
+    """All leaves of the inner state; `tables` are the leaves of `params` with a row gradient.
 
-    A slot is what grows by one row when the table does: `inner.init` is asked for its shapes, with
-    each table as it is and with one row more.
+    `inner.init` is asked for its shapes with the tables as they are, taller, each by a number of
+    rows of its own, and wider. Kept by row is what grows by as many rows as its table does, and
+    only then. Whatever else changes mixes rows.
     """
-
-    def state_of(params: list[Any]) -> Any:
-        return jax.eval_shape(inner.init, treedef.unflatten(params))
-
     shapes = [jax.eval_shape(lambda p=p: p) for p in params]
-    before = jax.tree_util.tree_flatten_with_path(state_of(shapes))[0]
-    owners = [-1] * len(before)
-    for table in tables:
-        shape = shapes[table].shape
-        taller = jax.ShapeDtypeStruct((shape[0] + 1, *shape[1:]), shapes[table].dtype)
-        grown = state_of([taller if i == table else s for i, s in enumerate(shapes)])
-        for i, ((key_path, old), new) in enumerate(
-            zip(before, jax.tree.leaves(grown), strict=True)
-        ):
-            if old.shape == new.shape:
-                continue
-            if new.shape != (old.shape[0] + 1, *old.shape[1:]) or old.shape[0] != shape[0]:
+    growth = {table: more for more, table in enumerate(tables, start=1)}
+
+    def state_with(more_rows: dict[int, int], more_columns: int) -> Any:
+        resized = [*shapes]
+        for table in tables:
+            rows, *width = shapes[table].shape
+            shape = (rows + more_rows.get(table, 0), *(size + more_columns for size in width))
+            resized[table] = jax.ShapeDtypeStruct(shape, shapes[table].dtype)
+        return jax.eval_shape(inner.init, treedef.unflatten(resized))
+
+    def is_kept_by(table: int, now: Any, tall: Any, wide: Any) -> bool:
+        rows = shapes[table].shape[0]
+        grown = (rows + growth[table], *now.shape[1:])
+        return now.shape[:1] == wide.shape[:1] == (rows,) and tall.shape == grown
+
+    state, taller, wider = state_with({}, 0), state_with(growth, 0), state_with({}, 1)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    slots = []
+    for (key_path, now), tall, wide in zip(
+        leaves, jax.tree.leaves(taller), jax.tree.leaves(wider), strict=True
+    ):
+        path = _trees.path_str(key_path)
+        table = next((i for i in tables if is_kept_by(i, now, tall, wide)), -1)
+        if table < 0 and not now.shape == tall.shape == wide.shape:
+            raise ValueError(
+                f"lazy needs a state that is kept by row, but {path!r}, of shape "
+                f"{list(now.shape)}, depends on the shape of a table with a row gradient otherwise"
+            )
+        slots.append(_Slot(path, now.shape, table))
+    for before, after in zip(
+        _trees.find_states(state, ParamsEmaState),
+        _trees.find_states(taller, ParamsEmaState),
+        strict=True,
+    ):
+        averages, _ = jax.tree_util.tree_flatten_with_path(before.ema)
+        for (key_path, now), tall in zip(averages, jax.tree.leaves(after.ema), strict=True):
+            if now.shape != tall.shape:
                 raise ValueError(
-                    f"lazy needs a state that is kept by row, but {_trees.path_str(key_path)!r} "
-                    f"changes from {list(old.shape)} to {list(new.shape)} when {paths[table]!r} "
-                    "gets a row more"
+                    "params_ema inside lazy would not average the idle rows of "
+                    f"{_trees.path_str(key_path)!r}; mask it to the other parameters (optax.masked)"
                 )
-            owners[i] = table
-        for ema in _trees.find_states(grown, ParamsEmaState):
-            if any(x.shape == taller.shape for x in jax.tree.leaves(ema.ema)):
-                raise ValueError(
-                    f"params_ema inside lazy would not average the idle rows of {paths[table]!r}; "
-                    "mask it to the other parameters (optax.masked)"
-                )
-    return owners
+    return slots
 
 
-def _gather(x: Any, rows: SparseRows | None) -> Any:
-    """The touched rows of `x`, zeros at padding; all of it if there is no row gradient."""
-    if rows is None or x is None:
-        return x
-    return rows.gather(jnp.asarray(x))
-
-
-def _scatter(x: Any, rows: SparseRows | None, small: Any) -> Any:
-    """`x` with its touched rows replaced."""
-    if rows is None:
-        return small
-    return rows.scatter(x, small.astype(x.dtype))
+def _check_state(leaves: list[Any], slots: list[_Slot]) -> None:
+    """Refuses a state in which a leaf has another shape than `inner.init` gave it."""
+    if len(leaves) != len(slots):
+        raise ValueError("the state is not one that init made for these parameters")
+    for x, slot in zip(leaves, slots, strict=True):
+        if jnp.shape(x) != slot.shape:
+            raise ValueError(
+                f"{slot.path!r} has shape {list(jnp.shape(x))} in the state, "
+                f"but {list(slot.shape)} is what init makes for these parameters"
+            )

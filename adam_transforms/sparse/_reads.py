@@ -35,9 +35,8 @@ class Read(NamedTuple):
     table: int  # which leaf
     aval: Any  # what is read
     indices: Callable[..., jax.Array]  # from the equation's inputs to int32 (n,)
-    values: Callable[
-        ..., jax.Array
-    ]  # from an array like what is read, and D's sharding, to (n, D...)
+    values: Callable[..., jax.Array]  # from an array like `aval`, and D's sharding, to (n, D...)
+    placed: Callable[[jax.Array], jax.Array]  # from (n, D...) to an array like `aval`
 
 
 # A jaxpr has a step for each equation: None to run it as it is, the `Read` that it is, what it
@@ -111,14 +110,20 @@ def _as_read(eqn: Any, table: int) -> Read | None:
     if parsed is None:
         return None
     indices, order = parsed
-    shape = (-1, *operand.shape[1:]) if math.prod(out.shape) else (0, *operand.shape[1:])
+    width = operand.shape[1:]
+    n = math.prod(out.shape[i] for i in order[: len(order) - len(width)])
 
     def values(x: jax.Array, columns: Sequence[Any]) -> jax.Array:
         axes = dict(zip(order[len(order) - len(columns) :], columns, strict=True))
         x = replicated(x, [axes.get(i) for i in range(len(order))])
-        return jnp.reshape(jnp.transpose(x, order), shape)
+        return jnp.reshape(jnp.transpose(x, order), (n, *width))
 
-    return Read(table, out, indices, values)
+    def placed(x: jax.Array) -> jax.Array:
+        x = jnp.reshape(x, [out.shape[i] for i in order])
+        x = jnp.transpose(x, [order.index(i) for i in range(len(order))])
+        return replicated(x, out.sharding.spec)
+
+    return Read(table, out, indices, values, placed)
 
 
 def _gather(eqn: Any, shape: Sequence[int]) -> Any:

@@ -26,16 +26,23 @@ class SparseRows:
     .. math:: G_{r} = \sum_{i:\, \mathrm{indices}_i = r} \mathrm{values}_i
 
     Args:
-      indices: int32 (n,), the rows. One that equals `num_rows` is padding: it means nothing, nor
-        does its value. Whatever else lies outside [0, num_rows) is treated as padding too.
-      values: (n, D...), what each adds to its row.
-      num_rows: V, static: the table's shape is (V, D...).
+      indices: integers (n,), kept in int32: the rows. One that equals `num_rows` is padding: it
+        means nothing, nor does its value. Whatever else lies outside [0, num_rows), negative or
+        not, is treated as padding too.
+      values: (n, D...), floating or complex, what each adds to its row.
+      num_rows: V < 2^31, static: the table's shape is (V, D...).
       unique: static; whether no row is named twice, padding aside.
 
+    Raises:
+      TypeError, ValueError: a wrong dtype, shape or number of rows.
+
     ``params + rows`` adds the rows to a table, so that `optax.apply_updates` and whatever else adds
-    updates to parameters takes them as they are. As a pytree it keeps its indices in an array that
-    admits no arithmetic: a transformation that maps over leaves without knowing of rows fails when
-    it is traced, where it would have scaled or clipped the indices otherwise.
+    updates to parameters takes them as they are. The sum has the table's dtype, and each row is
+    rounded to it once; rows that it cannot hold (of an integer table, any) are a TypeError.
+
+    As a pytree it keeps its indices in an array that admits no arithmetic: a transformation that
+    maps over leaves without knowing of rows fails when it is traced, where it would have scaled or
+    clipped the indices otherwise.
 
     Over a mesh every device gets all n rows, sharded along D as `values` are, and a table that they
     are added to stays sharded as it was. What comes out of `jax.vmap` is a batch, with leaves
@@ -57,18 +64,21 @@ class SparseRows:
     _keys: Any
 
     def __init__(self, indices: Any, values: Any, num_rows: int, *, unique: bool = False) -> None:
-        indices, values = jnp.asarray(indices), jnp.asarray(values)
-        if not jnp.issubdtype(indices.dtype, jnp.integer):
-            raise TypeError(f"indices must be integers, got {indices.dtype}")
+        num_rows = operator.index(num_rows)
+        if not 0 <= num_rows < 2**31:
+            raise ValueError(f"num_rows must be in [0, 2^31), got {num_rows}")
+        indices, values = _as_int32(indices, num_rows), jnp.asarray(values)
+        if not jnp.issubdtype(values.dtype, jnp.inexact):
+            raise TypeError(f"values must be floating or complex, got {values.dtype}")
         if indices.ndim != 1 or values.shape[:1] != indices.shape:
             raise ValueError(
                 "indices and values must have shapes (n,) and (n, D...), "
                 f"got {list(indices.shape)} and {list(values.shape)}"
             )
         self.values = _all_rows(values)
-        self.num_rows = operator.index(num_rows)
+        self.num_rows = num_rows
         self.unique = unique
-        self._keys = _as_keys(_all_rows(indices.astype(jnp.int32)))
+        self._keys = _as_keys(_all_rows(indices))
 
     @property
     def indices(self) -> jax.Array:
@@ -98,23 +108,28 @@ class SparseRows:
         zeros, values = jnp.zeros(self.shape, dtype), self.values.astype(dtype)
         return self._scatter_add(zeros, values, _explicit(values)).astype(self.dtype)
 
-    def sum_duplicates(self) -> "SparseRows":
+    def sum_duplicates(self, also: jax.Array | None = None) -> "SparseRows":
         """The same gradient with each row named once.
 
         The first of equal indices gets the sum, in at least float32 on the way; the others become
         padding. The order and n stay. O(n) in time and memory, whatever V.
+
+        Args:
+          also: int32 (m,), rows to be named besides, with zeros: n grows by m.
         """
         self._refuse_batch()
-        if self.unique:
+        if self.unique and also is None:
             return self
-        indices = jnp.where(self.is_row, self.indices, self.num_rows)
+        n = self.indices.size
+        indices = self.indices if also is None else jnp.concatenate([self.indices, also])
+        indices = jnp.where((indices >= 0) & (indices < self.num_rows), indices, self.num_rows)
         first = _first_positions(indices, self.num_rows)
         kept = first == jnp.arange(indices.size, dtype=jnp.int32)
         dtype = _numerics.compute_dtype(self.dtype)
         values = self.values.astype(dtype)
         # Padding goes nowhere.
-        into = jnp.where(self.is_row, first, indices.size)
-        sums = jnp.zeros(values.shape, dtype).at[into]
+        into = jnp.where(indices[:n] < self.num_rows, first[:n], indices.size)
+        sums = jnp.zeros((indices.size, *values.shape[1:]), dtype).at[into]
         sums = sums.add(values, mode="drop", out_sharding=_explicit(values))
         return SparseRows(
             jnp.where(kept, indices, self.num_rows),
@@ -177,20 +192,22 @@ class SparseRows:
         return self.__radd__(other)
 
     def __radd__(self, table: Any) -> jax.Array:
-        """``table + self``, in the promotion of both dtypes; each row is rounded once."""
+        """``table + self``, in the table's dtype; each row is rounded once."""
         table = jnp.asarray(table)
         if table.shape != self.shape:
             raise ValueError(
                 f"rows of a {list(self.shape)} table cannot be added to {list(table.shape)}"
             )
-        dtype = _numerics.promote(table.dtype, self.dtype)
-        if jnp.finfo(dtype).bits >= 32:
-            values = self.values.astype(dtype)
-            return self._scatter_add(table.astype(dtype), values, _explicit(table))
+        loses_imaginary = jnp.iscomplexobj(self.values) and not jnp.iscomplexobj(table)
+        if loses_imaginary or not jnp.issubdtype(table.dtype, jnp.inexact):
+            raise TypeError(f"a table in {table.dtype} cannot take rows in {self.dtype}")
+        wide = _numerics.compute_dtype(table.dtype, self.dtype)
+        if wide == table.dtype:
+            return self._scatter_add(table, self.values.astype(wide), _explicit(table))
+        # Not the table in a wider dtype: that would be one more array of its size.
         rows = self.sum_duplicates()
-        wide = _numerics.compute_dtype(dtype)
         after = rows.gather(table).astype(wide) + rows.values.astype(wide)
-        return rows.scatter(table.astype(dtype), after.astype(dtype))
+        return rows.scatter(table, after.astype(table.dtype))
 
     def __mul__(self, factor: Any) -> "SparseRows":
         """Every value times a scalar."""
@@ -215,14 +232,16 @@ class SparseRows:
         return f"SparseRows({values.dtype}[{sizes}], {n[-1]} of {self.num_rows} {rows}{batched})"
 
     def tree_flatten_with_keys(self) -> Any:
-        names = (jax.tree_util.GetAttrKey("indices"), jax.tree_util.GetAttrKey("values"))
-        leaves = (self._keys, self.values)
+        # The values first: whoever asks the first leaf for a dtype, as `optax.inject_hyperparams`
+        # does, wants one of numbers.
+        names = (jax.tree_util.GetAttrKey("values"), jax.tree_util.GetAttrKey("indices"))
+        leaves = (self.values, self._keys)
         return tuple(zip(names, leaves, strict=True)), (self.num_rows, self.unique)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[int, bool], leaves: tuple[Any, Any]) -> "SparseRows":
         rows = object.__new__(cls)
-        rows._keys, rows.values = leaves
+        rows.values, rows._keys = leaves
         rows.num_rows, rows.unique = static
         return rows
 
@@ -235,6 +254,17 @@ def is_rows(x: Any) -> bool:
 def on_values(fn: Callable[[jax.Array], jax.Array], x: Any) -> Any:
     """`fn` of an array, or of the values of a row gradient."""
     return x.with_values(fn(x.values)) if is_rows(x) else fn(x)
+
+
+def take_rows(x: Any, rows: SparseRows | None) -> Any:
+    """The touched rows of a table or a slot, zeros at padding; all of it for None."""
+    return x if rows is None or x is None else rows.gather(jnp.asarray(x))
+
+
+def put_rows(x: Any, rows: SparseRows | None, new: Any) -> Any:
+    """A table or a slot with its touched rows, which must be unique, replaced; all of it for
+    None."""
+    return new if rows is None else rows.scatter(x, new.astype(x.dtype))
 
 
 def to_parts(tree: Any) -> Any:
@@ -286,6 +316,19 @@ def _all_rows(x: jax.Array) -> jax.Array:
         spec = PartitionSpec(None, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
     return x
+
+
+def _as_int32(indices: Any, num_rows: int) -> jax.Array:
+    """Indices in int32; those of 64 bits that it cannot hold become others outside the table."""
+    if isinstance(indices, np.ndarray) and indices.dtype.kind in "iu":
+        # Before JAX makes 32 bits of them.
+        indices = np.clip(indices.astype(np.int64), -1, num_rows)
+    indices = jnp.asarray(indices)
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise TypeError(f"indices must be integers, got {indices.dtype}")
+    if jnp.iinfo(indices.dtype).bits == 64:
+        indices = jnp.clip(indices.astype(jnp.int64), -1, num_rows)
+    return indices.astype(jnp.int32)
 
 
 def _as_keys(indices: jax.Array) -> jax.Array:

@@ -1,0 +1,462 @@
+"""Deferred Adam is dense Adam, late."""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import types, x64
+
+import adam_transforms as at
+
+V, D, TOUCHED = 40, 3, 5
+
+
+def draw(steps: int, seed: int = 0, dtype: Any = np.float64) -> tuple[Any, Any]:
+    """Rows touched, by Zipf's law, and their gradients, of sizes from 1e-10 to 1e2: (steps, n) and
+    (steps, n, D)."""
+    generator = np.random.default_rng(seed)
+    ids = np.exp(generator.random((steps, TOUCHED)) * np.log(V)).astype(np.int32) - 1
+    size = 10.0 ** generator.uniform(-10, 2, (V, 1))
+    values = generator.standard_normal((steps, TOUCHED, D)) * size[ids]
+    return jnp.asarray(ids), jnp.asarray(values.astype(dtype))
+
+
+def initial(dtype: Any = np.float64) -> dict[str, jax.Array]:
+    generator = np.random.default_rng(9)
+    return {
+        "bias": jnp.asarray(generator.standard_normal(2).astype(dtype)),
+        "table": jnp.asarray(generator.standard_normal((V, D)).astype(dtype)),
+    }
+
+
+def train(
+    tx: Any, params: Any, batches: Any, state: Any = None, *, dense: bool = False
+) -> tuple[Any, Any, Any]:
+    """Parameters and state after all batches, and each table row's path length."""
+
+    def step(carry: Any, batch: Any) -> Any:
+        params, state = carry
+        ids, values = batch
+        rows: Any = at.SparseRows(ids, values, params["table"].shape[0])
+        table = rows.to_dense() if dense else rows
+        grads = {"bias": values[0, :2], "table": table}
+        updates, state = tx.update(grads, state, params)
+        new = optax.apply_updates(params, updates)
+        return (new, state), jnp.abs(new["table"] - params["table"]).max(axis=1)
+
+    state = tx.init(params) if state is None else state
+    (params, state), moves = jax.jit(lambda carry, xs: jax.lax.scan(step, carry, xs))(
+        (params, state), batches
+    )
+    return params, state, moves.sum(axis=0)
+
+
+def distance(a: Any, b: Any, moved: Any) -> float:
+    """The largest difference of two tables, relative to how far the row has moved."""
+    difference = jnp.abs(a["table"] - b["table"]).max(axis=1)
+    return float(jnp.max(difference / jnp.maximum(moved, 1e-12)))
+
+
+def as_float(count: Any) -> Any:
+    return jnp.asarray(count).astype(jnp.result_type(float))
+
+
+def warm_up(count: Any) -> Any:
+    return 1e-2 * jnp.minimum(1.0, (as_float(count) + 1) / 20)
+
+
+def cosine(steps: int) -> Any:
+    return lambda count: 5e-3 * (1 + jnp.cos(jnp.pi * jnp.minimum(as_float(count) / steps, 1)))
+
+
+BETAS = [(0.9, 0.999), (0.9, 0.99), (0.99, 0.999), (0.95, 0.98), (0.9, 0.95)]
+RATES = {
+    "constant": 1e-2,
+    "cosine": cosine(300),
+    "warm-up": warm_up,
+}
+SETTINGS: list[dict[str, Any]] = [
+    {
+        "b1": b1,
+        "b2": b2,
+        "eps_hat": eps_hat,
+        "rate": list(RATES)[(i + eps_hat) % 3],
+        "weight_decay": [None, 0.1][(i + eps_hat) % 2],
+    }
+    for i, (b1, b2) in enumerate(BETAS)
+    for eps_hat in (False, True)
+] + [
+    {"b1": b1, "b2": b2, "amsgrad": True, "max_of": max_of, "rate": rate, "weight_decay": decay}
+    for b1, b2, max_of, rate, decay in [
+        (0.9, 0.999, "raw", "cosine", 0.1),
+        (0.9, 0.8, "raw", "constant", None),
+        (0.9, 0.999, "corrected", "warm-up", 0.1),
+        (0.99, 0.98, "corrected", "cosine", None),
+    ]
+]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
+def test_flushed_parameters_are_dense_adams(setting: dict[str, Any]) -> None:
+    setting = dict(setting)
+    rate = RATES[setting.pop("rate")]
+    with x64():
+        params, batches = initial(), draw(300)
+        deferred = at.deferred_adam(rate, **setting, tables="table", max_idle=3000)
+        lazily, state, _ = train(deferred, params, batches)
+        dense, dense_state, moved = train(at.adam(rate, **setting), params, batches, dense=True)
+        flushed, state = at.flush(lazily, state)
+        assert distance(lazily, dense, moved) > 1e-4  # there was something to make up for
+        assert distance(flushed, dense, moved) < 1e-7
+        np.testing.assert_array_equal(flushed["bias"], dense["bias"])
+        _, equivalent = at.dense_equivalent(flushed, state)
+        inner = dense_state[0]
+        assert type(equivalent) is type(inner)
+        for ours, theirs in zip(jax.tree.leaves(equivalent), jax.tree.leaves(inner), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-300)
+
+
+def test_ten_thousand_steps_in_float64() -> None:
+    with x64():
+        params, batches = initial(), draw(10_000)
+        rate = cosine(10_000)
+        lazily, state, _ = train(at.deferred_adam(rate, tables="table"), params, batches)
+        dense, _, moved = train(at.adam(rate), params, batches, dense=True)
+        assert distance(at.flush(lazily, state)[0], dense, moved) < 1e-7
+
+
+@pytest.mark.parametrize("max_idle", [220, 1000])
+def test_rows_idle_longer_than_max_idle_are_exact(max_idle: int) -> None:
+    """Of 1,500 steps a row sees the first three and the last."""
+    with x64():
+        params, (ids, values) = initial(), draw(1500)
+        ids = jnp.where((jnp.arange(1500) % 1499 < 3)[:, None], ids, V)
+        tx = at.deferred_adam(1e-2, tables="table", weight_decay=0.01, max_idle=max_idle)
+        lazily, state, _ = train(tx, params, (ids, values))
+        assert int(at.owed(lazily, state)["table"].longest_gap) < max_idle
+        dense, _, moved = train(at.adam(1e-2, weight_decay=0.01), params, (ids, values), dense=True)
+        assert distance(at.flush(lazily, state)[0], dense, moved) < 1e-7
+
+
+def test_idle_gaps_of_a_hundred_thousand_steps() -> None:
+    with x64():
+        steps = 100_001
+        params = {"bias": jnp.ones(2), "table": jnp.ones((2, D))}
+        ids = jnp.where(jnp.arange(steps) % (steps - 1) == 0, 1, 2)[:, None].astype(jnp.int32)
+        values = jnp.ones((steps, 1, D))
+        tx = at.deferred_adam(1e-2, tables="table", max_idle=300)
+        lazily, state, _ = train(tx, params, (ids, values))
+        dense, _, moved = train(at.adam(1e-2), params, (ids, values), dense=True)
+        assert distance(at.flush(lazily, state)[0], dense, moved) < 1e-7
+
+
+@pytest.mark.parametrize("eps_hat", [False, True])
+def test_float32_error_is_at_most_three_times_dense_adams(eps_hat: bool) -> None:
+    rate = cosine(500)
+    deferred = at.deferred_adam(rate, tables="table", eps_hat=eps_hat)
+    adam = at.adam(rate, eps_hat=eps_hat)
+    single = draw(500, dtype=np.float32)
+    lazily, state, _ = train(deferred, initial(np.float32), single)
+    flushed = at.flush(lazily, state)[0]
+    dense, _, _ = train(adam, initial(np.float32), single, dense=True)
+    with x64():
+        double = jax.tree.map(lambda x: x.astype(jnp.float64), initial(np.float32))
+        batches = (single[0], single[1].astype(jnp.float64))
+        exact, _, _ = train(at.adam(rate, eps_hat=eps_hat), double, batches, dense=True)
+        ours, theirs = (
+            float(jnp.max(jnp.abs(p["table"].astype(jnp.float64) - exact["table"])))
+            for p in (flushed, dense)
+        )
+    assert 0 < theirs < 1e-5
+    assert ours <= 3 * theirs
+
+
+# Reading
+
+
+def loss_of(params: Any, ids: jax.Array, target: jax.Array) -> jax.Array:
+    """Reads one table twice, and squares what it reads."""
+    read = params["table"][ids].sum(axis=0) + jnp.take(params["table"], ids[0], axis=0)
+    return jnp.sum((read - target) ** 2) + jnp.sum(params["bias"] ** 2)
+
+
+NESTED: dict[str, Any] = {
+    "bare": lambda adam: adam(),
+    "chain": lambda adam: optax.chain(optax.identity(), adam()),
+    "masked": lambda adam: optax.chain(
+        optax.masked(adam(), {"table": True, "bias": False}),
+        optax.masked(optax.sgd(0.1), {"table": False, "bias": True}),
+    ),
+    "multi_transform": lambda adam: optax.multi_transform(
+        {"a": adam(), "b": optax.sgd(0.1)}, {"table": "a", "bias": "b"}
+    ),
+    "inject_hyperparams": lambda adam: optax.inject_hyperparams(adam)(learning_rate=0.05),
+    "dynamic_loss_scale": lambda adam: at.dynamic_loss_scale(adam(), 8.0),
+}
+
+
+@functools.cache
+def fitted(name: str, deferred: bool) -> Any:
+    """Losses, parameters and state of a training with lookups."""
+    with x64():
+
+        def adam(learning_rate: Any = 0.05) -> Any:
+            if deferred:
+                return at.deferred_adam(learning_rate, tables="table", max_idle=250)
+            return at.adam(learning_rate)
+
+        tx = NESTED[name](adam)
+        scaled = name == "dynamic_loss_scale"
+
+        def step(carry: Any, batch: Any) -> Any:
+            params, state = carry
+
+            def loss(params: Any) -> Any:
+                value = loss_of(params, *batch)
+                return at.scale_loss(value, state) if scaled else value
+
+            if deferred:
+                value, grads = at.value_and_grad(loss, rows_from=state)(params)
+            else:
+                value, grads = jax.value_and_grad(loss)(params)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), value
+
+        ids = draw(200)[0]
+        targets = jnp.asarray(np.random.default_rng(3).standard_normal((200, D)))
+        params = initial()
+        scan = jax.jit(lambda carry: jax.lax.scan(step, carry, (ids, targets)))
+        (params, state), losses = scan((params, tx.init(params)))
+        return losses, params, state
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_training_reads_what_dense_adam_would_have(name: str) -> None:
+    losses, params, state = fitted(name, True)
+    expected, dense, _ = fitted(name, False)
+    with x64():
+        np.testing.assert_allclose(losses, expected, rtol=1e-8)
+        flushed, _ = at.flush(params, state)
+        np.testing.assert_allclose(flushed["table"], dense["table"], rtol=0, atol=1e-8)
+        np.testing.assert_allclose(flushed["bias"], dense["bias"], rtol=0, atol=1e-8)
+
+
+def test_without_rows_from_the_losses_differ() -> None:
+    """So that the test above is one of `rows_from`."""
+    losses, params, state = fitted("bare", True)
+    with x64():
+        batch = draw(200)[0][0], jnp.zeros(D)
+        stale = loss_of(params, *batch)
+        now = at.value_and_grad(loss_of, rows_from=state)(params, *batch)[0]
+        flushed = loss_of(at.flush(params, state)[0], *batch)
+        assert abs(float(stale - flushed)) > 1e-6 * float(flushed)
+        np.testing.assert_allclose(now, flushed, rtol=1e-12)
+
+
+def test_catch_up_brings_rows_up_to_date_and_the_others_not() -> None:
+    _, params, state = fitted("bare", True)
+    with x64():
+        flushed, _ = at.flush(params, state)
+        ids = jnp.array([[3, 7], [3, V], [-1, 10**6]])
+        caught, caught_state = at.catch_up(params, state, {"table": ids})
+        table = np.array(params["table"])
+        table[[3, 7]] = flushed["table"][np.array([3, 7])]
+        np.testing.assert_array_equal(caught["table"], table)
+        again = at.catch_up(caught, caught_state, {"table": ids})
+        jax.tree.map(np.testing.assert_array_equal, again, (caught, caught_state))
+        # Flushing later comes to the same.
+        later, _ = at.flush(caught, caught_state)
+        np.testing.assert_allclose(later["table"], flushed["table"], rtol=1e-13)
+
+
+def test_flushing_twice_changes_nothing_and_training_goes_on() -> None:
+    with x64():
+        tx = at.deferred_adam(1e-2, tables="table", weight_decay=0.1)
+        params, (ids, values) = initial(), draw(200)
+        half = at.flush(*train(tx, params, (ids[:100], values[:100]))[:2])
+        jax.tree.map(np.testing.assert_array_equal, at.flush(*half), half)
+        assert not any(int(x) for x in at.owed(*half)["table"])
+        with_break = train(tx, half[0], (ids[100:], values[100:]), half[1])[:2]
+        without, state, moved = train(tx, params, (ids, values))
+        assert distance(at.flush(*with_break)[0], at.flush(without, state)[0], moved) < 1e-12
+
+
+def test_dense_adam_goes_on_from_the_dense_equivalent() -> None:
+    with x64():
+        params, (ids, values) = initial(), draw(200)
+        tx, dense = at.deferred_adam(1e-2, tables="table"), at.adam(1e-2)
+        lazily, state, _ = train(tx, params, (ids[:100], values[:100]))
+        now, inner = at.dense_equivalent(lazily, state)
+        start: Any = dense.init(params)
+        rest = (inner, *start[1:])
+        switched, _, _ = train(dense, now, (ids[100:], values[100:]), rest, dense=True)
+        expected, _, moved = train(dense, params, (ids, values), dense=True)
+        assert distance(switched, expected, moved) < 1e-8
+
+
+def test_a_dense_gradient_brings_the_whole_table_up_to_date() -> None:
+    with x64():
+        tx, params, batches = at.deferred_adam(1e-2, tables="table"), initial(), draw(100)
+        lazily, state, _ = train(tx, params, batches)
+        lazily, state, _ = train(tx, lazily, draw(3, seed=1), state, dense=True)
+        assert not any(int(x) for x in at.owed(lazily, state)["table"])
+        dense, dense_state, moved = train(at.adam(1e-2), params, batches, dense=True)
+        dense, _, more = train(at.adam(1e-2), dense, draw(3, seed=1), dense_state, dense=True)
+        assert distance(lazily, dense, moved + more) < 1e-8
+
+
+# The chain around it
+
+
+def test_clipping_before_it_and_accumulation_around_it() -> None:
+    with x64():
+        params, (ids, values) = initial(), draw(200)
+        like = {"bias": params["bias"], "table": at.SparseRows(ids[0], values[0], V)}
+        clipped = optax.chain(
+            at.lazy(at.clip_by_global_norm(0.1)), at.deferred_adam(1e-2, tables="table")
+        )
+        tx = at.dynamic_loss_scale(at.accumulate(clipped, 2, like=like), 1.0)
+        lazily, state, _ = train(tx, params, (ids, values))
+        adam = at.adam(1e-2, clip_global_norm=0.1, accumulate_every=2)
+        dense, _, moved = train(adam, params, (ids, values), dense=True)
+        assert distance(at.flush(lazily, state)[0], dense, moved) < 1e-7
+
+
+def test_weight_decay_can_leave_out_tables() -> None:
+    with x64():
+        generator = np.random.default_rng(0)
+        params = {k: jnp.asarray(generator.standard_normal((V, D))) for k in ("a", "b")}
+        mask = at.path_mask("a")
+        tx = at.deferred_adam(1e-2, tables=["a", "b"], weight_decay=0.1, weight_decay_mask=mask)
+        adam = at.adam(1e-2, weight_decay=0.1, weight_decay_mask=mask)
+        state, dense_state, dense = tx.init(params), adam.init(params), params
+        update, dense_update = jax.jit(tx.update), jax.jit(adam.update)
+        for ids, values in zip(*draw(50), strict=True):
+            grads = {"a": at.SparseRows(ids, values, V), "b": at.SparseRows(ids[::-1], values, V)}
+            updates, state = update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            updates, dense_state = dense_update(at.to_dense(grads), dense_state, dense)
+            dense = optax.apply_updates(dense, updates)
+        flushed, _ = at.flush(params, state)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-9), flushed, dense)
+
+
+def test_stopping_and_going_on_changes_no_bit() -> None:
+    tx, params = at.deferred_adam(1e-2, tables="table"), initial(np.float32)
+    ids, values = draw(120, dtype=np.float32)
+    whole = train(tx, params, (ids, values))[:2]
+    for stop in (1, 50):
+        params_then, state_then, _ = train(tx, params, (ids[:stop], values[:stop]))
+        stored = jax.tree.map(np.array, (params_then, state_then))
+        params_then, state_then = jax.tree.map(jnp.asarray, stored)
+        rest = train(tx, params_then, (ids[stop:], values[stop:]), state_then)[:2]
+        jax.tree.map(np.testing.assert_array_equal, rest, whole)
+
+
+def test_the_types_of_the_state_stay() -> None:
+    for dtype in (jnp.float32, jnp.bfloat16):
+        tx, params = at.deferred_adam(1e-2, tables="table", max_idle=300), initial(np.float32)
+        params = jax.tree.map(lambda p, dtype=dtype: p.astype(dtype), params)
+        state = tx.init(params)
+        rows = at.SparseRows(jnp.array([1, 2]), jnp.ones((2, D), dtype), V)
+        updates, new = tx.update({"table": rows, "bias": params["bias"]}, state, params)
+        assert types(new) == types(state)
+        assert updates["table"].dtype == dtype
+
+
+def test_memory_is_of_the_rows_touched_and_nothing_of_the_tables_size_is_copied() -> None:
+    temporaries = []
+    for rows in (1_000_000, 4_000_000):
+        params = {"t": jax.ShapeDtypeStruct((rows, 16), jnp.float32)}
+        tx = at.deferred_adam(0.1, tables="t", weight_decay=0.1, max_idle=4096)
+        state = jax.eval_shape(tx.init, params)
+
+        def step(params: Any, state: Any, ids: Any, values: Any, rows: Any = rows, tx: Any = tx):
+            updates, state = tx.update({"t": at.SparseRows(ids, values, rows)}, state, params)
+            return at.apply_updates(params, updates), state
+
+        ids = jax.ShapeDtypeStruct((512,), jnp.int32)
+        values = jax.ShapeDtypeStruct((512, 16), jnp.float32)
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, ids, values)
+        compiled = lowered.compile()
+        assert not re.search(rf"\[{rows}[,\]]\S* copy\(", compiled.as_text())
+        memory: Any = compiled.memory_analysis()
+        temporaries.append(memory.temp_size_in_bytes)
+    assert temporaries[1] < 4 * temporaries[0] < 20e6
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"b1": 0.9995, "b2": 0.999}, "b1 must be below sqrt"),
+        ({"eps": 0.0}, "eps"),
+        ({"b1": 0.999, "b2": 0.9985}, "max_idle must be at least"),
+        ({"max_idle": 10}, "max_idle must be at least"),
+        ({"max_idle": 0}, "max_idle"),
+        ({"b1": optax.constant_schedule(0.9)}, "b1"),
+        ({"b2": jnp.float32(0.99)}, "b2 must be a Python number"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"tables": "["}, "tables"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        at.deferred_adam(1e-3, **{"tables": "t", **arguments})
+
+
+def test_bad_tables_are_refused_by_path() -> None:
+    params = {"t": jnp.ones((4, 2)), "ids": jnp.arange(3), "scalar": jnp.ones(())}
+    for tables, error, message in [
+        ("nothing", ValueError, "'nothing' of tables; the paths are"),
+        ("ids", TypeError, "'ids'.*floating dtype, got int32"),
+        ("scalar", ValueError, "'scalar'.*scalar"),
+    ]:
+        with pytest.raises(error, match=message):
+            at.deferred_adam(1e-3, tables=tables).init(params)
+
+
+def test_a_table_without_a_gradient_is_refused() -> None:
+    params = {"t": jnp.ones((4, 2)), "w": jnp.ones(2)}
+    tx = at.deferred_adam(1e-3, tables="t")
+    with pytest.raises(ValueError, match="'t' has no gradient"):
+        tx.update({"t": None, "w": jnp.ones(2)}, tx.init(params), params)
+    with pytest.raises(ValueError, match="needs params"):
+        tx.update(params, tx.init(params))
+    rows = at.SparseRows(jnp.zeros(0, jnp.int32), jnp.zeros((0, 2)), 4)
+    updates: Any = tx.update({"t": rows, "w": None}, tx.init(params), params)[0]
+    assert updates["w"] is None
+    np.testing.assert_array_equal(params["t"] + updates["t"], params["t"])
+
+
+def test_reads_that_cannot_be_brought_up_to_date_are_refused() -> None:
+    params = {"t": jnp.ones((4, 2))}
+    tx = at.deferred_adam(1e-3, tables="t")
+    state = tx.init(params)
+
+    def gradient(loss: Any, params: Any = params, state: Any = state) -> Any:
+        return at.grad(loss, rows_from=state)(params)
+
+    with pytest.raises(ValueError, match="'t'.*flush"):
+        gradient(lambda p: jnp.sum(p["t"] ** 2))
+    with pytest.raises(ValueError, match="'t'.*flush"):
+        gradient(lambda p: jnp.sum(jax.lax.stop_gradient(p["t"])[0]) + jnp.sum(p["t"][1]))
+    with pytest.raises(ValueError, match="no DeferredAdamState"):
+        gradient(lambda p: jnp.sum(p["t"][1]), state=optax.EmptyState())
+    with pytest.raises(ValueError, match="two deferred states"):
+        gradient(lambda p: jnp.sum(p["t"][1]), state=(state, state))
+    with pytest.raises(ValueError, match="table at 't'.*'other'"):
+        gradient(lambda p: jnp.sum(p["other"][1]), {"other": params["t"]})
+    with pytest.raises(ValueError, match="'x' is no table of deferred_adam"):
+        at.catch_up(params, state, {"x": jnp.arange(2)})
+    rows = gradient(lambda p: jnp.float32(1.0))["t"]
+    assert isinstance(rows, at.SparseRows)
+    assert rows.indices.shape == (0,)
