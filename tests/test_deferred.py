@@ -437,6 +437,17 @@ def test_a_table_without_a_gradient_is_refused() -> None:
     np.testing.assert_array_equal(params["t"] + updates["t"], params["t"])
 
 
+def test_deferred_inside_lazy_and_an_average_after_it_are_refused() -> None:
+    params = {"t": jnp.ones((4, 2))}
+    deferred = at.deferred_adam(1e-3, tables="t")
+    with pytest.raises(ValueError, match="lazy cannot hold deferred_adam"):
+        at.lazy(deferred).init(params)
+    averaged = optax.chain(deferred, at.params_ema(0.9))
+    rows = at.SparseRows(jnp.array([1]), jnp.ones((1, 2)), 4)
+    with pytest.raises(TypeError, match="'t' has a row gradient"):
+        averaged.update({"t": rows}, averaged.init(params), params)
+
+
 def test_reads_that_cannot_be_brought_up_to_date_are_refused() -> None:
     params = {"t": jnp.ones((4, 2))}
     tx = at.deferred_adam(1e-3, tables="t")

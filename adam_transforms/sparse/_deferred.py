@@ -206,10 +206,14 @@ def deferred_adam(
             before = table.take(rows).computed_once()
             now, witness = before.witnessed_up_to_date(ring, state.count)
             move, slots = step(path, _trees.as_gradient(path, g), now.values, now.slots, decays)
-            u = (now.values - before.values.astype(now.values.dtype)) + move
-            u = u.astype(_numerics.promote(g.dtype, table.values.dtype))
+            wide = _numerics.promote(now.values.dtype, move.dtype)
+            made_up_for = now.values.astype(wide) - before.values.astype(wide)
+            u = (made_up_for + move.astype(wide)).astype(
+                _numerics.promote(g.dtype, table.values.dtype)
+            )
             # What was read for the gradient, with `rows_from`, was read before; so was `before`.
-            witness = (*witness, _numerics.witness(g))
+            if rows is not None:
+                witness = (*witness, _numerics.witness(g))
             last = _numerics.after(witness, jnp.maximum(before.last, count))
             after = table.put(rows, _Table(table.values, tuple(slots), last))
             return (u if rows is None else rows.with_values(u)), *after.slots, after.last, witness

@@ -9,6 +9,7 @@ import optax
 from adam_transforms import _arguments, _trees
 from adam_transforms._accumulation import AccumulateState
 from adam_transforms._averaging import ParamsEmaState
+from adam_transforms.sparse._deferred import DeferredAdamState
 from adam_transforms.sparse._rows import SparseRows, put_rows, take_rows
 
 # States of transformations that collect gradients over several steps.
@@ -68,6 +69,11 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
                 "would move the rows that it touches itself. Wrappers nest in this order: "
                 "dynamic_loss_scale(accumulate("
                 "lazy(optax.chain(clip, adam, decay, learning rate)), every))"
+            )
+        if _trees.find_states(state, DeferredAdamState):
+            raise ValueError(
+                "lazy cannot hold deferred_adam, which takes row gradients itself: "
+                "optax.chain(lazy(clip), deferred_adam(...))"
             )
         return LazyState(state)
 
