@@ -60,7 +60,7 @@ def _make_parser() -> argparse.ArgumentParser:
         prog="adam_transforms",
         usage="python -m adam_transforms [options]",
         description="Trains a next-word model on the source of Python's standard library, once with"
-        " each optimizer, and compares loss, speed and memory. Takes about two minutes on two CPU"
+        " each optimizer, and compares loss, speed and memory. Takes about three minutes on two CPU"
         " cores; nothing is downloaded.",
         allow_abbrev=False,
     )

@@ -128,7 +128,7 @@ def save_plot(path: Path, problem: Problem, results: Mapping[str, Result]) -> No
     axes.set_xlabel("step")
     axes.set_ylabel("training loss in nats/word, smoothed")
     axes.grid(alpha=0.3)
-    axes.legend(title="held-out loss at the end (dots)", alignment="left")
+    axes.legend(title="held-out loss at the end (dots)", alignment="left", loc="upper right")
     try:
         figure.savefig(path, format="png")
     except OSError as error:
