@@ -59,19 +59,19 @@ class Rules(NamedTuple):
 
 
 def selector(name: str, selection: Any) -> Callable[[Sequence[tuple[str, Any]]], set[int]]:
-    """From (path, leaf) pairs to the positions of the selected ones.
+    """From (path, leaf) pairs to the positions of the selected ones, which may not be scalars.
 
     Args:
       name: what the selection is called in an error.
       selection: one regular expression or several, each of which must match something, or a
         predicate ``(path, leaf) -> bool``.
     """
-    if callable(selection):
-        return lambda leaves: {i for i, leaf in enumerate(leaves) if selection(*leaf)}
-    patterns = compile_patterns(name, selection)
+    patterns = () if callable(selection) else compile_patterns(name, selection)
 
     def select(leaves: Sequence[tuple[str, Any]]) -> set[int]:
         chosen = set()
+        if callable(selection):
+            chosen = {i for i, leaf in enumerate(leaves) if selection(*leaf)}
         for pattern in patterns:
             hits = {i for i, (path, _) in enumerate(leaves) if pattern.search(path)}
             if leaves and not hits:
@@ -80,6 +80,10 @@ def selector(name: str, selection: Any) -> Callable[[Sequence[tuple[str, Any]]],
                     f"no leaf matches {pattern.pattern!r} of {name}; the paths are {paths}"
                 )
             chosen |= hits
+        for i in chosen:
+            path, leaf = leaves[i]
+            if jnp.ndim(leaf) == 0:
+                raise ValueError(f"{path!r} is selected by {name}, but is a scalar")
         return chosen
 
     return select

@@ -278,9 +278,6 @@ def _choose(
     """
     required = deferred | (set() if select is None else select(leaves))
     any_table = select is None and not deferred
-    for i in required:
-        if jnp.ndim(leaves[i].value) == 0:
-            raise ValueError(f"{leaves[i].path!r} is selected by tables, but is a scalar")
     candidates = set(range(len(leaves))) if any_table else required
     steps, others = _plan(jaxpr, candidates)
     for i in sorted(required & set(others)):

@@ -139,7 +139,7 @@ def deferred_adam(
         *(hp.b1, hp.b2, hp.eps),
         eps_hat=hp.eps_hat,
         max_of=hp.max_of,
-        max_idle=_arguments.positive_int("max_idle", max_idle),
+        max_idle=max_idle,
         dtype=_numerics.scalar_dtype(),
     )
     select = _paths.selector("tables", tables)
@@ -449,8 +449,6 @@ class _Table(NamedTuple):
 
 
 def _check_table(path: str, leaf: Any) -> None:
-    if jnp.ndim(leaf) == 0:
-        raise ValueError(f"{path!r} is selected by tables, but is a scalar")
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
         raise TypeError(
             f"{path!r} is selected by tables and must be of a real floating dtype, "
