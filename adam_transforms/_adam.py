@@ -243,14 +243,14 @@ def _moment_transformation(hp: Hyperparameters) -> optax.GradientTransformationE
             count = _numerics.increment(state.count)
             corrections = [_numerics.bias_correction(b, count) for b in (b1, b2)]
             coefficients = coefficients_of(hp, state.count, b1, b2, corrections)
-            return _update_leaves(hp, coefficients, updates, state, params)
+            return update_leaves(hp, coefficients, updates, state, params)
         b1, b2 = (_arguments.at_count(b, state.inner_state.count) for b in (hp.b1, hp.b2))
         corrections = [
             _numerics.moving_average(c, 1.0, b)
             for c, b in zip(state.corrections, (b1, b2), strict=True)
         ]
         coefficients = coefficients_of(hp, state.inner_state.count, b1, b2, corrections)
-        updates, inner = _update_leaves(hp, coefficients, updates, state.inner_state, params)
+        updates, inner = update_leaves(hp, coefficients, updates, state.inner_state, params)
         return updates, ScheduledDecayState((corrections[0], corrections[1]), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -295,7 +295,7 @@ def _is_zero(value: Any) -> bool:
     return isinstance(value, float) and value == 0.0
 
 
-def _update_leaves(
+def update_leaves(
     hp: Hyperparameters, c: Coefficients, updates: Any, state: Any, params: Any
 ) -> tuple[Any, Any]:
     """Moves the moments and rescales, leaf by leaf."""

@@ -1,8 +1,6 @@
 """`lazy`: the touched rows as the inner chain would have it, all others bit-identical."""
 
-import json
 import re
-from pathlib import Path
 from typing import Any
 
 import chex
@@ -11,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import recordings
 from helpers import as_numpy, assert_bits_equal, assert_close, normal, types
+from recordings import Recording
 
 import adam_transforms as at
 
 V, D = 9, 3
-DATA = Path(__file__).parent / "data" / "sparse"
 
 
 def params_and_rows(seed: int = 0, indices: Any = (4, 1, 4, 7)) -> Any:
@@ -604,16 +603,12 @@ def test_memory_does_not_depend_on_the_table_and_nothing_of_its_size_is_copied(
     assert temporaries[0] == temporaries[1]
 
 
-CASES = {case["case"]: case for case in json.loads((DATA / "index.json").read_text())}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_follows_tensorflow_addons_lazy_adam_and_torch_sparse_adam(name: str) -> None:
+@pytest.mark.parametrize("case", recordings.of_class("LazyAdam", "SparseAdam"))
+def test_follows_tensorflow_addons_lazy_adam_and_torch_sparse_adam(case: str) -> None:
     """Recorded trajectories, duplicates in the gradients included."""
-    case, recorded = CASES[name], np.load(DATA / f"{name}.npz")
-    config = case["config"]
-    names = list(case["variables"])
-    if "torch" in name:
+    recording = Recording(case)
+    config = recording.config
+    if "torch" in case:
         b1, b2 = config.get("betas", (0.9, 0.999))
         rate, eps = config.get("lr", 1e-3), config.get("eps", 1e-8)
     else:
@@ -625,24 +620,12 @@ def test_follows_tensorflow_addons_lazy_adam_and_torch_sparse_adam(name: str) ->
                 c["initial_learning_rate"], c["decay_steps"], c["decay_rate"]
             )
     tx = at.lazy(at.adam(rate, b1, b2, eps, eps_hat=True))
-    params = {name: jnp.asarray(recorded[f"p0/{name}"]) for name in names}
+    params = jax.tree.map(jnp.asarray, recording.start)
     state = tx.init(params)
-    update = jax.jit(tx.update)
-    error = 0.0
-    for t in range(case["steps"]):
-        gradients = {
-            name: at.SparseRows(
-                recorded[f"ids/{name}"][t], recorded[f"rows/{name}"][t], params[name].shape[0]
-            )
-            if case["variables"][name]["kind"] == "sparse"
-            else jnp.asarray(recorded[f"g/{name}"][t])
-            for name in names
-        }
-        updates, state = update(gradients, state, params)
-        params = at.apply_updates(params, updates)
-        for name in names:
-            error = max(error, float(np.abs(params[name] - recorded[f"p/{name}"][t]).max()))
-    assert error <= 2 * case["float64_replay"]["exact_coefficients"]["max_abs_err_p"] + 1e-6
+    for t in range(recording.steps):
+        params, state = run(tx, params, [recording.gradients(t)], state)
+        errors = recordings.differences(params, recording.params(t))
+        assert max(errors.values()) <= recording.tolerance, f"after step {t}: {errors}"
 
 
 def test_lazy_adam_is_adam_inside_lazy_with_the_wrappers_around() -> None:

@@ -1,16 +1,13 @@
 """Trajectories recorded from Optax, PyTorch, Keras 3, legacy Keras and TensorFlow 1, step by step.
 
-`data/index.json` says how each run was configured; `data/<case>.npz` holds its start, its gradients
-and what came of them. A builder for each system reads the configuration as that system does, and
+A builder for each system reads the configuration as that system does, and
 gives the same optimizer twice: made of this package's public pieces, and as the plain float64
 reference.
 """
 
-import json
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,17 +17,16 @@ import optax
 import pytest
 import reference
 
+from recordings import DATA, DENSE, Recording, differences, slot_tolerance
+
 import adam_transforms as at
 from adam_transforms._averaging import track_params_ema
-
-DATA = Path(__file__).parent / "data"
-CASES = {entry["case"]: entry for entry in json.loads((DATA / "index.json").read_text())}
 
 # Optax rounds b1 to bfloat16 along with mu, so that its eager and jitted runs already differ by
 # 1.4e-3. Following that rounding is no promise of this package.
 NO_TARGET = {"optax_adam_mu_bf16_default", "optax_adam_mu_bf16_custom"}
 
-TARGETS = sorted(CASES.keys() - NO_TARGET)
+TARGETS = sorted(DENSE.keys() - NO_TARGET)
 
 
 class Built(NamedTuple):
@@ -38,49 +34,6 @@ class Built(NamedTuple):
 
     transform: optax.GradientTransformation
     training: reference.Training
-
-
-class Recording:
-    """One recorded run; arrays are read by group ("p", "g", "m", ...) as flat dictionaries."""
-
-    def __init__(self, case: str):
-        self.entry = CASES[case]
-        self.config: dict[str, Any] = self.entry["config"]
-        self.setup: dict[str, Any] = self.entry["setup"]
-        with np.load(DATA / f"{case}.npz") as file:
-            self.arrays = {key: file[key] for key in file.files}
-        self.start = self.group("p0")
-
-    def group(self, prefix: str) -> reference.Tree:
-        return {
-            key.removeprefix(f"{prefix}/"): array
-            for key, array in self.arrays.items()
-            if key.startswith(f"{prefix}/")
-        }
-
-    @property
-    def steps(self) -> int:
-        return self.entry["steps"]
-
-    def gradients(self, step: int) -> reference.Tree:
-        return {name: g[step] for name, g in self.group("g").items()}
-
-    @property
-    def replay_error(self) -> float:
-        """How far an exact replay is from the recorded float32 run, to two digits."""
-        return self.entry["float64_replay"]["exact_coefficients"]["max_abs_err_p"]
-
-    @property
-    def tolerance(self) -> float:
-        return 2 * self.replay_error + 1e-6
-
-    @property
-    def scheduled(self) -> bool:
-        config = self.setup.get("inner", self.config)
-        return isinstance(config.get("learning_rate"), Mapping)
-
-    def build(self) -> Built:
-        return BUILDERS[self.entry["class"]](self)
 
 
 # Learning rates: a number, or a schedule for each side
@@ -403,6 +356,10 @@ BUILDERS: dict[str, Callable[[Recording], Built]] = {
 }
 
 
+def build(recording: Recording) -> Built:
+    return BUILDERS[recording.entry["class"]](recording)
+
+
 # Trees: TensorFlow's variables are called "dense/kernel:0", and patterns may rely on the ":0"
 
 
@@ -438,11 +395,6 @@ def adam_state(state: Any) -> Any:
     return found
 
 
-def differences(ours: reference.Tree, recorded: reference.Tree) -> dict[str, float]:
-    assert ours.keys() == recorded.keys()
-    return {name: float(np.max(np.abs(ours[name] - x))) for name, x in recorded.items()}
-
-
 def assert_slots(what: str, ours: reference.Tree, recorded: reference.Tree, tolerance: float):
     """Within `tolerance`, relative to a slot's largest entry."""
     for name, error in differences(ours, recorded).items():
@@ -451,17 +403,13 @@ def assert_slots(what: str, ours: reference.Tree, recorded: reference.Tree, tole
 
 
 def assert_moments(recording: Recording, adam: reference.Adam, slots: Any) -> None:
-    """mu, nu and nu_max, against what was recorded of them.
-
-    A system that keeps b in float32 is off by up to 2^-25 in it, which is that over 1 - b in the
-    moment; the rest is the rounding of a few dozen float32 operations.
-    """
+    """mu, nu and nu_max, against what was recorded of them."""
     for group, slot, b in (("m", "mu", adam.b1), ("v", "nu", adam.b2), ("vhat", "nu_max", adam.b2)):
         recorded = recording.group(group)
         if group == "vhat" and adam.max_of is None:
             assert not recorded
             continue
-        tolerance = 2e-6 + 2**-25 / (1 - reference.value_at(b, 0))
+        tolerance = slot_tolerance(reference.value_at(b, 0))
         assert_slots(slot, getattr(slots, slot), recorded, tolerance)
 
 
@@ -469,15 +417,15 @@ def assert_moments(recording: Recording, adam: reference.Adam, slots: Any) -> No
 
 
 def test_every_recording_is_followed_or_named_as_no_target():
-    assert CASES.keys() >= NO_TARGET
-    assert {CASES[case]["class"] for case in TARGETS} == BUILDERS.keys()
-    assert {file.stem for file in DATA.glob("*.npz")} == CASES.keys()
+    assert DENSE.keys() >= NO_TARGET
+    assert {DENSE[case]["class"] for case in TARGETS} == BUILDERS.keys()
+    assert {file.stem for file in DATA.glob("*.npz")} == DENSE.keys()
 
 
 @pytest.mark.parametrize("case", TARGETS)
 def test_the_reference_replays_the_recorded_run(case):
     recording = Recording(case)
-    training = recording.build().training
+    training = build(recording).training
     recorded = recording.group("p")
     worst = 0.0
     for t in range(recording.steps):
@@ -494,7 +442,7 @@ def test_follows_the_recorded_run(case, request):
     if recording.scheduled:  # Optax's schedules are not ours
         request.getfixturevalue("relaxed_promotion")
     names = list(recording.start)
-    tx, training = recording.build()
+    tx, training = build(recording)
 
     @jax.jit
     def step(grads, state, params):

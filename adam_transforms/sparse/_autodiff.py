@@ -67,7 +67,9 @@ def value_and_grad(
         returns counts as true or false, as in an `if`).
       rows_from: an optimizer state with a `DeferredAdamState` in it, however deep. Its tables are
         found among the leaves by their paths, get row gradients (and, with ``tables="auto"``, no
-        others do), and are read as they would be if every row were up to date.
+        others do), and are read as they would be if every row were up to date. One that is also
+        used in another way is brought up to date as a whole for it, in O(V), and its gradient is
+        dense.
 
     Returns:
       A function from `fun`'s arguments to (value, gradient), value being `fun`'s result, and
@@ -127,7 +129,11 @@ def value_and_grad(
             value, aux = result if has_aux else (result, None)
             return value, (aux, indices)
 
-        dense = [leaf.value for i, leaf in enumerate(leaves) if i not in chosen]
+        dense = [
+            deferred[i].now() if i in deferred else leaf.value
+            for i, leaf in enumerate(leaves)
+            if i not in chosen
+        ]
         taps = [_tap(read.aval) for read in reads]
         differentiated = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
         (value, (aux, indices)), (dense, taps) = differentiated(dense, taps)
@@ -257,7 +263,7 @@ def _deferred_leaves(state: Any, leaves: Sequence[_Leaf]) -> dict[int, "_Table"]
                 f"rows_from has a table at {path!r}, of which there must be one among the leaves "
                 f"that are differentiated; these are {paths}"
             )
-        deferred[found[0]] = _Table(leaves[found[0]].value, read_now, path)
+        deferred[found[0]] = _Table(leaves[found[0]].value, read_now)
     return deferred
 
 
@@ -270,31 +276,28 @@ def _choose(
     """The steps of `jaxpr`, and which of the leaves are tables.
 
     Args:
-      select: from the leaves to the selected ones; None for "auto".
-      deferred: leaves that have to be tables; "auto" stands for these, if there are any.
+      select: from the leaves to the selected ones, which have to be tables; None for "auto".
+      deferred: leaves that are tables if they can be; "auto" stands for these, if there are any.
 
     Raises:
-      ValueError: a selected or deferred leaf is no table.
+      ValueError: a selected leaf is no table.
     """
-    required = deferred | (set() if select is None else select(leaves))
+    selected = set() if select is None else select(leaves)
     any_table = select is None and not deferred
-    candidates = set(range(len(leaves))) if any_table else required
+    candidates = set(range(len(leaves))) if any_table else selected | deferred
     steps, others = _plan(jaxpr, candidates)
-    for i in sorted(required & set(others)):
-        advice = (
-            "It is a deferred table: call flush before"
-            if i in deferred
-            else "Leave it out of tables for a dense gradient"
-        )
+    for i in sorted(selected & set(others)):
         raise ValueError(
             f"{leaves[i].path!r} is selected by tables, but is not only read by row: "
-            f"the operation {others[i]!r} uses it too. {advice}"
+            f"the operation {others[i]!r} uses it too. Leave it out of tables for a dense gradient"
         )
+    tables = candidates - set(others)
     if any_table:
+        tables &= {read.table for read in all_reads(steps)}
+    if tables != candidates:
         # Without what is left dense, so that the calls that only touch that stay as they are.
-        candidates = {read.table for read in all_reads(steps)} - set(others)
-        steps, _ = _plan(jaxpr, candidates)
-    return steps, candidates
+        steps, _ = _plan(jaxpr, tables)
+    return steps, tables
 
 
 def _plan(jaxpr: Any, candidates: set[int]) -> tuple[list[Any], dict[int, str]]:
@@ -311,7 +314,7 @@ def _plan(jaxpr: Any, candidates: set[int]) -> tuple[list[Any], dict[int, str]]:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["table", "read_now"],
-    meta_fields=["path", "dtypes"],
+    meta_fields=["dtypes"],
 )
 @dataclasses.dataclass(frozen=True)
 class _Table:
@@ -320,20 +323,22 @@ class _Table:
     Attributes:
       table: the array.
       read_now: of a deferred table, the function of `current_rows`; None of any other.
-      path: its path, of a deferred table.
       dtypes: what to cast the rows to, one dtype after the other. XLA would store the whole table
         once more, were it cast and then read twice.
     """
 
     table: Any
     read_now: Any = None
-    path: str = ""
     dtypes: tuple[Any, ...] = ()
 
     def cast(self, x: jax.Array) -> jax.Array:
         for dtype in self.dtypes:
             x = jax.lax.convert_element_type(x, dtype)
         return x
+
+    def now(self) -> jax.Array:
+        """All of the table, as it should be read."""
+        return self.table if self.read_now is None else self.read_now(self.table, None)
 
     def up_to_date(self, read: Read, x: jax.Array, indices: jax.Array) -> jax.Array:
         """`x`, which was read from the table, as it should have been read."""
@@ -350,14 +355,7 @@ def _as_table(x: Any) -> _Table:
 
 
 def _as_array(x: Any) -> Any:
-    if not isinstance(x, _Table):
-        return x
-    if x.read_now is not None:
-        raise ValueError(
-            f"{x.path!r} is a deferred table and has rows that are not up to date, but is not only "
-            "read by row here (stop_gradient counts as another use). Call flush before"
-        )
-    return x.cast(x.table)
+    return x.cast(x.now()) if isinstance(x, _Table) else x
 
 
 def _tap(aval: Any) -> jax.Array:

@@ -98,12 +98,14 @@ def deferred_adam(
 
     Returns:
       A transformation with `DeferredAdamState`; `update` needs `params`. A table takes a
-      `SparseRows` gradient; its update has the rows touched and those whose turn it was. A dense
-      gradient brings the whole table up to date.
+      `SparseRows` gradient; its update has the rows touched and those whose turn it was (a
+      `SparseRows` of no rows lets the momentum of all go on). A dense gradient brings the whole
+      table up to date; so does None, and then the step leaves the table and its moments as they
+      are.
 
     Raises:
       ValueError: b1 >= sqrt(b2), eps = 0, a momentum that outlasts `max_idle`; `tables` matches
-        nothing, or a scalar; a table without a gradient.
+        nothing, or a scalar.
       TypeError: a table is not of a real floating dtype.
 
     Decay by L2, added to the gradient, is not of this form: use `weight_decay`. Clip before, inside
@@ -205,11 +207,15 @@ def deferred_adam(
                 g = rows.masked_values()
             before = table.take(rows).computed_once()
             now, witness = before.witnessed_up_to_date(ring, state.count)
-            move, slots = step(path, _trees.as_gradient(path, g), now.values, now.slots, decays)
+            if g is None:  # this step does not move the table, so no row owes it
+                move, slots = jnp.zeros_like(now.values), now.slots
+            else:
+                g = _trees.as_gradient(path, g)
+                move, slots = step(path, g, now.values, now.slots, decays)
             wide = _numerics.promote(now.values.dtype, move.dtype)
             made_up_for = now.values.astype(wide) - before.values.astype(wide)
             u = (made_up_for + move.astype(wide)).astype(
-                _numerics.promote(g.dtype, table.values.dtype)
+                _numerics.promote(*(x.dtype for x in (g, table.values) if x is not None))
             )
             # What was read for the gradient, with `rows_from`, was read before; so was `before`.
             if rows is not None:
@@ -225,11 +231,6 @@ def deferred_adam(
         results = []
         for (path, g, p, *slots), decays in zip(aligned, is_decayed(params), strict=True):
             if path in idle:
-                if g is None:
-                    raise ValueError(
-                        f"{path!r} has no gradient, but is a table of deferred_adam, whose rows "
-                        "move all the same: give it a SparseRows of no rows"
-                    )
                 last, ring = idle[path]
                 table = _Table(jnp.asarray(p), tuple(slots), last)
                 *result, last_steps[path], witness = step_table(path, g, table, ring, decays)
@@ -348,9 +349,9 @@ def dense_equivalent(params: Any, state: Any) -> tuple[Any, Any]:
     return params, optax.ScaleByAdamState(count, *slots)
 
 
-def current_rows(state: Any) -> dict[str, Callable[[jax.Array, SparseRows], jax.Array]]:
+def current_rows(state: Any) -> dict[str, Callable[[jax.Array, SparseRows | None], jax.Array]]:
     """For the path of each deferred table, a function that reads it as dense Adam has it now: from
-    the table and the rows to read to (n, D...)."""
+    the table and the rows to read to (n, D...), or for None to all of it."""
     readers = {}
     for found in _deferred_states(state):
         slots = _slots_by_path(found)
@@ -361,7 +362,7 @@ def current_rows(state: Any) -> dict[str, Callable[[jax.Array, SparseRows], jax.
     return readers
 
 
-def _read(slots: Any, last: Any, ring: Any, count: Any, table: Any, rows: SparseRows) -> jax.Array:
+def _read(slots: Any, last: Any, ring: Any, count: Any, table: Any, rows: Any) -> jax.Array:
     now = _Table(table, slots, last).take(rows).up_to_date(ring, count)
     return now.values.astype(table.dtype)
 

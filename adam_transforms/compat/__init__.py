@@ -1,0 +1,1 @@
+"""Optimizers of other systems under their own names, in functional form."""

@@ -1,0 +1,230 @@
+"""What the optimizers of other systems have in common: `init` and `apply`, and gradients that come
+in a list, each with its variable."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from adam_transforms import _trees, _updates
+from adam_transforms.compat._dependence import depends_on
+from adam_transforms.sparse._autodiff import grad
+from adam_transforms.sparse._deferred import DeferredAdamState
+from adam_transforms.sparse._rows import SparseRows, to_dense
+
+ADAM_STATES = (optax.ScaleByAdamState, optax.ScaleByAmsgradState, DeferredAdamState)
+
+
+class Variable(NamedTuple):
+    """A parameter or a slot by its path, as `path_str` writes it."""
+
+    path: str
+    value: Any
+
+
+class Optimizer:
+    """The core that every one of them has, on top of `transform`."""
+
+    # What the system calls the slots of an Adam state.
+    slot_fields: ClassVar[Mapping[str, str]] = {"m": "mu", "v": "nu"}
+
+    def transform(self) -> optax.GradientTransformationExtraArgs:
+        """The transformation underneath, for an Optax chain; it takes row gradients too."""
+        raise NotImplementedError
+
+    def init(self, params: Any) -> Any:
+        """The state before the first step."""
+        return self.transform().init(params)
+
+    def apply(self, grads: Any, params: Any, state: Any) -> tuple[Any, Any]:
+        """One step.
+
+        Args:
+          grads: a tree like `params`; a leaf is an array, a `SparseRows` (duplicates are summed) or
+            None, which leaves the parameter and its slots as they are.
+          params, state: as they are now.
+
+        Returns:
+          (params, state) as they are then.
+
+        Raises:
+          ValueError: no leaf has a gradient, or a structure or shape differs.
+        """
+        leaves, _ = _trees.flatten_with_paths(grads)
+        if all(g is None for _, g in leaves):
+            raise _no_gradients([path for path, _ in leaves])
+        updates, state = self.transform().update(grads, state, params)
+        return _updates.apply_updates(params, updates), state
+
+    def get_slot(self, state: Any, var: Any, name: str) -> Any:
+        """The slot called `name` of a variable; None if it has none.
+
+        Args:
+          state: the optimizer's state.
+          var: a `Variable` or another (path, value) pair, or a path.
+          name: one of `get_slot_names`.
+        """
+        path, field = path_of(var), self.slot_fields.get(name)
+        for found in _trees.find_states(state, ADAM_STATES) if field else ():
+            for at_path, slot in _trees.flatten_with_paths(getattr(found, field, None))[0]:
+                if at_path == path:
+                    return slot
+        return None
+
+    def get_slot_names(self) -> list[str]:
+        """What `get_slot` can be asked for."""
+        return sorted(self.slot_fields)
+
+
+def present(value: Any) -> Any:
+    """What a callable without arguments gives now; any other value, a schedule too, as it is."""
+    if not callable(value):
+        return value
+    try:
+        inspect.signature(value).bind()
+    except TypeError:
+        return value
+    except ValueError:  # a builtin that does not tell
+        return value
+    return value()
+
+
+def densely(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`inner`, to which a row gradient is the array that it stands for."""
+    inner = optax.with_extra_args_support(inner)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any):
+        return inner.update(to_dense(updates), state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def path_of(var: Any) -> str:
+    """The path of a variable given as a pair, or by it."""
+    path = (
+        var[0] if isinstance(var, Sequence) and not isinstance(var, str) and len(var) == 2 else var
+    )
+    if not isinstance(path, str):
+        raise TypeError(f"a variable must be a (path, value) pair or a path, got {var!r}")
+    return path
+
+
+def variables_of(params: Any) -> list[Variable]:
+    """The leaves of `params` in their order."""
+    variables = [Variable(path, leaf) for path, leaf in _trees.flatten_with_paths(params)[0]]
+    paths = [variable.path for variable in variables]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"params hold two leaves whose path is {twice!r}")
+    return variables
+
+
+def selected(params: Any, var_list: Iterable[Any] | None) -> list[Variable]:
+    """The variables of `params` that `var_list` (variables, pairs, paths) names; all for None.
+
+    Raises:
+      TypeError: an entry is something else.
+      ValueError: there is no such variable, or none at all.
+    """
+    variables = {variable.path: variable for variable in variables_of(params)}
+    if var_list is None:
+        paths = list(variables)
+    else:
+        paths = [path_of(var) for var in var_list]
+        unknown = [path for path in paths if path not in variables]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no parameter; these are: {list(variables)}")
+    if not paths:
+        raise ValueError("there are no variables to take gradients of")
+    return [variables[path] for path in paths]
+
+
+def compute_gradients(
+    loss: Callable[[Any], Any],
+    params: Any,
+    var_list: Iterable[Any] | None = None,
+    *,
+    grad_loss: Any = None,
+    rows_from: Any = None,
+) -> list[tuple[Any, Variable]]:
+    """The gradient of a function of the parameters in each variable.
+
+    Args:
+      loss: takes `params`; what it returns is summed if it is no scalar.
+      params: a tree of arrays.
+      var_list: as for `selected`.
+      grad_loss: an array like the loss, the gradient of whatever it goes into.
+      rows_from: as for `value_and_grad`.
+
+    Returns:
+      [(gradient, variable), ...]. A gradient is an array, a `SparseRows` where the variable is only
+      read by row, and None where the loss does not depend on it.
+    """
+    if not callable(loss):
+        raise RuntimeError(f"loss must be a function of the parameters, got {loss!r}")
+    leaves, treedef = _trees.flatten_with_paths(params)
+    floating = {path: x for path, x in leaves if _is_differentiable(x)}
+
+    def total(floating: dict[str, Any]) -> jax.Array:
+        value = jnp.asarray(loss(treedef.unflatten([floating.get(p, x) for p, x in leaves])))
+        if grad_loss is not None:
+            weight = jnp.asarray(grad_loss)
+            if weight.shape != value.shape:
+                raise ValueError(
+                    f"grad_loss must have the loss's shape {list(value.shape)}, "
+                    f"got {list(weight.shape)}"
+                )
+            value = value * weight.astype(value.dtype)
+        return jnp.sum(value)
+
+    variables = selected(params, var_list)
+    grads = grad(total, rows_from=rows_from)(floating)
+    flags = depends_on(jax.make_jaxpr(total)(floating).jaxpr)
+    depends = dict(zip(sorted(floating), flags, strict=True))
+    return [
+        (grads[variable.path] if depends.get(variable.path) else None, variable)
+        for variable in variables
+    ]
+
+
+def gradients_tree(grads_and_vars: Iterable[Any], params: Any) -> Any:
+    """From a list of (gradient, variable) pairs to a tree like `params`.
+
+    Raises:
+      TypeError: a pair is malformed.
+      ValueError: there is no pair, no gradient, no such variable, or a variable comes twice.
+    """
+    known = [variable.path for variable in variables_of(params)]
+    grads: dict[str, Any] = {}
+    try:
+        pairs = list(grads_and_vars)
+    except TypeError:
+        raise TypeError(
+            f"grads_and_vars must be a list of (gradient, variable) pairs, got {grads_and_vars!r}"
+        ) from None
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"expected a (gradient, variable) pair, got {pair!r}")
+        g, path = pair[0], path_of(pair[1])
+        if path not in known:
+            raise ValueError(f"{path!r} is no parameter; these are: {known}")
+        if path in grads:
+            raise ValueError(f"{path!r} comes twice in grads_and_vars")
+        grads[path] = g if g is None or isinstance(g, SparseRows) else _trees.as_gradient(path, g)
+    if all(g is None for g in grads.values()):
+        raise _no_gradients(list(grads))
+    treedef = _trees.flatten_with_paths(params)[1]
+    return treedef.unflatten([grads.get(path) for path in known])
+
+
+def _no_gradients(paths: list[str]) -> ValueError:
+    return ValueError(f"no variable has a gradient: {paths}")
+
+
+def _is_differentiable(x: Any) -> bool:
+    is_array = isinstance(x, jax.Array | np.ndarray | np.generic | float)
+    return is_array and jnp.issubdtype(jnp.result_type(x), jnp.inexact)

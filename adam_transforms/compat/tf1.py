@@ -1,0 +1,341 @@
+"""TensorFlow 1's Adam optimizers: `tf.train.AdamOptimizer` and `tf.contrib.opt.LazyAdamOptimizer`.
+
+Their arguments, defaults, methods and trajectories; but nothing is mutated: parameters and state go
+in and come out of every call.
+
+| TensorFlow | here |
+|---|---|
+| `AdamOptimizer(...)`, `LazyAdamOptimizer(...)` | the same arguments; `use_locking` is ignored |
+| `opt.minimize(loss)` | `params, state = opt.minimize(loss, params, state)` |
+| `opt.compute_gradients(loss, var_list)` | `opt.compute_gradients(loss, params)` |
+| `opt.apply_gradients(grads_and_vars, global_step)` | `opt.apply_gradients(pairs, params, state)` |
+| `opt.get_slot(var, name)` | `opt.get_slot(state, var, name)` |
+| `opt.get_slot_names()`, `opt.get_name()` | the same |
+| `opt.variables()` | `opt.variables(state)` |
+| running the initializer | `state = opt.init(params)` |
+| `IndexedSlices` | `SparseRows` |
+| a `global_step` variable | `global_step=step`; the new one comes back as a third result |
+
+`loss` is a function of the parameters. A variable is a (path, value) pair; where one is expected,
+its path alone will do. `gate_gradients`, `aggregation_method` and `colocate_gradients_with_ops` are
+accepted and ignored, as TensorFlow does in eager mode.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adam_transforms import _adam, _numerics, _presets, _trees
+from adam_transforms.compat import _optimizer
+from adam_transforms.compat._optimizer import Variable, present
+from adam_transforms.sparse import _deferred
+from adam_transforms.sparse._lazy import lazy
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Adam(_optimizer.Optimizer):
+    """What the two optimizers share."""
+
+    learning_rate: Any = 0.001
+    beta1: Any = 0.9
+    beta2: Any = 0.999
+    epsilon: Any = 1e-8
+    use_locking: bool = False
+    name: str = "Adam"
+
+    GATE_NONE: ClassVar[int] = 0
+    GATE_OP: ClassVar[int] = 1
+    GATE_GRAPH: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"name must be a string, and not empty, got {self.name!r}")
+        self.transform()  # checks the other arguments
+
+    def compute_gradients(
+        self,
+        loss: Callable[[Any], Any],
+        var_list: Any = None,
+        *,
+        grad_loss: Any = None,
+        params: Any = None,
+        state: Any = None,
+        gate_gradients: Any = GATE_OP,
+        aggregation_method: Any = None,
+        colocate_gradients_with_ops: bool = False,
+    ) -> list[tuple[Any, Variable]]:
+        """The gradient of `loss` in each variable.
+
+        Args:
+          loss: a function of the parameters; what it returns is summed if it is no scalar.
+          var_list: the parameters, a tree of arrays; or, with `params`, those of them to take
+            gradients of: a list of variables or paths.
+          grad_loss: an array like the loss, the gradient of whatever it goes into.
+          params: the parameters, if `var_list` is a list of some of them.
+          state: the optimizer's state, needed only with `deferred`.
+          gate_gradients, aggregation_method, colocate_gradients_with_ops: ignored.
+
+        Returns:
+          [(gradient, variable), ...]. A gradient is an array, a `SparseRows` where the variable is
+          only read by row, and None where the loss does not depend on it.
+
+        Raises:
+          RuntimeError: `loss` is no function.
+          TypeError: an entry of `var_list` is no variable.
+          ValueError: there are no variables; `grad_loss` is shaped unlike the loss.
+
+        >>> import jax.numpy as jnp
+        >>> params = {"w": jnp.ones(2), "table": jnp.ones((5, 1)), "unused": jnp.ones(3)}
+        >>> def loss(p):
+        ...     return jnp.sum(p["w"] ** 2) + jnp.sum(p["table"][jnp.array([3, 3])])
+        >>> for gradient, variable in AdamOptimizer().compute_gradients(loss, params):
+        ...     print(variable.path, gradient)
+        table SparseRows(float32[5,1], 2 of 5 distinct rows)
+        unused None
+        w [2. 2.]
+        """
+        del gate_gradients, aggregation_method, colocate_gradients_with_ops
+        if params is None:
+            params, var_list = var_list, None
+        return _optimizer.compute_gradients(
+            loss, params, var_list, grad_loss=grad_loss, rows_from=self._rows_from(state)
+        )
+
+    def apply_gradients(
+        self,
+        grads_and_vars: Iterable[Any],
+        params: Any,
+        state: Any,
+        global_step: Any = None,
+        name: str | None = None,
+    ) -> Any:
+        """One step with a list of gradients.
+
+        Args:
+          grads_and_vars: (gradient, variable) pairs as `compute_gradients` gives them. A variable
+            whose gradient is None, or that is not among them, stays as it is.
+          params, state: as they are now.
+          global_step: a count of steps to be incremented.
+          name: ignored.
+
+        Returns:
+          (params, state), or (params, state, global_step + 1) if there is a `global_step`.
+
+        Raises:
+          TypeError: `grads_and_vars` is malformed.
+          ValueError: no variable has a gradient; a variable is unknown or comes twice.
+        """
+        del name
+        grads = _optimizer.gradients_tree(grads_and_vars, params)
+        params, state = self.apply(grads, params, state)
+        return (params, state) if global_step is None else (params, state, global_step + 1)
+
+    def minimize(
+        self,
+        loss: Callable[[Any], Any],
+        params: Any,
+        state: Any,
+        global_step: Any = None,
+        var_list: Iterable[Any] | None = None,
+        *,
+        grad_loss: Any = None,
+        gate_gradients: Any = GATE_OP,
+        aggregation_method: Any = None,
+        colocate_gradients_with_ops: bool = False,
+        name: str | None = None,
+    ) -> Any:
+        """`compute_gradients`, then `apply_gradients`: one step that makes `loss` smaller.
+
+        Args:
+          var_list: the variables (or paths) to move; None for all.
+          loss, params, state, global_step, grad_loss: as for these two; the others are ignored.
+
+        Returns:
+          As `apply_gradients`.
+
+        Raises:
+          RuntimeError, TypeError, ValueError: as these two.
+
+        >>> import jax.numpy as jnp
+        >>> opt = AdamOptimizer(learning_rate=0.1)
+        >>> params = {"w": jnp.array(1.0)}
+        >>> params, state = opt.minimize(lambda p: p["w"] ** 2, params, opt.init(params))
+        >>> round(float(params["w"]), 6)
+        0.9
+        """
+        del gate_gradients, aggregation_method, colocate_gradients_with_ops
+        pairs = _optimizer.compute_gradients(
+            loss, params, var_list, grad_loss=grad_loss, rows_from=self._rows_from(state)
+        )
+        return self.apply_gradients(pairs, params, state, global_step, name)
+
+    def get_name(self) -> str:
+        """The name it was made with."""
+        return self.name
+
+    def variables(self, state: Any) -> list[Variable]:
+        """All that `state` holds, as TensorFlow names and orders it.
+
+        Returns:
+          `beta1_power` and `beta2_power` (the powers that the next step will use), and for each
+          variable ``<path>/<name>`` (m) and ``<path>/<name>_1`` (v), sorted by name.
+        """
+        found = [Variable(f"beta{i}_power", x) for i, x in enumerate(self._powers(state), start=1)]
+        for state_of_adam in _trees.find_states(state, _optimizer.ADAM_STATES):
+            for field, suffix in (("mu", ""), ("nu", "_1")):
+                found += [
+                    Variable(f"{path}/{self.name}{suffix}", slot)
+                    for path, slot in _trees.flatten_with_paths(getattr(state_of_adam, field))[0]
+                ]
+        return sorted(found, key=lambda variable: variable.path)
+
+    def _adam(self) -> optax.GradientTransformationExtraArgs:
+        """The dense rule."""
+        rate, eps = present(self.learning_rate), present(self.epsilon)
+        b1, b2 = present(self.beta1), present(self.beta2)
+        if not (callable(self.beta1) or callable(self.beta2)):
+            return _presets.adam(rate, b1, b2, eps, eps_hat=True)
+        return optax.chain(_scale_by_powers(b1, b2, eps), optax.scale_by_learning_rate(rate))
+
+    def _powers(self, state: Any) -> list[jax.Array]:
+        scheduled = _trees.find_states(state, _adam.ScheduledDecayState)
+        if scheduled:
+            return [1.0 - correction for correction in scheduled[0].corrections]
+        (found,) = _trees.find_states(state, _optimizer.ADAM_STATES)
+        return [
+            1.0 - _numerics.bias_correction(present(b), found.count + 1)
+            for b in (self.beta1, self.beta2)
+        ]
+
+    def _rows_from(self, state: Any) -> Any:
+        """What tells how to read tables that lag behind; None if none do."""
+        return None
+
+
+def _scale_by_powers(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformationExtraArgs:
+    """Adam whose present betas are `b1` and `b2`, corrected by the product of the past ones.
+
+    TensorFlow keeps the powers of the betas as variables, which start at the betas and are
+    multiplied at the end of a step: at a step the power has the first betas twice and the present
+    ones not yet.
+    """
+    hp = _adam.Hyperparameters(b1, b2, eps, 0.0, None, None, eps_hat=True).checked()
+    scale = _adam.scale_by_adam(b1, b2, eps, eps_hat=True)
+
+    def init(params: Any) -> Any:
+        dtype = _numerics.scalar_dtype()
+        first = [jnp.asarray(1.0 - _numerics.as_scalar(b), dtype) for b in (hp.b1, hp.b2)]
+        return _adam.ScheduledDecayState((first[0], first[1]), scale.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **_: Any):
+        inner = state.inner_state
+        c = _adam.coefficients_of(hp, inner.count, hp.b1, hp.b2, list(state.corrections))
+        updates, inner = _adam.update_leaves(hp, c, updates, inner, params)
+        moved = [
+            _numerics.moving_average(correction, 1.0, b)
+            for correction, b in zip(state.corrections, (hp.b1, hp.b2), strict=True)
+        ]
+        return updates, _adam.ScheduledDecayState((moved[0], moved[1]), inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AdamOptimizer(_Adam):
+    r"""`tf.train.AdamOptimizer`.
+
+    .. math::
+      \theta_t = \theta_{t-1} - \eta \frac{\sqrt{1-\beta_2^t}}{1-\beta_1^t}\,
+                 \frac{m_t}{\sqrt{v_t} + \hat\epsilon}
+
+    A row gradient means what it means there, the dense array with its duplicates summed: all rows
+    of m and v decay, and all rows of the table move.
+
+    Args:
+      learning_rate: a number, a scalar array, a schedule ``count -> value``, or a callable without
+        arguments that gives the present value (under `jax.jit` it is called when a step is traced).
+      beta1, beta2, epsilon: numbers, scalar arrays or callables without arguments. The powers of
+        betas that change are kept as TensorFlow keeps them.
+      use_locking: ignored.
+      name: what slots are called in `variables`.
+      deferred: whether tables, all parameters of two or more dimensions, are updated by
+        `deferred_adam`: the same trajectory at the cost of the rows touched. `minimize` reads them
+        right, and so does `compute_gradients` if it is given the `state`; before other code does,
+        call `flush`. Or patterns or a predicate that selects the tables, as for `deferred_adam`.
+
+    Raises:
+      ValueError, TypeError: an argument is out of range, or of the wrong type.
+
+    References:
+      https://www.tensorflow.org/api_docs/python/tf/compat/v1/train/AdamOptimizer
+
+    >>> import jax, jax.numpy as jnp
+    >>> opt = AdamOptimizer(learning_rate=0.1)
+    >>> params = {"w": jnp.array([1.0, -2.0])}
+    >>> state = opt.init(params)
+    >>> params, state = jax.jit(opt.apply)({"w": jnp.array([3.0, -4.0])}, params, state)
+    >>> params["w"].round(3).tolist()
+    [0.9..., -1.9...]
+    """
+
+    _: dataclasses.KW_ONLY
+    deferred: Any = False
+
+    def transform(self) -> optax.GradientTransformationExtraArgs:
+        """The transformation underneath, for an Optax chain; it takes row gradients too."""
+        if self.deferred is False:
+            return _optimizer.densely(self._adam())
+        for name in ("beta1", "beta2", "epsilon"):
+            if callable(getattr(self, name)):
+                raise TypeError(f"with deferred, {name} must be a number, got a callable")
+        return _deferred.deferred_adam(
+            present(self.learning_rate),
+            *(self.beta1, self.beta2, self.epsilon),
+            tables=_is_table if self.deferred is True else self.deferred,
+            eps_hat=True,
+        )
+
+    def flush(self, params: Any, state: Any) -> tuple[Any, Any]:
+        """Every row as TensorFlow has it: needed before anything but a step reads tables that are
+        deferred; without `deferred` nothing is owed, and nothing changes."""
+        return (params, state) if self.deferred is False else _deferred.flush(params, state)
+
+    def _rows_from(self, state: Any) -> Any:
+        if self.deferred is False:
+            return None
+        if state is None:
+            raise ValueError("with deferred, compute_gradients needs the state=, got None")
+        return state
+
+
+def _is_table(path: str, leaf: Any) -> bool:
+    return jnp.ndim(leaf) >= 2 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LazyAdamOptimizer(_Adam):
+    """`tf.contrib.opt.LazyAdamOptimizer`: of a table with a row gradient only the rows touched.
+
+    Moments and parameters of the other rows stay bit-identical; the bias correction counts all
+    steps. Dense gradients are treated as `AdamOptimizer` treats them, whose arguments these are.
+
+    References:
+      https://github.com/tensorflow/tensorflow/blob/r1.15/tensorflow/contrib/opt/python/training/lazy_adam_optimizer.py
+
+    >>> import jax.numpy as jnp
+    >>> from adam_transforms import SparseRows
+    >>> opt = LazyAdamOptimizer(learning_rate=0.1)
+    >>> params = {"table": jnp.zeros((4, 1))}
+    >>> rows = SparseRows(jnp.array([2, 2]), jnp.array([[3.0], [1.0]]), num_rows=4)
+    >>> params, state = opt.apply({"table": rows}, params, opt.init(params))
+    >>> params["table"].round(3).tolist()
+    [[0.0], [0.0], [-0.1...], [0.0]]
+    """
+
+    def transform(self) -> optax.GradientTransformationExtraArgs:
+        """The transformation underneath, for an Optax chain; it takes row gradients too."""
+        return lazy(self._adam())
