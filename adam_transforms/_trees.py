@@ -190,7 +190,8 @@ def zeros_like(tree: Any, dtype_of: Callable[[Any], Any]) -> Any:
     return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype_of(jnp.result_type(p))), tree)
 
 
-def find_states(state: Any, kind: type) -> list[Any]:
-    """Every state of type `kind` in an optimizer state, however deep it is nested."""
+def find_states(state: Any, kind: type | tuple[type, ...]) -> list[Any]:
+    """Every state of type `kind` (or of one of these types) in an optimizer state, however deep it
+    is nested."""
     found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
     return [x for x in found if isinstance(x, kind)]

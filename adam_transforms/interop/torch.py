@@ -1,0 +1,216 @@
+"""The state of PyTorch's Adam, AdamW and SparseAdam, as `optimizer.state_dict()` has it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from adam_transforms.interop import _filling, _matching, _slots
+
+_LABELS = {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}
+_SLOTS = {label: slot for slot, label in _LABELS.items()}
+
+
+def state_from(
+    state_dict: Mapping[str, Any],
+    params: Any,
+    tx: Any,
+    names: Sequence[str] | None = None,
+    *,
+    rename: _matching.Rename | None = None,
+) -> Any:
+    """The state with which `tx` goes on where a PyTorch optimizer stands.
+
+    The moments and the number of steps are brought, to schedules too; the hyperparameters are those
+    of `tx`. Under ``amsgrad`` it must take the maximum as PyTorch does, ``max_of="raw"``. An
+    average of the parameters starts afresh.
+
+    Args:
+      state_dict: of Adam, AdamW (with ``amsgrad`` or not) or SparseAdam. Its arrays may be tensors.
+      params: the parameters, as they are there now.
+      tx: any transformation or optimizer with Adam's moments in its state. Slots take the dtype
+        that it keeps them in.
+      names: what the parameters are called, in the order in which the optimizer got them:
+        ``[name for name, _ in model.named_parameters()]``. None for the ``param_names`` of the
+        groups, or without those for "0", "1", ...
+      rename: from a path of ours to the name there, or to (name, axes) such that
+        ``their_array.transpose(axes)`` is ours. None if the paths are the names. A Flax kernel is
+        ``("fc.weight", (1, 0))`` of a Linear, ``("conv.weight", (2, 3, 1, 0))`` of a Conv2d.
+
+    Returns:
+      A state like ``tx.init(params)``.
+
+    Raises:
+      TypeError: an argument is of the wrong type.
+      ValueError: it is no state of Adam; parameters have made different numbers of steps; or a list
+        of all that is missing, left over, of another shape, or not held by the slot's dtype.
+
+    >>> import numpy as np, optax
+    >>> one = {"step": 7.0, "exp_avg": np.ones((2, 3)), "exp_avg_sq": np.ones((2, 3))}
+    >>> state_dict = {"state": {0: one}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    >>> params = {"kernel": np.zeros((3, 2), np.float32)}
+    >>> state = state_from(
+    ...     state_dict, params, optax.adam(0.1), ["weight"], rename=lambda path: ("weight", (1, 0))
+    ... )
+    >>> int(state[0].count), state[0].mu["kernel"].shape
+    (7, (3, 2))
+    """
+    groups, states = _parts(state_dict)
+    ids = _ids(groups)
+    names = _names(names, groups, len(ids))
+    unknown = [key for key in states if key not in ids]
+    if unknown:
+        raise ValueError(f"state_dict has a state of {unknown}, which are in no parameter group")
+    theirs = {name: _slots_of(name, states.get(i, {})) for name, i in zip(names, ids, strict=True)}
+    state = _slots.fresh(tx, params)
+    if not states:  # before the first step
+        return state
+    count = _count({name: states[i] for name, i in zip(names, ids, strict=True) if i in states})
+    brought = _matching.bring(theirs, _slots.slots_of(state), rename, _label)
+    return _filling.fill(state, _slots.Contents(count, brought))
+
+
+def state_to(
+    state: Any,
+    params: Any,
+    names: Sequence[str] | None = None,
+    *,
+    rename: _matching.Rename | None = None,
+    param_groups: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """The reverse of `state_from`: the `state_dict` with which PyTorch goes on.
+
+    Args:
+      state: an optimizer state with Adam's moments; one that owes steps is first to be flushed.
+      params: the parameters that it belongs to.
+      names: as for `state_from`; None for the ``param_names`` of `param_groups`, or without those
+        for "0", "1", ...
+      rename: as for `state_from`; the transposes are undone.
+      param_groups: ``optimizer.state_dict()["param_groups"]`` of the optimizer that is to go on,
+        which PyTorch takes its hyperparameters from. None for one group without any.
+
+    Returns:
+      A dictionary of fresh NumPy arrays, in the dtypes of the slots; the step is a float32 array,
+      or for SparseAdam an int. PyTorch loads it as tensors::
+
+          as_tensor = lambda x: torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+          optimizer.load_state_dict(jax.tree.map(as_tensor, state_dict))
+
+      It casts slots to the parameter's dtype. Of bfloat16 `from_numpy` knows nothing; float32
+      holds it.
+
+    Raises:
+      TypeError, ValueError: the names, groups or state do not match.
+
+    >>> import numpy as np, optax
+    >>> params = [np.zeros(2, np.float32)]
+    >>> state_to(optax.adam(0.1).init(params), params)["state"][0]["exp_avg"].tolist()
+    [0.0, 0.0]
+    """
+    contents = _slots.read(state, params)
+    moments = {path: _moments(slots) for path, slots in contents.slots.items()}
+    sent = _matching.send({path: slots for path, slots in moments.items() if slots}, rename)
+    if param_groups is None:
+        names = _matching.in_order(sent, names, "the optimizer's parameters")
+        groups: list[dict[str, Any]] = [{"params": list(range(len(names))), "param_names": names}]
+    else:
+        groups = [dict(group) for group in _checked_groups(param_groups)]
+        ids = _ids(groups)
+        names = _matching.in_order(sent, _names(names, groups, len(ids)), "the parameter groups")
+    states = {}
+    for name, i, group in zip(names, _ids(groups), _groups_by_id(groups), strict=True):
+        if name in sent:
+            _check_amsgrad(name, sent[name], group)
+            slots = {_LABELS[slot]: array for slot, array in sent[name].items()}
+            states[i] = {"step": _step(contents.count, group), **slots}
+    return {"state": states, "param_groups": groups}
+
+
+def _parts(state_dict: Any) -> tuple[list[Mapping[str, Any]], Mapping[Any, Any]]:
+    """The parameter groups, and the states by parameter."""
+    if hasattr(state_dict, "state_dict"):
+        kind = type(state_dict).__name__
+        raise TypeError(f"state_dict must be a mapping, got a {kind}: call its state_dict()")
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a mapping, got {state_dict!r:.80}")
+    missing = [key for key in ("state", "param_groups") if key not in state_dict]
+    if missing:
+        raise ValueError(
+            f"state_dict lacks {missing}, got the keys {list(state_dict)[:8]}: it must be the "
+            "optimizer's, not the model's"
+        )
+    states = state_dict["state"]
+    if not isinstance(states, Mapping) or not all(isinstance(x, Mapping) for x in states.values()):
+        raise TypeError(f"state_dict['state'] must map to mappings, got {states!r:.80}")
+    return _checked_groups(state_dict["param_groups"]), states
+
+
+def _checked_groups(groups: Any) -> list[Mapping[str, Any]]:
+    if isinstance(groups, Mapping | str) or not isinstance(groups, Sequence):
+        raise TypeError(f"param_groups must be a list of mappings, got {groups!r:.80}")
+    if not all(isinstance(group, Mapping) and "params" in group for group in groups):
+        raise TypeError(f"each of param_groups must be a mapping with 'params', got {groups!r:.80}")
+    return list(groups)
+
+
+def _ids(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+    return [i for group in groups for i in group["params"]]
+
+
+def _groups_by_id(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [group for group in groups for _ in group["params"]]
+
+
+def _names(names: Any, groups: Sequence[Mapping[str, Any]], count: int) -> list[str]:
+    """The parameters' names, given or known."""
+    if names is None and all("param_names" in group for group in groups):
+        names = [name for group in groups for name in group["param_names"]]
+    if names is None:
+        names = _matching.positions(count)
+    return _matching.checked_names(names, count, "the optimizer's parameters")
+
+
+def _slots_of(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """One parameter's slots under our names."""
+    unknown = [key for key in entry if key != "step" and key not in _SLOTS]
+    missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if entry and key not in entry]
+    if unknown or missing:
+        raise ValueError(
+            f"the state of {name!r} is not Adam's: expected step, exp_avg, exp_avg_sq and perhaps "
+            f"max_exp_avg_sq, got {list(entry)}"
+        )
+    return {_SLOTS[key]: value for key, value in entry.items() if key != "step"}
+
+
+def _count(entries: Mapping[str, Mapping[str, Any]]) -> int:
+    """The steps that all parameters have made."""
+    steps = {
+        name: _matching.as_count(f"step of {name!r}", x["step"]) for name, x in entries.items()
+    }
+    if len(set(steps.values())) > 1:
+        raise ValueError(
+            f"the parameters have made different numbers of steps, but tx has one count: {steps}"
+        )
+    return next(iter(steps.values()))
+
+
+def _label(name: str, slot: str) -> str:
+    return f"{_LABELS[slot]} of {name!r}"
+
+
+def _moments(slots: Mapping[str, Any]) -> dict[str, Any]:
+    return {slot: array for slot, array in slots.items() if slot in _LABELS}
+
+
+def _step(count: int, group: Mapping[str, Any]) -> Any:
+    """SparseAdam, whose groups know no amsgrad, counts in a Python integer."""
+    sparse = len(group) > 2 and "amsgrad" not in group
+    return count if sparse else np.array(count, np.float32)
+
+
+def _check_amsgrad(name: str, slots: Mapping[str, Any], group: Mapping[str, Any]) -> None:
+    if "amsgrad" in group and bool(group["amsgrad"]) != ("nu_max" in slots):
+        raise ValueError(
+            f"the parameter group of {name!r} has amsgrad={group['amsgrad']}, but the state "
+            f"{'has' if 'nu_max' in slots else 'lacks'} a maximum of nu"
+        )
