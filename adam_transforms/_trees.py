@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adam_transforms import _numerics
 from adam_transforms.sparse._rows import SparseRows, on_values
@@ -188,6 +189,19 @@ def zeros_like(tree: Any, dtype_of: Callable[[Any], Any]) -> Any:
     Leaves may be abstract (`jax.ShapeDtypeStruct`).
     """
     return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype_of(jnp.result_type(p))), tree)
+
+
+def zeros_per_row(table: Any, dtype: Any) -> jax.Array:
+    """Zeros (V,) for a table (V, D...), sharded as its rows are."""
+    is_traced = isinstance(table, jax.core.Tracer)
+    sharding = jax.typeof(table).sharding if is_traced else getattr(table, "sharding", None)
+    rows = table.shape[:1]
+    if not isinstance(sharding, NamedSharding):
+        return jnp.zeros_like(table, dtype, shape=rows)
+    if is_traced and AxisType.Explicit not in sharding.mesh.axis_types:
+        return jnp.zeros(rows, dtype)  # XLA shards it
+    spec = PartitionSpec(*sharding.spec[:1])
+    return jax.lax.full(rows, 0, dtype, sharding=NamedSharding(sharding.mesh, spec))
 
 
 def find_states(state: Any, kind: type | tuple[type, ...]) -> list[Any]:

@@ -345,7 +345,7 @@ class _Table:
         if self.read_now is None:
             return x
         rows = SparseRows(indices, jnp.zeros((indices.size, 0)), self.table.shape[0])
-        now = self.read_now(self.table, rows)
+        now = jax.tree.map(_in_this_mesh, self.read_now)(self.table, rows)
         exists = jnp.reshape(rows.is_row, (-1, *[1] * (now.ndim - 1)))
         return jnp.where(read.placed(jnp.broadcast_to(exists, now.shape)), read.placed(now), x)
 
@@ -372,6 +372,15 @@ def _mesh_of(aval: Any) -> Any:
     if mesh == jax.sharding.get_abstract_mesh():
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(mesh)
+
+
+def _in_this_mesh(x: jax.Array) -> jax.Array:
+    """`x` as an array of the context's mesh, which differs where part of a program leaves sharding
+    to XLA."""
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    if mesh.empty or getattr(jax.typeof(x).sharding, "mesh", mesh) == mesh:
+        return x
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
 def _run(

@@ -164,7 +164,7 @@ def deferred_adam(
             if not members:
                 return None
             last_step = [
-                jnp.zeros_like(leaf, jnp.int32, shape=leaf.shape[:1])
+                _trees.zeros_per_row(leaf, jnp.int32)
                 if i in members
                 else optax.MaskedNode()
                 for i, (_, leaf) in enumerate(leaves)
@@ -219,7 +219,7 @@ def deferred_adam(
             )
             # What was read for the gradient, with `rows_from`, was read before; so was `before`.
             if rows is not None:
-                witness = (*witness, _numerics.witness(g))
+                witness = (*witness, _numerics.witness(rows.values))
             last = _numerics.after(witness, jnp.maximum(before.last, count))
             after = table.put(rows, _Table(table.values, tuple(slots), last))
             return (u if rows is None else rows.with_values(u)), *after.slots, after.last, witness
