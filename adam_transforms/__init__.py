@@ -1,5 +1,6 @@
 """Adam for JAX as small pure `init`/`update` transformations that chain with Optax."""
 
+from adam_transforms import compat, interop
 from adam_transforms._accumulation import AccumulateState, accumulate
 from adam_transforms._adam import ScheduledDecayState, scale_by_adam, scale_by_amsgrad
 from adam_transforms._averaging import ParamsEmaState, ema_params, finalize, params_ema
@@ -21,6 +22,7 @@ from adam_transforms._paths import (
     scale_by_path_learning_rate,
 )
 from adam_transforms._presets import adam, adamw, lazy_adam
+from adam_transforms._sharding import shard_slots
 from adam_transforms._trees import path_str
 from adam_transforms._updates import apply_updates
 from adam_transforms.sparse._autodiff import grad, value_and_grad
@@ -59,6 +61,7 @@ __all__ = [
     "clip_by_global_norm",
     "clip_by_norm",
     "clip_by_value",
+    "compat",
     "deferred_adam",
     "dense_equivalent",
     "dynamic_loss_scale",
@@ -67,6 +70,7 @@ __all__ = [
     "flush",
     "global_norm",
     "grad",
+    "interop",
     "lazy",
     "lazy_adam",
     "owed",
@@ -77,6 +81,7 @@ __all__ = [
     "scale_by_amsgrad",
     "scale_by_path_learning_rate",
     "scale_loss",
+    "shard_slots",
     "skip_nonfinite",
     "static_loss_scale",
     "to_dense",

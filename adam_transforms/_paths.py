@@ -201,8 +201,22 @@ def scale_by_path_learning_rate(
         )
     ]
 
-    def init(params: Any) -> ScaleByPathLearningRateState:
+    scale = scale_by_chosen_rate(compiled.index, rates)
+
+    def init(params: Any) -> Any:
         compiled.indices(params)  # a rule that matches nothing is an error from the start
+        return scale.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, scale.update)
+
+
+def scale_by_chosen_rate(
+    choose: Callable[[str], int], rates: Sequence[Any]
+) -> optax.GradientTransformationExtraArgs:
+    """Each leaf times minus the learning rate, a number or a schedule, that its path chooses."""
+
+    def init(params: Any) -> ScaleByPathLearningRateState:
+        del params
         return ScaleByPathLearningRateState(jnp.zeros((), jnp.int32))
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any):
@@ -211,7 +225,7 @@ def scale_by_path_learning_rate(
 
         def scale(path: str, g: jax.Array) -> jax.Array:
             dtype = _numerics.real_dtype(g.dtype)
-            return _numerics.scale(g, _numerics.as_scalar(-now[compiled.index(path)], dtype))
+            return _numerics.scale(g, _numerics.as_scalar(-now[choose(path)], dtype))
 
         updates = _trees.map_leaves(scale, updates)
         return updates, ScaleByPathLearningRateState(_numerics.increment(state.count))

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adam_transforms import _numerics
@@ -193,7 +194,7 @@ def zeros_like(tree: Any, dtype_of: Callable[[Any], Any]) -> Any:
 
 def zeros_per_row(table: Any, dtype: Any) -> jax.Array:
     """Zeros (V,) for a table (V, D...), sharded as its rows are."""
-    is_traced = isinstance(table, jax.core.Tracer)
+    is_traced = isinstance(table, Tracer)
     sharding = jax.typeof(table).sharding if is_traced else getattr(table, "sharding", None)
     rows = table.shape[:1]
     if not isinstance(sharding, NamedSharding):

@@ -16,7 +16,6 @@ import numpy as np
 import optax
 import pytest
 import reference
-
 from recordings import DATA, DENSE, Recording, differences, slot_tolerance
 
 import adam_transforms as at

@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import adam_transforms as at
@@ -44,6 +46,45 @@ def test_deferred_example_learns_and_leaves_nothing_owed(relaxed_promotion: None
     exec(EXAMPLES[3], names)
     assert names["loss"] < 0.1
     assert int(at.owed(names["params"], names["state"])["table"].rows) == 0
+
+
+def test_every_line_of_the_migration_table_runs(relaxed_promotion: None) -> None:
+    _, _, table = README.partition("| there | here |\n|---|---|\n")
+    lines = [line.split(" | ")[-1] for line in table.partition("\n\n")[0].splitlines()]
+    code = [piece for line in lines for piece in re.findall("`([^`]*[(].*?)`", line)]
+    assert len(lines) >= 20
+    assert len(code) >= len(lines)
+
+    opt, tx = at.compat.tf1.AdamOptimizer(), at.adam(1e-3)
+    kernel = jnp.arange(6.0).reshape(3, 2)
+    params = {"dense": {"kernel": kernel, "bias": jnp.ones(2)}, "table": jnp.ones((5, 3))}
+    names = ["dense/bias", "dense/kernel", "table"]
+    state = tx.init(params)
+    there = {
+        "names": names,
+        "paths": names,
+        "grads": jax.tree.leaves(jax.tree.map(jnp.ones_like, params)),
+        "averaged_state": at.adam(ema=0.99).init(params),
+        "scaled_state": at.adam(loss_scale="dynamic").init(params),
+        "config": at.compat.keras.Adam().get_config(),
+        "state_dict": at.interop.torch.state_to(state, params, names),
+        "store": at.interop.keras.state_to(state, params, names, learning_rate=1e-3),
+        "checkpoint": at.interop.tf1.state_to(state, params),
+    }
+
+    def loss(params):
+        return jnp.sum(
+            (params["table"][1] @ params["dense"]["kernel"] + params["dense"]["bias"]) ** 2
+        )
+
+    for piece in code:
+        names_there = there | {"at": at, "jax": jax, "jnp": jnp, "optax": optax, "opt": opt}
+        names_there |= {"tx": tx, "params": params, "state": opt.init(params), "loss": loss}
+        result = eval(piece, names_there)
+        assert result is not None, piece
+        if isinstance(result, optax.GradientTransformation):
+            updates, _ = result.update(jax.grad(loss)(params), result.init(params), params)
+            assert jax.tree.structure(updates) == jax.tree.structure(params), piece
 
 
 def test_examples_are_as_short_as_promised() -> None:

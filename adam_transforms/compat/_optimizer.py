@@ -69,8 +69,9 @@ class Optimizer:
           name: one of `get_slot_names`.
         """
         path, field = path_of(var), self.slot_fields.get(name)
-        for found in _trees.find_states(state, ADAM_STATES) if field else ():
-            for at_path, slot in _trees.flatten_with_paths(getattr(found, field, None))[0]:
+        for found in _trees.find_states(state, ADAM_STATES):
+            slots = getattr(found, field, None) if field else None
+            for at_path, slot in _trees.flatten_with_paths(slots)[0]:
                 if at_path == path:
                     return slot
         return None

@@ -1,0 +1,180 @@
+"""Keras's LossScaleOptimizer."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from adam_transforms import _arguments, _loss_scale, _trees
+from adam_transforms.compat import _optimizer
+from adam_transforms.compat._optimizer import Variable
+from adam_transforms.compat.keras import _absent, _adam_config, _config
+from adam_transforms.compat.keras._adam import Adam
+from adam_transforms.compat.keras._surface import KerasOptimizer
+
+# Keras halves the scale without end; at the smallest normal number it would soon be zero.
+_LEAST = float(np.finfo(np.float32).tiny)
+# The first versions of Keras 3 write these too, which have their place in the inner config.
+_UNUSED: Mapping[str, Any] = {
+    "weight_decay": None,
+    "clipnorm": None,
+    "global_clipnorm": None,
+    "clipvalue": None,
+    "use_ema": False,
+    "ema_momentum": 0.99,
+    "ema_overwrite_frequency": None,
+    "loss_scale_factor": None,
+    "gradient_accumulation_steps": None,
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LossScaleOptimizer(KerasOptimizer):
+    """`Adam` with a loss scale that adapts, and without the steps that are not finite.
+
+    A call whose gradients are all finite divides them by the scale and gives them to the inner
+    optimizer; `dynamic_growth_steps` of them in a row double the scale. A call with an infinity or
+    a NaN halves it, and leaves parameters and inner state as they are.
+
+    Args:
+      inner_optimizer: an `Adam`; its `loss_scale_factor` is taken off.
+      initial_scale: > 0.
+      dynamic_growth_steps: >= 1.
+      name: the first part of the names of its own variables.
+
+    Raises:
+      ValueError, TypeError: an argument is out of range or of the wrong type.
+
+    >>> import jax.numpy as jnp
+    >>> opt = LossScaleOptimizer(Adam(0.1), initial_scale=8.0)
+    >>> params = {"w": jnp.array([1.0])}
+    >>> params, state = opt.minimize(lambda p: jnp.sum(p["w"] / 0), params, opt.init(params))
+    >>> params["w"].tolist(), float(opt.dynamic_scale(state))
+    ([1.0], 4.0)
+    """
+
+    inner_optimizer: Adam
+    initial_scale: float = 2.0**15
+    dynamic_growth_steps: int = 2000
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        inner = self.inner_optimizer
+        if not isinstance(inner, Adam):
+            raise TypeError(f"inner_optimizer must be an Adam of this module, got {inner!r}")
+        if inner.loss_scale_factor is not None:
+            inner = dataclasses.replace(inner, loss_scale_factor=None)
+        scale = _config.number("initial_scale", self.initial_scale, above=0.0)
+        steps = _arguments.positive_int("dynamic_growth_steps", self.dynamic_growth_steps)
+        name = "loss_scale_optimizer" if self.name is None else self.name
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a string, got {name!r}")
+        for field, value in zip(
+            ("inner_optimizer", "initial_scale", "dynamic_growth_steps", "name"),
+            (inner, scale, steps, name),
+            strict=True,
+        ):
+            object.__setattr__(self, field, value)
+
+    @property
+    def adam(self) -> Adam:
+        """The optimizer that holds Adam's options."""
+        return self.inner_optimizer
+
+    def transform(self) -> optax.GradientTransformationExtraArgs:
+        """The transformation underneath, for an Optax chain; it takes row gradients too."""
+        tx = _loss_scale.dynamic_loss_scale(
+            self.inner_optimizer.dense_transform(),
+            self.initial_scale,
+            self.dynamic_growth_steps,
+            min_scale=min(_LEAST, self.initial_scale),
+        )
+        if self.inner_optimizer.overwrites:
+            tx = _absent.named(tx)
+        return _optimizer.densely(tx)
+
+    def scale_loss(self, loss: Any, state: Any) -> jax.Array:
+        """The loss times the present scale; differentiate this one."""
+        return _loss_scale.scale_loss(loss, state)
+
+    def dynamic_scale(self, state: Any) -> jax.Array:
+        """The present scale, float32 ()."""
+        return _state(state).scale
+
+    def step_counter(self, state: Any) -> jax.Array:
+        """Finite calls since the scale last changed, int32 ()."""
+        return _state(state).finite_steps
+
+    @property
+    def learning_rate(self) -> Any:
+        """The inner optimizer's."""
+        return self.inner_optimizer.learning_rate
+
+    def exclude_from_weight_decay(
+        self, var_list: Any = None, var_names: Any = None
+    ) -> "LossScaleOptimizer":
+        """This optimizer around `Adam.exclude_from_weight_decay` of the inner one."""
+        inner = self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+        return dataclasses.replace(self, inner_optimizer=inner)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments in what JSON has, as Keras's `get_config` gives them.
+
+        >>> opt = LossScaleOptimizer(Adam(0.5))
+        >>> LossScaleOptimizer.from_config(opt.get_config()).learning_rate
+        0.5
+        """
+        return {
+            "name": self.name,
+            "inner_optimizer": _adam_config.serialized(self.inner_optimizer),
+            "initial_scale": self.initial_scale,
+            "dynamic_growth_steps": self.dynamic_growth_steps,
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None
+    ) -> "LossScaleOptimizer":
+        """The optimizer of a config that `get_config` gave, ours or Keras's.
+
+        Args and errors are those of `Adam.from_config`.
+        """
+        if not isinstance(config, Mapping):
+            raise TypeError(f"the config of {cls.__name__} must be a dictionary, got {config!r}")
+        arguments = {
+            key: value
+            for key, value in config.items()
+            if key not in _UNUSED or value != _UNUSED[key]
+        }
+        if "inner_optimizer" in arguments:
+            inner = _adam_config.arguments_of_serialized(
+                arguments["inner_optimizer"], custom_objects
+            )
+            arguments["inner_optimizer"] = _config.construct(Adam, inner)
+        return _config.construct(cls, arguments)
+
+    def scaled_loss(self, loss: Any, state: Any) -> Any:
+        """The loss to differentiate."""
+        return self.scale_loss(loss, state)
+
+    def own_variables(self, state: Any) -> list[Variable]:
+        """What Keras keeps before the inner optimizer's variables."""
+        # Keras's own count and learning rate of the wrapper stay 0.
+        own = {
+            "iteration": jnp.zeros((), jnp.int32),
+            "learning_rate": jnp.zeros((), jnp.float32),
+            "step_counter": self.step_counter(state),
+            "dynamic_scale": self.dynamic_scale(state),
+        }
+        return [Variable(f"{self.name}/{name}", value) for name, value in own.items()]
+
+
+def _state(state: Any) -> Any:
+    found = _trees.find_states(state, _loss_scale.DynamicLossScaleState)
+    if len(found) != 1:
+        raise ValueError(f"state must be one that init gave, found {len(found)} loss scales in it")
+    return found[0]
