@@ -90,6 +90,18 @@ def differences(
     return {name: float(np.max(np.abs(ours[name] - x))) for name, x in recorded.items()}
 
 
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree whose paths are the keys, which have slashes."""
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *parents, leaf = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
 def slot_tolerance(b: float) -> float:
     """How far a recorded moment may be off, relative to its largest entry.
 

@@ -19,7 +19,7 @@ import pytest
 import recordings
 import reference
 from helpers import assert_bits_equal, assert_close, normal, types
-from recordings import Recording, differences
+from recordings import Recording, differences, nested
 
 import adam_transforms as at
 from adam_transforms.compat import keras
@@ -27,17 +27,6 @@ from adam_transforms.compat.keras import Adam, LossScaleOptimizer, schedules
 from adam_transforms.interop import keras as interop
 
 # Trees: a recording's variables are called "dense/kernel", which is their path here
-
-
-def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, value in values.items():
-        *parents, leaf = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
 
 
 def flat(tree: Any, names: Iterable[str]) -> dict[str, np.ndarray]:

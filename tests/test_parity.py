@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import recordings
 import reference
 from recordings import DATA, DENSE, Recording, differences, slot_tolerance
 
@@ -367,14 +368,7 @@ def variable(name: str) -> str:
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, value in values.items():
-        *parents, leaf = variable(name).split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
+    return recordings.nested({variable(name): value for name, value in values.items()})
 
 
 def flat(tree: Mapping[str, Any], names: Iterable[str]) -> reference.Tree:

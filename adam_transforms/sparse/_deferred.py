@@ -164,9 +164,7 @@ def deferred_adam(
             if not members:
                 return None
             last_step = [
-                _trees.zeros_per_row(leaf, jnp.int32)
-                if i in members
-                else optax.MaskedNode()
+                _trees.zeros_per_row(leaf, jnp.int32) if i in members else optax.MaskedNode()
                 for i, (_, leaf) in enumerate(leaves)
             ]
             return IdleRows(treedef.unflatten(last_step), _quadrature.empty_ring(rule))
