@@ -165,7 +165,7 @@ def _append(acc: SparseRows, rows: SparseRows, mini_step: jax.Array) -> SparseRo
     at = mini_step * size + jnp.arange(size, dtype=jnp.int32)
     # Scattered, not sliced in: XLA updates what it scatters into in place.
     return SparseRows(
-        acc.indices.at[at].set(jnp.where(rows.is_row, rows.indices, rows.num_rows)),
+        acc.indices.at[at].set(rows.padded_indices),
         acc.values.at[at].set(rows.values.astype(acc.dtype)),
         acc.num_rows,
     )

@@ -44,8 +44,8 @@ def main(rank: int, port: int, result: str) -> None:
                         params, state, place(ids, P(axes)), place(targets, P(axes, spec[1]))
                     )
                 whole = multihost_utils.process_allgather(params, tiled=True)
-            local = params["table"].addressable_shards[0].data.shape
-            assert np.prod(local) * 2 * DEVICES == whole["table"].size, local
+            local = np.asarray(params["table"].addressable_shards[0].data)
+            assert local.size * 2 * DEVICES == whole["table"].size, local.shape
             arrays |= {f"{kind.name}/{name}/{key}": x for key, x in whole.items()}
     if rank == 0:
         np.savez(result, **arrays)

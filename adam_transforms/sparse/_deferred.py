@@ -6,6 +6,7 @@ read, touched, or its turn comes in the round that brings every row up to date w
 steps.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -191,36 +192,12 @@ def deferred_adam(
         coefficients = _adam.coefficients_of(hp, state.count, hp.b1, hp.b2, corrections)
 
         def step(
-            path: str, g: jax.Array, p: jax.Array, slots: Sequence[jax.Array], decays: bool
+            path: str, g: jax.Array, p: jax.Array, slots: Sequence[jax.Array], *, decays: bool
         ) -> tuple[jax.Array, Sequence[jax.Array]]:
             u, *slots = _adam.update_leaf(hp, coefficients, path, g, *slots, p)
             if decays:
                 u = u + p.astype(u.dtype) * _numerics.as_scalar(weight_decay, u.dtype)
             return -_numerics.as_scalar(rate, u.dtype) * u, slots
-
-        def step_table(path: str, g: Any, table: _Table, ring: Any, decays: bool) -> Any:
-            rows = None
-            if isinstance(g, SparseRows):
-                rows = _with_those_in_turn(g, state.count, ring.weights.shape[0])
-                g = rows.masked_values()
-            before = table.take(rows).computed_once()
-            now, witness = before.witnessed_up_to_date(ring, state.count)
-            if g is None:  # this step does not move the table, so no row owes it
-                move, slots = jnp.zeros_like(now.values), now.slots
-            else:
-                g = _trees.as_gradient(path, g)
-                move, slots = step(path, g, now.values, now.slots, decays)
-            wide = _numerics.promote(now.values.dtype, move.dtype)
-            made_up_for = now.values.astype(wide) - before.values.astype(wide)
-            u = (made_up_for + move.astype(wide)).astype(
-                _numerics.promote(*(x.dtype for x in (g, table.values) if x is not None))
-            )
-            # What was read for the gradient, with `rows_from`, was read before; so was `before`.
-            if rows is not None:
-                witness = (*witness, _numerics.witness(rows.values))
-            last = _numerics.after(witness, jnp.maximum(before.last, count))
-            after = table.put(rows, _Table(table.values, tuple(slots), last))
-            return (u if rows is None else rows.with_values(u)), *after.slots, after.last, witness
 
         slot_trees = _slot_trees(state)
         names = ("the updates", "the parameters", *("the state's moments" for _ in slot_trees))
@@ -231,13 +208,16 @@ def deferred_adam(
             if path in idle:
                 last, ring = idle[path]
                 table = _Table(jnp.asarray(p), tuple(slots), last)
-                *result, last_steps[path], witness = step_table(path, g, table, ring, decays)
-                results.append(tuple(result))
+                rule_of_table = functools.partial(step, path, decays=decays)
+                u, table, witness = _step_table(path, g, table, ring, state.count, rule_of_table)
+                results.append((u, *table.slots))
+                last_steps[path] = table.last
                 witnesses += witness
             elif g is None:
                 results.append((None, *slots))
             else:
-                u, slots = step(path, _trees.as_gradient(path, g), jnp.asarray(p), slots, decays)
+                g = _trees.as_gradient(path, g)
+                u, slots = step(path, g, jnp.asarray(p), slots, decays=decays)
                 results.append((u, *slots))
         updates, *slot_trees = _trees.unzip(results, treedef, 1 + len(slot_trees))
 
@@ -255,6 +235,47 @@ def deferred_adam(
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _step_table(
+    path: str,
+    g: Any,
+    table: "_Table",
+    ring: _quadrature.Ring,
+    count: jax.Array,
+    step: Callable[..., tuple[jax.Array, Sequence[jax.Array]]],
+) -> tuple[Any, "_Table", tuple[jax.Array, ...]]:
+    """The step after `count` others for one table.
+
+    Args:
+      step: from a gradient, parameters and slots to what is added to these, and the new slots.
+
+    Returns:
+      (update, the table with its new slots and last steps but the values as they are, witnesses
+      that the ring was read).
+    """
+    rows = None
+    if isinstance(g, SparseRows):
+        rows = _with_those_in_turn(g, count, ring.weights.shape[0])
+        g = rows.masked_values()
+    before = table.take(rows).computed_once()
+    now, witness = before.witnessed_up_to_date(ring, count)
+    if g is None:  # this step does not move the table, so no row owes it
+        move, slots = jnp.zeros_like(now.values), now.slots
+    else:
+        g = _trees.as_gradient(path, g)
+        move, slots = step(g, now.values, now.slots)
+    wide = _numerics.promote(now.values.dtype, move.dtype)
+    made_up_for = now.values.astype(wide) - before.values.astype(wide)
+    u = (made_up_for + move.astype(wide)).astype(
+        _numerics.promote(*(x.dtype for x in (g, table.values) if x is not None))
+    )
+    # What was read for the gradient, with `rows_from`, was read before; so was `before`.
+    if rows is not None:
+        witness = (*witness, _numerics.witness(rows.values))
+    last = _numerics.after(witness, jnp.maximum(before.last, _numerics.increment(count)))
+    after = table.put(rows, _Table(table.values, tuple(slots), last))
+    return (u if rows is None else rows.with_values(u)), after, witness
 
 
 def catch_up(params: Any, state: Any, ids: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -86,6 +86,12 @@ class SparseRows:
         return jax.random.key_data(self._keys)[..., 0].astype(jnp.int32)
 
     @property
+    def padded_indices(self) -> jax.Array:
+        """int32 (n,): `indices`, with `num_rows` for all that is padding."""
+        self._refuse_batch()
+        return _padded(self.indices, self.num_rows)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The table's, or the batch of tables': (V, D...), or (B, V, D...)."""
         keys = self._keys
@@ -98,9 +104,7 @@ class SparseRows:
     @property
     def is_row(self) -> jax.Array:
         """bool (n,): False at padding."""
-        self._refuse_batch()
-        indices = self.indices
-        return (indices >= 0) & (indices < self.num_rows)
+        return self.padded_indices < self.num_rows
 
     def to_dense(self) -> jax.Array:
         """The (V, D...) array, duplicates summed."""
@@ -122,7 +126,7 @@ class SparseRows:
             return self
         n = self.indices.size
         indices = self.indices if also is None else jnp.concatenate([self.indices, also])
-        indices = jnp.where((indices >= 0) & (indices < self.num_rows), indices, self.num_rows)
+        indices = _padded(indices, self.num_rows)
         first = _first_positions(indices, self.num_rows)
         kept = first == jnp.arange(indices.size, dtype=jnp.int32)
         dtype = _numerics.compute_dtype(self.dtype)
@@ -169,7 +173,7 @@ class SparseRows:
 
     def _at(self, table: jax.Array) -> Any:
         # "drop" leaves out what is outside, but wraps what is negative.
-        return table.at[jnp.where(self.is_row, self.indices, self.num_rows)]
+        return table.at[self.padded_indices]
 
     def _refuse_batch(self) -> None:
         if self._keys.ndim != 1:
@@ -329,6 +333,11 @@ def _as_int32(indices: Any, num_rows: int) -> jax.Array:
     if jnp.iinfo(indices.dtype).bits == 64:
         indices = jnp.clip(indices.astype(jnp.int64), -1, num_rows)
     return indices.astype(jnp.int32)
+
+
+def _padded(indices: jax.Array, num_rows: int) -> jax.Array:
+    """`num_rows` for every index outside of [0, num_rows)."""
+    return jnp.where((indices >= 0) & (indices < num_rows), indices, num_rows)
 
 
 def _as_keys(indices: jax.Array) -> jax.Array:
