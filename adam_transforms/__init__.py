@@ -1,9 +1,13 @@
 """Adam for JAX as small pure `init`/`update` transformations that chain with Optax."""
 
+import importlib
+from typing import Any
+
 from adam_transforms import compat, interop
 from adam_transforms._accumulation import AccumulateState, accumulate
 from adam_transforms._adam import ScheduledDecayState, scale_by_adam, scale_by_amsgrad
 from adam_transforms._averaging import ParamsEmaState, ema_params, finalize, params_ema
+from adam_transforms._checkpoint import check_state
 from adam_transforms._clipping import clip_by_global_norm, clip_by_norm, clip_by_value
 from adam_transforms._loss_scale import (
     DynamicLossScaleState,
@@ -58,6 +62,7 @@ __all__ = [
     "apply_updates",
     "by_path",
     "catch_up",
+    "check_state",
     "clip_by_global_norm",
     "clip_by_norm",
     "clip_by_value",
@@ -87,3 +92,9 @@ __all__ = [
     "to_dense",
     "value_and_grad",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "flax":  # which it needs, and the package does not
+        return importlib.import_module("adam_transforms.flax")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -94,7 +94,7 @@ def accumulate(
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any):
         starts = state.mini_step == 0
-        emits = state.mini_step == every - 1
+        emits = state.mini_step >= every - 1  # beyond it, if `every` was larger when it was saved
 
         def add(path: str, g: Any, acc: Any) -> Any:
             if isinstance(g, SparseRows) or isinstance(acc, SparseRows):

@@ -329,3 +329,12 @@ def test_gradients_that_differ_from_the_accumulator_are_refused_by_path():
         tx.update({**GRADIENTS[0], "b": np.ones(2, np.int32)}, state)
     with pytest.raises(TypeError, match="'b'.*float32 .*complex"):
         tx.update({**GRADIENTS[0], "b": np.ones(2, np.complex64)}, state)
+
+
+def test_a_cycle_saved_under_a_larger_every_comes_to_its_end() -> None:
+    params = jnp.zeros(2)
+    _, state = run_updates(at.accumulate(optax.scale(-1.0), 3), [jnp.ones(2)] * 2, params)
+    tx = at.accumulate(optax.scale(-1.0), 2)
+    updates, state = run_updates(tx, [jnp.ones(2)] * 3, params, state)
+    assert [bool(jnp.any(u)) for u in updates] == [True, False, True]
+    assert int(state.mini_step) == 0
