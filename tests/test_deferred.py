@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import types, x64
+from helpers import assert_close, types, x64
 
 import adam_transforms as at
 
@@ -504,3 +504,19 @@ def test_states_that_do_not_belong_to_the_tables_read_are_refused() -> None:
     rows = gradient(lambda p: jnp.float32(1.0))["t"]
     assert isinstance(rows, at.SparseRows)
     assert rows.indices.shape == (0,)
+
+
+def test_a_state_of_numpy_arrays_is_taken_as_it_is() -> None:
+    """As a checkpoint gives it back."""
+    tx = at.deferred_adam(1e-2, tables="table")
+    params, state, _ = train(tx, initial(np.float32), draw(20, dtype=np.float32))
+    restored = jax.device_get((params, state))
+    for call in (
+        at.flush,
+        at.owed,
+        lambda p, s: at.catch_up(p, s, {"table": np.array([1, 2])}),
+        lambda p, s: tx.update({"bias": p["bias"], "table": p["table"]}, s, p),
+        lambda p, s: at.grad(lambda p: jnp.sum(p["table"][1]), rows_from=s)(p),
+    ):
+        expected = jax.device_get(call(params, state))
+        assert_close(jax.device_get(call(*restored)), expected, rtol=1e-6)

@@ -169,6 +169,38 @@ def test_steps_keep_every_sharding(name: str, kind: Any, table_spec: Any, ids_sp
     assert_same_on_one_device(name, params, state)
 
 
+@both_kinds
+@pytest.mark.parametrize("table_spec", [P("x", None), P(None, "x"), P("x", "y")])
+def test_what_is_owed_is_made_up_for_where_it_is(kind: Any, table_spec: Any) -> None:
+    """flush, catch_up and owed of a sharded table, as on one device."""
+    tx, mesh = OPTIMIZERS["deferred"], make_mesh(kind)
+    ids = {"t": jnp.array([0, V - 1, 3])}
+
+    def calls(params: Any, state: Any) -> Any:
+        flushed, paid = at.flush(params, state)
+        return (
+            at.owed(params, state),
+            at.owed(flushed, paid),
+            flushed,
+            at.catch_up(params, state, ids),
+        )
+
+    expected = jax.device_get(calls(*on_one_device("deferred")))
+    assert int(expected[0]["t"].rows) > 0
+    assert int(expected[1]["t"].rows) == 0
+    with in_mesh(mesh):
+        params = make_params(table_spec, mesh)
+        like = (jax.jit(tx.init) if kind == AxisType.Explicit else tx.init)(params)
+        params, state = jax.tree.map(
+            lambda x, like: jax.device_put(x, like.sharding),
+            on_one_device("deferred"),
+            (params, like),
+        )
+        actual = jax.jit(calls)(params, state)
+        assert actual[2]["t"].sharding.is_equivalent_to(NamedSharding(mesh, table_spec), 2)
+    helpers.assert_close(jax.device_get(actual), expected, rtol=1e-5, atol=1e-6)
+
+
 def sums_of_rows(table: Any, indices: Any, values: Any) -> Any:
     sums = []
     for dtype in (jnp.float32, jnp.bfloat16):

@@ -34,8 +34,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from adam_transforms import _arguments, _numerics
+from adam_transforms.sparse._rows import explicit_sharding
 
 _MOST_NODES = 80
 
@@ -224,6 +226,7 @@ def advance(
         Adam would turn a parameter's sign, the row comes out as without its parameter.
       witness: of what was read from the ring before this.
     """
+    ring = jax.tree.map(jnp.asarray, ring)
     dtype, size = ring.weights.dtype, rule.max_idle + 1
     learning_rate = jnp.asarray(learning_rate, dtype)
     loss = jnp.minimum(learning_rate * jnp.asarray(weight_decay, dtype), 1.0)
@@ -259,17 +262,28 @@ def missed(ring: Ring, mu: jax.Array, nu: jax.Array, last: jax.Array, count: jax
       last: int32 (n,), the step after which each row is up to date; at most `max_idle` ago.
       count: int32 (), the steps made.
     """
+    # They may be NumPy's, as restored.
+    ring, mu, nu, last, count = jax.tree.map(jnp.asarray, (ring, mu, nu, last, count))
     dtype = _numerics.compute_dtype(mu.dtype, nu.dtype)
     real = _numerics.real_dtype(dtype)
     size, scalars = ring.weights.shape[0], ring.scalars
 
+    def read(array: jax.Array, step: jax.Array) -> jax.Array:
+        """What a ring holds for each step, sharded as the steps are."""
+        sharding = explicit_sharding(step)
+        if sharding is not None:
+            spec = PartitionSpec(*sharding.spec, *[None] * (array.ndim - 1))
+            sharding = NamedSharding(sharding.mesh, spec)
+        at = array.at[jnp.mod(step, size)]
+        return at.get(mode="promise_in_bounds", out_sharding=sharding)
+
     def log_decay(step: jax.Array) -> jax.Array:
-        return ring.log_decay.at[jnp.mod(step, size)].get(mode="promise_in_bounds")
+        return read(ring.log_decay, step)
 
     now, then = log_decay(count), log_decay(last)
     # The weights are those of the last step of the window.
     end = log_decay(jnp.minimum(last + scalars.window.astype(jnp.int32), count))
-    weights = ring.weights.at[jnp.mod(last, size)].get(mode="promise_in_bounds")
+    weights = read(ring.weights, last)
     now, then, end, weights = (_numerics.computed_once(x) for x in (now, then, end, weights))
     witness = tuple(map(_numerics.witness, (now, then, end, weights)))
     weights = (weights * jnp.exp(_difference(now, end))[:, None]).astype(real)

@@ -110,7 +110,7 @@ class SparseRows:
         """The (V, D...) array, duplicates summed."""
         dtype = _numerics.compute_dtype(self.dtype)
         zeros, values = jnp.zeros(self.shape, dtype), self.values.astype(dtype)
-        return self._scatter_add(zeros, values, _explicit(values)).astype(self.dtype)
+        return self._scatter_add(zeros, values, explicit_sharding(values)).astype(self.dtype)
 
     def sum_duplicates(self, also: jax.Array | None = None) -> "SparseRows":
         """The same gradient with each row named once.
@@ -134,7 +134,7 @@ class SparseRows:
         # Padding goes nowhere.
         into = jnp.where(indices[:n] < self.num_rows, first[:n], indices.size)
         sums = jnp.zeros((indices.size, *values.shape[1:]), dtype).at[into]
-        sums = sums.add(values, mode="drop", out_sharding=_explicit(values))
+        sums = sums.add(values, mode="drop", out_sharding=explicit_sharding(values))
         return SparseRows(
             jnp.where(kept, indices, self.num_rows),
             sums.astype(self.dtype),
@@ -157,13 +157,13 @@ class SparseRows:
 
     def gather(self, table: jax.Array) -> jax.Array:
         """(n, D...), these rows of a table or of what mirrors it; zeros at padding."""
-        sharding = _explicit(table, all_rows=True)
+        sharding = explicit_sharding(table, all_rows=True)
         return self.masked(table.at[self.indices].get(mode="clip", out_sharding=sharding))
 
     def scatter(self, table: jax.Array, values: jax.Array) -> jax.Array:
         """`table`, or what mirrors it, with these rows, which must be unique, replaced."""
         return self._at(table).set(
-            values, mode="drop", unique_indices=True, out_sharding=_explicit(table)
+            values, mode="drop", unique_indices=True, out_sharding=explicit_sharding(table)
         )
 
     def _scatter_add(self, table: jax.Array, values: jax.Array, sharding: Any) -> jax.Array:
@@ -173,7 +173,7 @@ class SparseRows:
 
     def _at(self, table: jax.Array) -> Any:
         # "drop" leaves out what is outside, but wraps what is negative.
-        return table.at[self.padded_indices]
+        return jnp.asarray(table).at[self.padded_indices]
 
     def _refuse_batch(self) -> None:
         if self._keys.ndim != 1:
@@ -207,7 +207,7 @@ class SparseRows:
             raise TypeError(f"a table in {table.dtype} cannot take rows in {self.dtype}")
         wide = _numerics.compute_dtype(table.dtype, self.dtype)
         if wide == table.dtype:
-            return self._scatter_add(table, self.values.astype(wide), _explicit(table))
+            return self._scatter_add(table, self.values.astype(wide), explicit_sharding(table))
         # Not the table in a wider dtype: that would be one more array of its size.
         rows = self.sum_duplicates()
         after = rows.gather(table).astype(wide) + rows.values.astype(wide)
@@ -299,15 +299,14 @@ def to_dense(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.to_dense() if is_rows(x) else x, tree, is_leaf=is_rows)
 
 
-def _explicit(x: jax.Array, *, all_rows: bool = False) -> NamedSharding | None:
+def explicit_sharding(x: jax.Array, *, all_rows: bool = False) -> NamedSharding | None:
     """The sharding of `x`, of which every device has all rows if `all_rows`; None if the mesh is
     not explicit, for there it is XLA that shards."""
     sharding: Any = jax.typeof(x).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return None
-    first, *columns = sharding.spec
-    spec = PartitionSpec(None if all_rows else first, *columns)
-    return NamedSharding(sharding.mesh, spec)
+    spec = (None, *sharding.spec[1:]) if all_rows else sharding.spec
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def _all_rows(x: jax.Array) -> jax.Array:
@@ -315,7 +314,7 @@ def _all_rows(x: jax.Array) -> jax.Array:
     otherwise give each device some rows to add to a table of zeros, and sum these tables."""
     mesh: Any = jax.typeof(x).sharding.mesh
     if AxisType.Explicit in mesh.axis_types:
-        return jax.sharding.reshard(x, _explicit(x, all_rows=True))
+        return jax.sharding.reshard(x, explicit_sharding(x, all_rows=True))
     if set(mesh.axis_types) == {AxisType.Auto} and isinstance(x, Tracer):
         spec = PartitionSpec(None, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
