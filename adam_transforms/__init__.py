@@ -18,6 +18,8 @@ from adam_transforms._loss_scale import (
     skip_nonfinite,
     static_loss_scale,
 )
+from adam_transforms._master_weights import MasterWeightsState, master_weights
+from adam_transforms._metrics import metrics
 from adam_transforms._numerics import global_norm
 from adam_transforms._paths import (
     ScaleByPathLearningRateState,
@@ -27,6 +29,7 @@ from adam_transforms._paths import (
 )
 from adam_transforms._presets import adam, adamw, lazy_adam
 from adam_transforms._sharding import shard_slots
+from adam_transforms._summary import summary
 from adam_transforms._trees import path_str
 from adam_transforms._updates import apply_updates
 from adam_transforms.sparse._autodiff import grad, value_and_grad
@@ -40,14 +43,18 @@ from adam_transforms.sparse._deferred import (
     flush,
     owed,
 )
+from adam_transforms.sparse._frozen import FreezeRowsState, freeze_rows
 from adam_transforms.sparse._lazy import LazyState, lazy
+from adam_transforms.sparse._resize import resize
 from adam_transforms.sparse._rows import SparseRows, to_dense
 
 __all__ = [
     "AccumulateState",
     "DeferredAdamState",
     "DynamicLossScaleState",
+    "FreezeRowsState",
     "LazyState",
+    "MasterWeightsState",
     "Owed",
     "ParamsEmaState",
     "ScaleByPathLearningRateState",
@@ -73,15 +80,19 @@ __all__ = [
     "ema_params",
     "finalize",
     "flush",
+    "freeze_rows",
     "global_norm",
     "grad",
     "interop",
     "lazy",
     "lazy_adam",
+    "master_weights",
+    "metrics",
     "owed",
     "params_ema",
     "path_mask",
     "path_str",
+    "resize",
     "scale_by_adam",
     "scale_by_amsgrad",
     "scale_by_path_learning_rate",
@@ -89,6 +100,7 @@ __all__ = [
     "shard_slots",
     "skip_nonfinite",
     "static_loss_scale",
+    "summary",
     "to_dense",
     "value_and_grad",
 ]
