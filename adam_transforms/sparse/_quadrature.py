@@ -226,7 +226,7 @@ def advance(
         Adam would turn a parameter's sign, the row comes out as without its parameter.
       witness: of what was read from the ring before this.
     """
-    ring = jax.tree.map(jnp.asarray, ring)
+    ring = _as_arrays(ring)
     dtype, size = ring.weights.dtype, rule.max_idle + 1
     learning_rate = jnp.asarray(learning_rate, dtype)
     loss = jnp.minimum(learning_rate * jnp.asarray(weight_decay, dtype), 1.0)
@@ -262,8 +262,7 @@ def missed(ring: Ring, mu: jax.Array, nu: jax.Array, last: jax.Array, count: jax
       last: int32 (n,), the step after which each row is up to date; at most `max_idle` ago.
       count: int32 (), the steps made.
     """
-    # They may be NumPy's, as restored.
-    ring, mu, nu, last, count = jax.tree.map(jnp.asarray, (ring, mu, nu, last, count))
+    ring, mu, nu, last, count = _as_arrays((ring, mu, nu, last, count))
     dtype = _numerics.compute_dtype(mu.dtype, nu.dtype)
     real = _numerics.real_dtype(dtype)
     size, scalars = ring.weights.shape[0], ring.scalars
@@ -305,6 +304,11 @@ def missed(ring: Ring, mu: jax.Array, nu: jax.Array, last: jax.Array, count: jax
         move=_numerics.scale(mu.astype(dtype), total),
         witness=witness,
     )
+
+
+def _as_arrays(tree: Any) -> Any:
+    """Of NumPy's arrays, as restored, and of Flax's variables around arrays, the JAX arrays."""
+    return jax.tree.map(jnp.asarray, tree, is_leaf=lambda x: hasattr(x, "__jax_array__"))
 
 
 # ---- the interpolation, in NumPy or JAX ---------------------------------------------------------
