@@ -478,10 +478,15 @@ def _check_table(path: str, leaf: Any) -> None:
 
 def _with_those_in_turn(rows: SparseRows, count: jax.Array, max_idle: int) -> SparseRows:
     """The rows, unique, and those whose turn it is to be brought up to date, with zeros."""
-    turns = min(max_idle, rows.num_rows)
-    length = -(-rows.num_rows // turns)
+    turns, length = turns_of(rows.num_rows, max_idle)
     start = (count % turns) * length
     return rows.sum_duplicates(also=start + jnp.arange(length, dtype=jnp.int32))
+
+
+def turns_of(num_rows: int, max_idle: int) -> tuple[int, int]:
+    """After how many steps it is a row's turn again, and how many rows have theirs at a step."""
+    turns = min(max_idle, num_rows)
+    return turns, -(-num_rows // turns)
 
 
 def _slot_trees(state: DeferredAdamState) -> list[Any]:

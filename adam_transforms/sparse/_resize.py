@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from adam_transforms import _numerics, _trees
 from adam_transforms._averaging import ParamsEmaState
 from adam_transforms._master_weights import MasterWeightsState
-from adam_transforms.sparse._deferred import DeferredAdamState, IdleRows, catch_up
+from adam_transforms.sparse._deferred import DeferredAdamState, IdleRows, catch_up, turns_of
 from adam_transforms.sparse._rows import SparseRows
 
 # States of which some leaves' new rows are not zeros.
@@ -236,8 +236,8 @@ def _overdue_caught_up(
                 if path not in new_rows:
                     continue
                 size = last.shape[0] + new_rows[path].shape[0]
-                turns = min(remembered, size)
-                turn = np.arange(last.shape[0]) // -(-size // turns)
+                turns, length = turns_of(size, remembered)
+                turn = np.arange(last.shape[0]) // length
                 due = int(found.count) + (turn - int(found.count)) % turns
                 overdue = np.flatnonzero(due - np.asarray(last) >= remembered)
                 if overdue.size:
