@@ -7,7 +7,7 @@ from typing import Any
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from adam_transforms.sparse._reads import open_jaxpr
+from adam_transforms.sparse._jaxprs import open_jaxpr
 
 
 def depends_on(jaxpr: Any) -> list[bool]:

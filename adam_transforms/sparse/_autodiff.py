@@ -6,7 +6,7 @@ to every read (3). What is differentiated are the taps, in place of the tables: 
 tap is that of the rows read there. Together with the indices of the reads they make the row
 gradients (4). No (V, D) gradient ever exists.
 
-Whatever depends on how JAX represents programs is in this file and in `_reads`.
+Whatever depends on how JAX represents programs is in this file, in `_reads` and in `_jaxprs`.
 """
 
 import contextlib
@@ -23,16 +23,8 @@ import numpy as np
 from adam_transforms import _numerics, _paths, _trees
 from adam_transforms.sparse._collectives import as_varying, varying_axes
 from adam_transforms.sparse._deferred import current_rows
-from adam_transforms.sparse._reads import (
-    CAST,
-    CHECKPOINTS,
-    KEPT,
-    Read,
-    all_reads,
-    follow,
-    open_jaxpr,
-    replicated,
-)
+from adam_transforms.sparse._jaxprs import CHECKPOINTS, evaluate, open_jaxpr
+from adam_transforms.sparse._reads import CAST, KEPT, Read, all_reads, follow, replicated
 from adam_transforms.sparse._rows import SparseRows
 
 
@@ -401,20 +393,20 @@ def _run(
     for eqn, step in zip(jaxpr.eqns, steps, strict=True):
         values = [value(x) for x in eqn.invars]
         if step is None:
-            outputs = _evaluate(jaxpr, eqn, [_as_array(x) for x in values])
+            outputs = evaluate(jaxpr, eqn, [_as_array(x) for x in values])
         elif step is CAST:
             table = _as_table(values[0])
             dtypes = (*table.dtypes, eqn.outvars[0].aval.dtype)
             outputs = [dataclasses.replace(table, dtypes=dtypes)]
         elif step is KEPT:
             tables = [_as_table(x) for x in values]
-            kept = _evaluate(jaxpr, eqn, [table.table for table in tables])
+            kept = evaluate(jaxpr, eqn, [table.table for table in tables])
             outputs = [
                 dataclasses.replace(table, table=x) for x, table in zip(kept, tables, strict=False)
             ]
         elif isinstance(step, Read):
             table, *ids = [_as_table(values[0]), *values[1:]]
-            (read,) = _evaluate(jaxpr, eqn, [table.table, *ids])
+            (read,) = evaluate(jaxpr, eqn, [table.table, *ids])
             with _mesh_of(step.aval):
                 rows = step.indices(table.table, *ids)
                 read = table.up_to_date(step, read, rows)
@@ -425,21 +417,6 @@ def _run(
             indices += found
         env.update(zip(eqn.outvars, outputs, strict=True))
     return [value(x) for x in jaxpr.outvars], indices
-
-
-def _evaluate(jaxpr: Any, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
-    """One equation of `jaxpr`, as the jaxpr that consists of it: JAX knows how to run that."""
-    inputs = [
-        (x, v) for x, v in zip(eqn.invars, values, strict=True) if not isinstance(x, jex.Literal)
-    ]
-    one = jaxpr.replace(
-        constvars=[],
-        invars=[x for x, _ in inputs],
-        outvars=eqn.outvars,
-        eqns=[eqn],
-        effects=eqn.effects,
-    )
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(one, []))(*(v for _, v in inputs))
 
 
 def _call(eqn: Any, steps: Sequence[Any], values: Sequence[Any], taps: list[Any]) -> Any:

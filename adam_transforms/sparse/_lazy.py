@@ -1,5 +1,6 @@
 """Any per-row chain of transformations, run on the touched rows alone."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,8 +10,10 @@ import optax
 from adam_transforms import _arguments, _trees
 from adam_transforms._accumulation import AccumulateState
 from adam_transforms._averaging import ParamsEmaState
+from adam_transforms.sparse._blocks import block_length, over_blocks
 from adam_transforms.sparse._deferred import DeferredAdamState
-from adam_transforms.sparse._rows import SparseRows, put_rows, take_rows
+from adam_transforms.sparse._rows import SparseRows, is_rows, put_rows, take_rows
+from adam_transforms.sparse._rowwise import as_row_function
 
 # States of transformations that collect gradients over several steps.
 _COLLECTING = (AccumulateState, optax.MultiStepsState, optax.ApplyEvery)
@@ -101,32 +104,98 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
         slots = _slots(inner, treedef, param_leaves, list(tables))
         state_leaves, state_def = jax.tree.flatten(state.inner_state)
         _check_state(state_leaves, slots)
-        small_updates = treedef.unflatten(
-            [tables[i].masked_values() if i in tables else g for i, (_, g) in enumerate(leaves)]
+        k = len(leaves)
+
+        def update_leaves(*flat: Any) -> list[Any]:
+            """`inner` from the leaves of gradients, parameters and state to those of updates and
+            state."""
+            updates, params = (treedef.unflatten(part) for part in (flat[:k], flat[k : 2 * k]))
+            state = state_def.unflatten(flat[2 * k :])
+            updates, state = inner.update(updates, state, params, **extra_args)
+            return [*treedef.flatten_up_to(updates), *state_def.flatten_up_to(state)]
+
+        gradients = [tables.get(i, g) for i, (_, g) in enumerate(leaves)]
+        owners = [*range(k), *(slot.table for slot in slots)]
+        of_table = [i if i in tables else None for i in owners]
+        length = min(filter(None, map(block_length, tables.values())), default=None)
+        outputs = length and _in_blocks(
+            update_leaves, gradients, param_leaves, state_leaves, of_table, length
         )
-        small_params = treedef.unflatten(
-            [take_rows(p, tables.get(i)) for i, p in enumerate(param_leaves)]
-        )
-        small_state = state_def.unflatten(
-            [take_rows(x, tables.get(s.table)) for x, s in zip(state_leaves, slots, strict=True)]
-        )
-        small_updates, small_state = inner.update(
-            small_updates, small_state, small_params, **extra_args
-        )
-        new_updates = [
-            tables[i].with_values(u) if i in tables else u
-            for i, u in enumerate(treedef.flatten_up_to(small_updates))
-        ]
-        new_state = [
-            put_rows(x, tables.get(slot.table), small)
-            for x, slot, small in zip(
-                state_leaves, slots, state_def.flatten_up_to(small_state), strict=True
-            )
-        ]
+        if outputs is None:
+            outputs = _at_once(update_leaves, gradients, param_leaves, state_leaves, of_table)
+        new_updates, new_state = outputs[:k], outputs[k:]
         _check_state(new_state, slots)
         return treedef.unflatten(new_updates), LazyState(state_def.unflatten(new_state))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _at_once(
+    update: Callable[..., list[Any]],
+    gradients: list[Any],
+    params: list[Any],
+    state: list[Any],
+    of_table: list[int | None],
+) -> list[Any]:
+    """`update`, with all touched rows of each table as if they were the table.
+
+    Args:
+      update: from all leaves of gradients, parameters and state to those of updates and state.
+      of_table: for each gradient and each leaf of the state the table it belongs to, or None.
+    """
+    rows = [None if table is None else gradients[table] for table in of_table]
+    of_params, of_state = rows[: len(params)], rows[len(params) :]
+    outputs = update(
+        *(g.masked_values() if is_rows(g) else g for g in gradients),
+        *map(take_rows, params, of_params),
+        *map(take_rows, state, of_state),
+    )
+    return [
+        *(r.with_values(u) if r else u for u, r in zip(outputs, of_params, strict=False)),
+        *map(put_rows, state, of_state, outputs[len(params) :]),
+    ]
+
+
+def _in_blocks(
+    update: Callable[..., list[Any]],
+    gradients: list[Any],
+    params: list[Any],
+    state: list[Any],
+    of_table: list[int | None],
+    length: int,
+) -> list[Any] | None:
+    """As `_at_once`, for so many rows of a table at a time; None where `update` lets rows meet."""
+
+    def some_rows(x: Any, table: int | None) -> Any:
+        if table is None or x is None:
+            return x
+        return jax.ShapeDtypeStruct((length, *jnp.shape(x)[1:]), jnp.result_type(x))
+
+    by_row = as_row_function(
+        update,
+        list(map(some_rows, [*gradients, *params, *state], [*of_table[: len(params)], *of_table])),
+        [*of_table[: len(params)], *of_table],
+        of_table,
+        length,
+    )
+    if by_row is None:
+        return None
+    outputs = by_row.shared
+    for table in {*of_table} - {None}:
+        places = [i for i, owner in enumerate(of_table) if owner == table]
+
+        def update_block(
+            block: SparseRows, slots: Sequence[Any], table: int = table
+        ) -> tuple[jax.Array, list[Any]]:
+            rows = [take_rows(x, block) for x in (params[table], *slots)]
+            values, *new = by_row.of_rows(table, [block.masked_values(), *rows])
+            return values, [put_rows(x, block, y) for x, y in zip(slots, new, strict=True)]
+
+        slots = [state[i - len(params)] for i in places[1:]]
+        rows, slots = over_blocks(update_block, gradients[table], slots, length)
+        for i, x in zip(places, [rows, *slots], strict=True):
+            outputs[i] = x
+    return outputs
 
 
 class _Slot(NamedTuple):

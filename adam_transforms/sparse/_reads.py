@@ -1,8 +1,7 @@
 """Where a program reads the rows of a table.
 
 A jaxpr is followed, equation by equation, from the tables among its inputs to the equations that
-read their rows. Whatever depends on how JAX represents programs is here and in `_autodiff`, which
-runs the jaxpr again by the steps found here.
+read their rows. `_autodiff` runs the jaxpr again by the steps found here.
 """
 
 import math
@@ -12,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+
+from adam_transforms.sparse._jaxprs import CALLS, CHECKPOINTS, open_jaxpr
 
 # Equations that give each operand back, its rows as they were; `stop_gradient` is not among them.
 _KEEP_ROWS = {
@@ -25,8 +26,6 @@ _KEEP_ROWS = {
     "reshard",
     "sharding_constraint",
 }
-_CALLS = {"jit", "pjit", "closed_call", "core_call"}
-CHECKPOINTS = {"checkpoint", "remat", "remat2"}
 
 
 class Read(NamedTuple):
@@ -72,7 +71,7 @@ def follow(
         elif name == "convert_element_type" and _is_inexact(eqn.outvars[0].aval):
             step = CAST
             mark(eqn.outvars, tables)
-        elif name in _CALLS | CHECKPOINTS:
+        elif name in CALLS | CHECKPOINTS:
             step, outputs = follow(open_jaxpr(eqn.params["jaxpr"])[0], tables, others)
             mark(eqn.outvars, outputs)
         elif tables[0] is not None and not any(t is not None for t in tables[1:]):
@@ -185,11 +184,6 @@ def _as_indices(ids: jax.Array, num_rows: int, clip: bool) -> jax.Array:
     if clip:
         return jnp.clip(ids, jnp.int32(0), jnp.int32(num_rows - 1))
     return jnp.where(ids < 0, jnp.int32(num_rows), ids)
-
-
-def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """The bare jaxpr and its constants, of a closed jaxpr or a bare one."""
-    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
 def replicated(x: jax.Array, spec: Sequence[Any] = ()) -> jax.Array:
