@@ -1,11 +1,12 @@
 """The scalars worth logging at every step."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import DictKey, GetAttrKey
+from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 from adam_transforms import _arguments, _numerics, _states, _trees
 from adam_transforms._accumulation import AccumulateState
@@ -14,6 +15,7 @@ from adam_transforms._loss_scale import (
     SkipNonfiniteState,
     StaticLossScaleState,
 )
+from adam_transforms._paths import ScaleByPathLearningRateState
 from adam_transforms.sparse._deferred import DeferredAdamState
 from adam_transforms.sparse._rows import SparseRows
 
@@ -50,20 +52,22 @@ def metrics(
     ``count``                  steps made by Adam
     ``learning_rate``          of `optax.inject_hyperparams`, as are the hyperparameters by their
                                names that it reads from schedules
+    ``learning_rate/<rule>``   of `scale_by_path_learning_rate`, by the number of the rule, the
+                               default last
     ``loss_scale``             the scale for the next loss
     ``skipped_steps``          steps skipped so far because they were not finite
     ``mini_step``              gradients accumulated in this cycle, by `accumulate` or
                                `optax.MultiSteps`
     =========================  ===================================================================
 
-    What the state does not hold is left out. A learning rate that is a number or a plain schedule
-    is not in the state (nor is one of `scale_by_path_learning_rate`): ``schedule(count)`` is what
-    the next step will take, or it can be injected:
-    ``optax.inject_hyperparams(at.adam)(learning_rate=schedule)``.
+    What the state does not hold is left out. The learning rate of a preset or of an optimizer of
+    Optax is not in its state: ``schedule(count)`` is what the next step will take, or it can be
+    injected: ``optax.inject_hyperparams(at.adam)(learning_rate=schedule)``.
 
     Of a state inside a parameter group the name ends with the group's label: ``learning_rate/head``
-    (`by_path` numbers its groups, the default last). Where that leaves several of one name, they
-    all end with the paths of their states instead: ``count/0``, ``count/1/inner_state``.
+    (`by_path` numbers its groups as its rules are, the default last). Where that leaves several of
+    one name, they all end with the paths of their states instead: ``count/0``,
+    ``count/1/inner_state``.
 
     Args:
       updates: what the transformation returned; arrays, `SparseRows` and None.
@@ -103,7 +107,8 @@ def metrics(
 
 
 class Scalar(NamedTuple):
-    """A number in a state under its name as a metric, and where it and its state are."""
+    """A number in a state under its name as a metric, where it is, and the part of the state whose
+    path tells it from others of that name."""
 
     name: str
     place: _states.Place
@@ -125,6 +130,10 @@ def scalars_of(state: Any) -> list[Scalar]:
                 add(name, owner, getattr(node, field), GetAttrKey(field))
         for name, value in _injected(node):
             add(name, owner, value, GetAttrKey("hyperparams"), DictKey(name))
+        for rule, rate in enumerate(_rates(node)):
+            keys = (*owner.keys, GetAttrKey("rates"), SequenceKey(rule))
+            place = owner._replace(keys=keys, groups=(*owner.groups, str(rule)))
+            found.append(Scalar("learning_rate", place, place, rate))
     return sorted(_distinct(found), key=lambda scalar: scalar.name)
 
 
@@ -138,6 +147,11 @@ def _injected(state: Any) -> list[tuple[str, Any]]:
         for name, value in state.hyperparams.items()
         if name == "learning_rate" or name in scheduled
     ]
+
+
+def _rates(state: Any) -> Sequence[Any]:
+    """The learning rate of each rule, if it is a state with rules."""
+    return state.rates if isinstance(state, ScaleByPathLearningRateState) else ()
 
 
 def _distinct(scalars: list[Scalar]) -> list[Scalar]:

@@ -7,9 +7,12 @@ import jax
 import optax
 
 from adam_transforms import _trees
+from adam_transforms._paths import ScaleByPathLearningRateState
 from adam_transforms.sparse._quadrature import Ring
 
 INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+# What is in them, but for an inner state, are scalars, whatever their names or numbers.
+_SCALARS = (*INJECTED, ScaleByPathLearningRateState)
 _GROUPS = (optax.PartitionState, optax.MultiTransformState)
 _VALUE = jax.tree_util.GetAttrKey("value")
 # Slots of a parameter that is a lone scalar, which has neither path nor shape to know them by.
@@ -166,7 +169,7 @@ def _mirrors(params: Any, leaves: dict[str, Any], place: Place, node: Any) -> bo
         return shape_of(node) == shape_of(leaves[""]) or place.field == "last_step"
     if isinstance(node, tuple) and type(node) is not type(params):
         return False
-    if place.states and issubclass(place.states[-1], INJECTED) and place.field != "inner_state":
+    if place.states and issubclass(place.states[-1], _SCALARS) and place.field != "inner_state":
         return False
     found = present(node)
     return bool(found) and all(path in leaves for path, _ in found)
