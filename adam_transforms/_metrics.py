@@ -100,7 +100,7 @@ def metrics(
     for path, update in _trees.flatten_with_paths(updates)[0]:
         if isinstance(update, SparseRows):
             found[_named("rows_touched", path)] = _share_touched(update)
-    state = _states.unwrapped(state)
+    state = _trees.unwrapped(state)
     if idle_gaps:
         found |= _longest_gaps(state)
     return found | {s.name: jnp.asarray(s.value) for s in scalars_of(state)}

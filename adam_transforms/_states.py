@@ -14,7 +14,6 @@ INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 # What is in them, but for an inner state, are scalars, whatever their names or numbers.
 _SCALARS = (*INJECTED, ScaleByPathLearningRateState)
 _GROUPS = (optax.PartitionState, optax.MultiTransformState)
-_VALUE = jax.tree_util.GetAttrKey("value")
 # Slots of a parameter that is a lone scalar, which has neither path nor shape to know them by.
 _SLOTS = ("mu", "nu", "nu_max", "ema", "acc")
 
@@ -99,20 +98,6 @@ def match(params: Any, state: Any) -> tuple[list[Parameter], list[tuple[Place, A
     return parameters, rest
 
 
-def unwrapped(tree: Any) -> Any:
-    """`tree` with the variables of Flax NNX, where it has any, replaced by their arrays."""
-
-    def is_variable(x: Any) -> bool:
-        children = _children(x)
-        return len(children) == 1 and children[0][0] == _VALUE
-
-    return jax.tree.map(
-        lambda x: _children(x)[0][1] if is_variable(x) else x,
-        tree,
-        is_leaf=lambda x: _trees.is_leaf(x) or is_variable(x),
-    )
-
-
 def present(tree: Any) -> list[tuple[str, Any]]:
     """[(path, leaf), ...] of the leaves that are not None."""
     return [(path, leaf) for path, leaf in _trees.flatten_with_paths(tree)[0] if leaf is not None]
@@ -135,7 +120,7 @@ def dtype_of(x: Any) -> Any:
 
 def _walk(place: Place, node: Any, stop: Any) -> Iterator[tuple[Place, Any]]:
     yield place, node
-    children = [] if stop(place, node) else _children(node)
+    children = [] if stop(place, node) else _trees.children(node)
     states, groups = place.states, place.groups
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         states = (*states, type(node))
@@ -144,15 +129,6 @@ def _walk(place: Place, node: Any, stop: Any) -> Iterator[tuple[Place, Any]]:
         if is_by_label:
             groups = (*place.groups, _trees.path_str((key,)))
         yield from _walk(Place((*place.keys, key), states, groups), child, stop)
-
-
-def _children(node: Any) -> list[tuple[Any, Any]]:
-    """[(key, child), ...]; of a leaf none."""
-    if _trees.is_leaf(node):
-        return []
-    # What is a leaf to this is found under an empty key path.
-    found = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
-    return [(keys[0], child) for keys, child in found if keys]
 
 
 def _is_leaf(node: Any) -> bool:
