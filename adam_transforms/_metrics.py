@@ -99,7 +99,7 @@ def metrics(
             found |= _norms(f"{name}_norm", tree, per_parameter)
     for path, update in _trees.flatten_with_paths(updates)[0]:
         if isinstance(update, SparseRows):
-            found[_named("rows_touched", path)] = _share_touched(update)
+            found[_trees.joined("rows_touched", path)] = _share_touched(update)
     state = _trees.unwrapped(state)
     if idle_gaps:
         found |= _longest_gaps(state)
@@ -156,17 +156,12 @@ def _rates(state: Any) -> Sequence[Any]:
 
 def _distinct(scalars: list[Scalar]) -> list[Scalar]:
     """With the groups in the names, or with paths in all of one name if groups are not enough."""
-    grouped = [(s.name, _named(s.name, *s.place.groups)) for s in scalars]
+    grouped = [(s.name, _trees.joined(s.name, *s.place.groups)) for s in scalars]
     several = {name for name, full in grouped if grouped.count((name, full)) > 1}
     return [
-        s._replace(name=_named(name, str(s.owner)) if name in several else full)
+        s._replace(name=_trees.joined(name, str(s.owner)) if name in several else full)
         for s, (name, full) in zip(scalars, grouped, strict=True)
     ]
-
-
-def _named(*parts: str) -> str:
-    """A lone parameter, or the state itself, has no path."""
-    return "/".join(part for part in parts if part)
 
 
 def _norms(name: str, tree: Any, per_parameter: bool) -> dict[str, jax.Array]:
@@ -177,7 +172,7 @@ def _norms(name: str, tree: Any, per_parameter: bool) -> dict[str, jax.Array]:
     }
     norms = {name: _numerics.global_norm(leaves)}
     if per_parameter:
-        norms |= {_named(name, path): _numerics.global_norm(x) for path, x in leaves.items()}
+        norms |= {_trees.joined(name, path): _numerics.global_norm(x) for path, x in leaves.items()}
     return norms
 
 
@@ -193,5 +188,5 @@ def _longest_gaps(state: Any) -> dict[str, jax.Array]:
             for path, last in _states.present(None if group is None else group.last_step):
                 # Of the oldest alone: the gaps of all rows would be an array more.
                 oldest = jnp.min(last) if last.size else found.count
-                gaps[_named("longest_gap", path)] = found.count - oldest
+                gaps[_trees.joined("longest_gap", path)] = found.count - oldest
     return gaps

@@ -16,6 +16,8 @@ _SCALARS = (*INJECTED, ScaleByPathLearningRateState)
 _GROUPS = (optax.PartitionState, optax.MultiTransformState)
 # Slots of a parameter that is a lone scalar, which has neither path nor shape to know them by.
 _SLOTS = ("mu", "nu", "nu_max", "ema", "acc")
+# Slots of one number for each row, whose shape a lone table would not be known by either.
+_PER_ROW = ("last_step", "frozen")
 
 
 class Place(NamedTuple):
@@ -98,6 +100,12 @@ def match(params: Any, state: Any) -> tuple[list[Parameter], list[tuple[Place, A
     return parameters, rest
 
 
+def owners(params: Any, state: Any) -> dict[str, str]:
+    """{path in the state: path of the parameter} of each slot."""
+    parameters, _ = match(_trees.unwrapped(params), _trees.unwrapped(state))
+    return {_trees.joined(str(s.place), p.path): p.path for p in parameters for s in p.slots}
+
+
 def present(tree: Any) -> list[tuple[str, Any]]:
     """[(path, leaf), ...] of the leaves that are not None."""
     return [(path, leaf) for path, leaf in _trees.flatten_with_paths(tree)[0] if leaf is not None]
@@ -142,7 +150,7 @@ def _mirrors(params: Any, leaves: dict[str, Any], place: Place, node: Any) -> bo
             return False
         if shape_of(node) == ():
             return shape_of(leaves[""]) == () and place.field in _SLOTS
-        return shape_of(node) == shape_of(leaves[""]) or place.field == "last_step"
+        return shape_of(node) == shape_of(leaves[""]) or place.field in _PER_ROW
     if isinstance(node, tuple) and type(node) is not type(params):
         return False
     if place.states and issubclass(place.states[-1], _SCALARS) and place.field != "inner_state":

@@ -43,6 +43,12 @@ def path_str(key_path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
+def joined(*paths: str) -> str:
+    """The path to what is at the last of `paths`, each of them leading on from the one before; a
+    lone leaf, or the tree itself, has an empty one."""
+    return "/".join(path for path in paths if path)
+
+
 def flatten_with_paths(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     """[(path, leaf), ...] and the structure, None being a leaf."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
