@@ -17,9 +17,9 @@ class AccumulateState(NamedTuple):
     Attributes:
       mini_step: int32 (), gradients received in this cycle, 0 to every - 1.
       acc: like the parameters, the sum of this cycle's gradients; of a table with row gradients all
-        that the cycle has brought, one after the other (`SparseRows` of every x n rows). At
-        ``mini_step == 0`` it means nothing: the emitting step leaves its updates there, and the
-        next one overwrites them.
+        that the cycle has brought, one after the other (`SparseRows` of every x n rows, in no
+        variable of Flax NNX). At ``mini_step == 0`` it means nothing: the emitting step leaves its
+        updates there, and the next one overwrites them.
       inner_state: the state of the inner transformation.
     """
 
@@ -51,9 +51,10 @@ def accumulate(
       every: gradients to a cycle, a static int >= 1.
       average: hand `inner` the mean; False for the sum.
       accumulator_dtype: None for the parameter's dtype, but at least float32.
-      like: what the gradients are like, e.g. from `jax.eval_shape`, if not like the parameters.
-        Needed for row gradients, which are kept as they come, in O(every x rows), and summed when
-        the cycle ends: it says how many a step brings. Where a leaf is None, nothing is kept.
+      like: what the gradients are like, e.g. from `jax.eval_shape` or `nnx.eval_shape`, if not like
+        the parameters. Needed for row gradients, which are kept as they come, in O(every x rows),
+        and summed when the cycle ends: it says how many a step brings. Where a leaf is None,
+        nothing is kept.
 
     Returns:
       A transformation with `AccumulateState`. A leaf whose gradient is None adds nothing to its
@@ -89,7 +90,9 @@ def accumulate(
         return SparseRows(jnp.full((every * size,), x.num_rows), values, x.num_rows)
 
     def init(params: Any) -> AccumulateState:
-        acc = jax.tree.map(start, params if like is None else like, is_leaf=is_rows)
+        # nnx.Optimizer does not update what is a tree inside a variable.
+        gradients = params if like is None else _trees.unwrapped(like, is_rows)
+        acc = jax.tree.map(start, gradients, is_leaf=is_rows)
         return AccumulateState(jnp.zeros((), jnp.int32), acc, inner.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any):
@@ -124,9 +127,11 @@ def accumulate(
                 return SparseRows(carried.indices, values, acc.num_rows)
             return carried.astype(acc.dtype)
 
-        total = _trees.map_leaves(add, updates, state.acc, names=("the accumulator",), rows=True)
+        before = _trees.wrapped_as(updates, state.acc)
+        total = _trees.map_leaves(add, updates, before, names=("the accumulator",), rows=True)
         carried, inner_state = _gating.update_if(emits, step, total, state.inner_state)
-        acc = jax.tree.map(keep, carried, state.acc, total, is_leaf=_trees.is_leaf)
+        acc = jax.tree.map(keep, carried, before, total, is_leaf=_trees.is_leaf)
+        acc = _trees.wrapped_as(state.acc, acc)
         mini_step = jnp.where(emits, 0, state.mini_step + 1)
         updates = _gating.select(emits, carried, updates, params)
         return updates, AccumulateState(mini_step, acc, inner_state)

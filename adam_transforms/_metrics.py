@@ -1,11 +1,12 @@
 """The scalars worth logging at every step."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import DictKey, GetAttrKey
+from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 from adam_transforms import _arguments, _numerics, _states, _trees
 from adam_transforms._accumulation import AccumulateState
@@ -14,6 +15,7 @@ from adam_transforms._loss_scale import (
     SkipNonfiniteState,
     StaticLossScaleState,
 )
+from adam_transforms._paths import ScaleByPathLearningRateState
 from adam_transforms.sparse._deferred import DeferredAdamState
 from adam_transforms.sparse._rows import SparseRows
 
@@ -50,20 +52,22 @@ def metrics(
     ``count``                  steps made by Adam
     ``learning_rate``          of `optax.inject_hyperparams`, as are the hyperparameters by their
                                names that it reads from schedules
+    ``learning_rate/<rule>``   of `scale_by_path_learning_rate`, by the number of the rule, the
+                               default last
     ``loss_scale``             the scale for the next loss
     ``skipped_steps``          steps skipped so far because they were not finite
     ``mini_step``              gradients accumulated in this cycle, by `accumulate` or
                                `optax.MultiSteps`
     =========================  ===================================================================
 
-    What the state does not hold is left out. A learning rate that is a number or a plain schedule
-    is not in the state (nor is one of `scale_by_path_learning_rate`): ``schedule(count)`` is what
-    the next step will take, or it can be injected:
-    ``optax.inject_hyperparams(at.adam)(learning_rate=schedule)``.
+    What the state does not hold is left out. The learning rate of a preset or of an optimizer of
+    Optax is not in its state: ``schedule(count)`` is what the next step will take, or it can be
+    injected: ``optax.inject_hyperparams(at.adam)(learning_rate=schedule)``.
 
     Of a state inside a parameter group the name ends with the group's label: ``learning_rate/head``
-    (`by_path` numbers its groups, the default last). Where that leaves several of one name, they
-    all end with the paths of their states instead: ``count/0``, ``count/1/inner_state``.
+    (`by_path` numbers its groups as its rules are, the default last). Where that leaves several of
+    one name, they all end with the paths of their states instead: ``count/0``,
+    ``count/1/inner_state``.
 
     Args:
       updates: what the transformation returned; arrays, `SparseRows` and None.
@@ -95,15 +99,16 @@ def metrics(
             found |= _norms(f"{name}_norm", tree, per_parameter)
     for path, update in _trees.flatten_with_paths(updates)[0]:
         if isinstance(update, SparseRows):
-            found[_named("rows_touched", path)] = _share_touched(update)
-    state = _states.unwrapped(state)
+            found[_trees.joined("rows_touched", path)] = _share_touched(update)
+    state = _trees.unwrapped(state)
     if idle_gaps:
         found |= _longest_gaps(state)
     return found | {s.name: jnp.asarray(s.value) for s in scalars_of(state)}
 
 
 class Scalar(NamedTuple):
-    """A number in a state under its name as a metric, and where it and its state are."""
+    """A number in a state under its name as a metric, where it is, and the part of the state whose
+    path tells it from others of that name."""
 
     name: str
     place: _states.Place
@@ -125,6 +130,10 @@ def scalars_of(state: Any) -> list[Scalar]:
                 add(name, owner, getattr(node, field), GetAttrKey(field))
         for name, value in _injected(node):
             add(name, owner, value, GetAttrKey("hyperparams"), DictKey(name))
+        for rule, rate in enumerate(_rates(node)):
+            keys = (*owner.keys, GetAttrKey("rates"), SequenceKey(rule))
+            place = owner._replace(keys=keys, groups=(*owner.groups, str(rule)))
+            found.append(Scalar("learning_rate", place, place, rate))
     return sorted(_distinct(found), key=lambda scalar: scalar.name)
 
 
@@ -140,19 +149,19 @@ def _injected(state: Any) -> list[tuple[str, Any]]:
     ]
 
 
+def _rates(state: Any) -> Sequence[Any]:
+    """The learning rate of each rule, if it is a state with rules."""
+    return state.rates if isinstance(state, ScaleByPathLearningRateState) else ()
+
+
 def _distinct(scalars: list[Scalar]) -> list[Scalar]:
     """With the groups in the names, or with paths in all of one name if groups are not enough."""
-    grouped = [(s.name, _named(s.name, *s.place.groups)) for s in scalars]
+    grouped = [(s.name, _trees.joined(s.name, *s.place.groups)) for s in scalars]
     several = {name for name, full in grouped if grouped.count((name, full)) > 1}
     return [
-        s._replace(name=_named(name, str(s.owner)) if name in several else full)
+        s._replace(name=_trees.joined(name, str(s.owner)) if name in several else full)
         for s, (name, full) in zip(scalars, grouped, strict=True)
     ]
-
-
-def _named(*parts: str) -> str:
-    """A lone parameter, or the state itself, has no path."""
-    return "/".join(part for part in parts if part)
 
 
 def _norms(name: str, tree: Any, per_parameter: bool) -> dict[str, jax.Array]:
@@ -163,7 +172,7 @@ def _norms(name: str, tree: Any, per_parameter: bool) -> dict[str, jax.Array]:
     }
     norms = {name: _numerics.global_norm(leaves)}
     if per_parameter:
-        norms |= {_named(name, path): _numerics.global_norm(x) for path, x in leaves.items()}
+        norms |= {_trees.joined(name, path): _numerics.global_norm(x) for path, x in leaves.items()}
     return norms
 
 
@@ -179,5 +188,5 @@ def _longest_gaps(state: Any) -> dict[str, jax.Array]:
             for path, last in _states.present(None if group is None else group.last_step):
                 # Of the oldest alone: the gaps of all rows would be an array more.
                 oldest = jnp.min(last) if last.size else found.count
-                gaps[_named("longest_gap", path)] = found.count - oldest
+                gaps[_trees.joined("longest_gap", path)] = found.count - oldest
     return gaps

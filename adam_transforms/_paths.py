@@ -162,9 +162,16 @@ def by_path(
 
 
 class ScaleByPathLearningRateState(NamedTuple):
-    """State of `scale_by_path_learning_rate`: the number of steps taken, int32 of shape ()."""
+    """State of `scale_by_path_learning_rate`.
+
+    Attributes:
+      count: int32 (), the number of steps taken.
+      rates: the learning rates of the last step, before it those of the first: a scalar of the
+        widest float (`jnp.result_type(float)`) for each rule in order, and the default's.
+    """
 
     count: jax.Array
+    rates: tuple[jax.Array, ...]
 
 
 def scale_by_path_learning_rate(
@@ -180,8 +187,9 @@ def scale_by_path_learning_rate(
       default: the learning rate where no rule matches.
 
     Returns:
-      A transformation; updates keep their dtype. Like `optax.scale_by_learning_rate` it flips the
-      sign, so it comes where that one would.
+      A transformation with `ScaleByPathLearningRateState`, from which `metrics` tells the rates;
+      updates keep their dtype. Like `optax.scale_by_learning_rate` it flips the sign, so it comes
+      where that one would.
 
     Raises:
       ValueError: a rule matches no parameter.
@@ -215,20 +223,29 @@ def scale_by_chosen_rate(
 ) -> optax.GradientTransformationExtraArgs:
     """Each leaf times minus the learning rate, a number or a schedule, that its path chooses."""
 
+    def rates_at(count: jax.Array) -> list[Any]:
+        return [_numerics.as_scalar(_arguments.at_count(rate, count)) for rate in rates]
+
+    def kept(values: Sequence[Any]) -> tuple[jax.Array, ...]:
+        # Copies: whoever donates the state must not delete the caller's arrays.
+        return tuple(jnp.array(value, _numerics.scalar_dtype()) for value in values)
+
     def init(params: Any) -> ScaleByPathLearningRateState:
         del params
-        return ScaleByPathLearningRateState(jnp.zeros((), jnp.int32))
+        count = jnp.zeros((), jnp.int32)
+        return ScaleByPathLearningRateState(count, kept(rates_at(count)))
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any):
         del params
-        now = [_numerics.as_scalar(_arguments.at_count(rate, state.count)) for rate in rates]
+        now = rates_at(state.count)
 
         def scale(path: str, g: jax.Array) -> jax.Array:
             dtype = _numerics.real_dtype(g.dtype)
             return _numerics.scale(g, _numerics.as_scalar(-now[choose(path)], dtype))
 
         updates = _trees.map_leaves(scale, updates)
-        return updates, ScaleByPathLearningRateState(_numerics.increment(state.count))
+        count = _numerics.increment(state.count)
+        return updates, ScaleByPathLearningRateState(count, kept(now))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

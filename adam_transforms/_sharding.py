@@ -70,8 +70,11 @@ def shard_slots(
         name = axes[0] if len(axes) == 1 else axes
         return written([name if i == longest else None for i in range(len(shape))])
 
-    def place(x: Any, spec: PartitionSpec) -> jax.Array:
-        x, sharding = jnp.asarray(x), NamedSharding(mesh, spec)
+    def place(x: Any, spec: PartitionSpec) -> Any:
+        sharding = NamedSharding(mesh, spec)
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        x = jnp.asarray(x)
         if not isinstance(x, Tracer):
             return jax.device_put(x, sharding)
         if explicit:

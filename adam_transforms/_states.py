@@ -7,13 +7,17 @@ import jax
 import optax
 
 from adam_transforms import _trees
+from adam_transforms._paths import ScaleByPathLearningRateState
 from adam_transforms.sparse._quadrature import Ring
 
 INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+# What is in them, but for an inner state, are scalars, whatever their names or numbers.
+_SCALARS = (*INJECTED, ScaleByPathLearningRateState)
 _GROUPS = (optax.PartitionState, optax.MultiTransformState)
-_VALUE = jax.tree_util.GetAttrKey("value")
 # Slots of a parameter that is a lone scalar, which has neither path nor shape to know them by.
 _SLOTS = ("mu", "nu", "nu_max", "ema", "acc")
+# Slots of one number for each row, whose shape a lone table would not be known by either.
+_PER_ROW = ("last_step", "frozen")
 
 
 class Place(NamedTuple):
@@ -96,18 +100,10 @@ def match(params: Any, state: Any) -> tuple[list[Parameter], list[tuple[Place, A
     return parameters, rest
 
 
-def unwrapped(tree: Any) -> Any:
-    """`tree` with the variables of Flax NNX, where it has any, replaced by their arrays."""
-
-    def is_variable(x: Any) -> bool:
-        children = _children(x)
-        return len(children) == 1 and children[0][0] == _VALUE
-
-    return jax.tree.map(
-        lambda x: _children(x)[0][1] if is_variable(x) else x,
-        tree,
-        is_leaf=lambda x: _trees.is_leaf(x) or is_variable(x),
-    )
+def owners(params: Any, state: Any) -> dict[str, str]:
+    """{path in the state: path of the parameter} of each slot."""
+    parameters, _ = match(_trees.unwrapped(params), _trees.unwrapped(state))
+    return {_trees.joined(str(s.place), p.path): p.path for p in parameters for s in p.slots}
 
 
 def present(tree: Any) -> list[tuple[str, Any]]:
@@ -132,7 +128,7 @@ def dtype_of(x: Any) -> Any:
 
 def _walk(place: Place, node: Any, stop: Any) -> Iterator[tuple[Place, Any]]:
     yield place, node
-    children = [] if stop(place, node) else _children(node)
+    children = [] if stop(place, node) else _trees.children(node)
     states, groups = place.states, place.groups
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         states = (*states, type(node))
@@ -141,15 +137,6 @@ def _walk(place: Place, node: Any, stop: Any) -> Iterator[tuple[Place, Any]]:
         if is_by_label:
             groups = (*place.groups, _trees.path_str((key,)))
         yield from _walk(Place((*place.keys, key), states, groups), child, stop)
-
-
-def _children(node: Any) -> list[tuple[Any, Any]]:
-    """[(key, child), ...]; of a leaf none."""
-    if _trees.is_leaf(node):
-        return []
-    # What is a leaf to this is found under an empty key path.
-    found = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
-    return [(keys[0], child) for keys, child in found if keys]
 
 
 def _is_leaf(node: Any) -> bool:
@@ -163,10 +150,10 @@ def _mirrors(params: Any, leaves: dict[str, Any], place: Place, node: Any) -> bo
             return False
         if shape_of(node) == ():
             return shape_of(leaves[""]) == () and place.field in _SLOTS
-        return shape_of(node) == shape_of(leaves[""]) or place.field == "last_step"
+        return shape_of(node) == shape_of(leaves[""]) or place.field in _PER_ROW
     if isinstance(node, tuple) and type(node) is not type(params):
         return False
-    if place.states and issubclass(place.states[-1], INJECTED) and place.field != "inner_state":
+    if place.states and issubclass(place.states[-1], _SCALARS) and place.field != "inner_state":
         return False
     found = present(node)
     return bool(found) and all(path in leaves for path, _ in found)

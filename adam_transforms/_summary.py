@@ -70,7 +70,7 @@ def summary(params: Any, state: Any, *, rows: bool = True) -> Summary:
     count  0
     """
     rows = _arguments.flag("rows", rows)
-    params, state = _states.unwrapped(params), _states.unwrapped(state)
+    params, state = _trees.unwrapped(params), _trees.unwrapped(state)
     parameters, rest = _states.match(params, state)
     told = _told_of_rows(parameters, state) if rows else {}
     scalars = _metrics.scalars_of(state)

@@ -15,6 +15,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from adam_transforms import _numerics
 from adam_transforms.sparse._rows import SparseRows, on_values
 
+# Between a variable of Flax NNX and its array.
+_VALUE = jax.tree_util.GetAttrKey("value")
+
 
 def is_leaf(x: Any) -> bool:
     """Makes `jax.tree` functions treat None and row gradients as leaves."""
@@ -35,15 +38,55 @@ def path_str(key_path: tuple[Any, ...]) -> str:
     >>> [path_str(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
     ['encoder/0/kernel']
     """
-    if key_path and key_path[-1] == jax.tree_util.GetAttrKey("value"):
+    if key_path and key_path[-1] == _VALUE:
         key_path = key_path[:-1]
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def joined(*paths: str) -> str:
+    """The path to what is at the last of `paths`, each of them leading on from the one before; a
+    lone leaf, or the tree itself, has an empty one."""
+    return "/".join(path for path in paths if path)
 
 
 def flatten_with_paths(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     """[(path, leaf), ...] and the structure, None being a leaf."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return [(path_str(path), leaf) for path, leaf in leaves], treedef
+
+
+def children(node: Any) -> list[tuple[Any, Any]]:
+    """[(key, child), ...]; of a leaf none."""
+    if is_leaf(node):
+        return []
+    # What is a leaf to this is found under an empty key path.
+    found = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
+    return [(keys[0], child) for keys, child in found if keys]
+
+
+def unwrapped(tree: Any, of: Callable[[Any], bool] = lambda x: True) -> Any:
+    """`tree` with what they hold in place of the variables of Flax NNX, where it has any that hold
+    something of which `of` is true."""
+
+    def is_variable(x: Any) -> bool:
+        below = children(x)
+        return len(below) == 1 and below[0][0] == _VALUE and of(below[0][1])
+
+    return jax.tree.map(
+        lambda x: children(x)[0][1] if is_variable(x) else x,
+        tree,
+        is_leaf=lambda x: is_leaf(x) or is_variable(x),
+    )
+
+
+def wrapped_as(like: Any, tree: Any) -> Any:
+    """`tree` with variables where `like` has them, if the two differ in nothing else; else `tree`
+    itself."""
+    plain, wanted = (jax.tree.structure(unwrapped(x), is_leaf=is_leaf) for x in (tree, like))
+    if plain != wanted:
+        return tree
+    treedef = jax.tree.structure(like, is_leaf=is_leaf)
+    return treedef.unflatten(jax.tree.leaves(tree, is_leaf=is_leaf))
 
 
 def align(tree: Any, *others: Any, names: Sequence[str]) -> tuple[list[tuple[Any, ...]], Any]:

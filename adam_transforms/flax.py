@@ -120,7 +120,8 @@ def grad(
     """As `flax.nnx.grad`, but the gradient of a table is a `SparseRows`: see `value_and_grad`.
 
     Returns:
-      A function from `f`'s arguments to its gradient, or to (gradient, aux) with `has_aux`.
+      A function from `f`'s arguments to its gradient, or to (gradient, aux) with `has_aux`. What
+      `nnx.eval_shape` says of the gradient is what `accumulate` takes for `like`.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx

@@ -33,7 +33,7 @@ def main(rank: int, port: int, result: str) -> None:
                 sharding = NamedSharding(mesh, spec)
                 return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-            with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh):
+            with jax.set_mesh(mesh):
                 read = P(axes, spec[1]) if kind == AxisType.Explicit else None
                 params = {"table": place(test.start()["table"], spec)}
                 params["w"] = place(test.start()["w"], P(spec[1]))

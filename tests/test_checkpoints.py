@@ -61,6 +61,11 @@ def chain_with_everything() -> Any:
     return at.dynamic_loss_scale(at.accumulate(inner, 2, like=like()), growth_interval=2)
 
 
+def rates_by_path() -> Any:
+    rates = at.scale_by_path_learning_rate([("table", optax.linear_schedule(0.1, 0.0, 9))], 0.1)
+    return optax.chain(at.scale_by_adam(), rates)
+
+
 # Each with how its gradients come: dense, by row, or by row from what the state knows.
 STATES: dict[str, tuple[Callable[[], Any], str]] = {
     "adam": (lambda: at.adam(0.1), "dense"),
@@ -68,6 +73,7 @@ STATES: dict[str, tuple[Callable[[], Any], str]] = {
     "average": (lambda: at.adam(0.1, ema=0.9), "dense"),
     "accumulated": (lambda: at.accumulate(at.adam(0.1), 2), "dense"),
     "loss scale": (lambda: at.adam(0.1, loss_scale="dynamic"), "dense"),
+    "rates by path": (rates_by_path, "dense"),
     "skipping": (lambda: at.skip_nonfinite(at.adam(0.1)), "dense"),
     "lazy": (lambda: at.lazy_adam(0.1), "rows"),
     "lazy, accumulated": (lambda: at.accumulate(at.lazy_adam(0.1), 2, like=like()), "rows"),

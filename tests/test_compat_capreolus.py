@@ -68,6 +68,16 @@ def test_the_first_group_that_matches_gives_the_rate() -> None:
     }
 
 
+def test_metrics_tell_the_rate_of_each_group() -> None:
+    schedule = keras.schedules.ExponentialDecay(0.5, 1, 0.5)
+    opt = capreolus.AdamMultilr(0.125, pattern_lrs=[{"patterns": ["bert"], "lr": schedule}])
+    state = opt.init(params())
+    for last in (0.5, 0.25):
+        _, state = opt.apply(params(), params(), state)
+        found = at.metrics({}, state)
+        assert (found["learning_rate/0"], found["learning_rate/1"]) == (last, 0.125)
+
+
 @pytest.mark.parametrize("pattern_lrs", [None, []])
 def test_without_groups_it_is_legacy_keras(pattern_lrs: Any) -> None:
     options: Any = {"beta_1": 0.8, "epsilon": 0.0, "amsgrad": True, "clipnorm": 0.5}

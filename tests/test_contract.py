@@ -1,6 +1,9 @@
 """What holds for every public transformation, each promise tried on each of them."""
 
+import contextlib
 import functools
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import chex
@@ -19,6 +22,7 @@ def decaying(start: float) -> optax.Schedule:
     return lambda count: start * 0.9 ** jnp.asarray(count, jnp.float32)
 
 
+ONE_DEVICE = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
 TRANSFORMATIONS = {
     "scale_by_adam": lambda: at.scale_by_adam(),
     "scale_by_adam nesterov": lambda: at.scale_by_adam(nesterov=True, eps_root=1e-6),
@@ -70,20 +74,39 @@ TRANSFORMATIONS = {
         max_idle=300,
     ),
     "lazy_adam": lambda: at.lazy_adam(0.1, amsgrad=True, accumulate_every=2, weight_decay=0.1),
+    "freeze_rows": lambda: at.freeze_rows(at.scale_by_adam(), {"kernel": 0}),
+    "master_weights": lambda: at.master_weights(at.scale_by_adam()),
+    "shard_slots": lambda: at.shard_slots(at.scale_by_adam(), ONE_DEVICE),
 }
 # These chain Optax's scale_by_learning_rate, schedules or decay, which promote implicitly.
 OPTAX_INSIDE = ("adam", "adamw", "lazy_adam")
 # These run a gradient through no arithmetic of their own.
 KEEPS_GRADIENT_DTYPE = ("clip", "scale_by_path", "params_ema", "wrapped")
+# What it adds to a parameter below float32 that one does not hold.
+UPDATES_IN_FLOAT32 = ("master_weights",)
+# Whose parameters are to be on it.
+HAS_A_MESH = ("shard_slots",)
 
 every_transformation = pytest.mark.parametrize("name", TRANSFORMATIONS)
 
 
 @pytest.fixture
-def tx(name: str, request: pytest.FixtureRequest) -> optax.GradientTransformationExtraArgs:
+def tx(name: str, request: pytest.FixtureRequest) -> Iterator[Any]:
     if name.startswith(OPTAX_INSIDE):
         request.getfixturevalue("relaxed_promotion")
-    return TRANSFORMATIONS[name]()
+    with jax.set_mesh(ONE_DEVICE) if name in HAS_A_MESH else contextlib.nullcontext():
+        yield TRANSFORMATIONS[name]()
+
+
+def test_every_public_transformation_is_tried() -> None:
+    functions = {name: getattr(at, name) for name in at.__all__}
+    factories = {
+        name
+        for name, function in functions.items()
+        if inspect.isfunction(function)
+        and inspect.signature(function).return_annotation is optax.GradientTransformationExtraArgs
+    }
+    assert factories == {name.split()[0] for name in TRANSFORMATIONS} - {"wrapped"}
 
 
 def random_tree(seed: int, dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -164,12 +187,13 @@ def test_state_is_a_scan_carry_for_every_mix_of_dtypes(
             params, state = carry
             updates, new_state = tx.update(g, state, params)
             assert types(new_state) == types(state)
-            wanted = gradient_dtype
-            if not name.startswith(KEEPS_GRADIENT_DTYPE):
-                with jax.numpy_dtype_promotion("standard"):
-                    wanted = jnp.promote_types(param_dtype, gradient_dtype)
+            met = [gradient_dtype]
+            met += [] if name.startswith(KEEPS_GRADIENT_DTYPE) else [param_dtype]
+            met += ["float32"] if name.startswith(UPDATES_IN_FLOAT32) else []
+            with jax.numpy_dtype_promotion("standard"):
+                wanted = jnp.result_type(*map(jnp.dtype, met))
             if not name.startswith(("by_path", "wrapped")):  # a mixture of both kinds
-                assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(wanted)}
+                assert {u.dtype for u in jax.tree.leaves(updates)} == {wanted}
             return (at.apply_updates(params, updates), new_state), None
 
         scan = functools.partial(jax.lax.scan, step)
@@ -194,8 +218,9 @@ def test_init_works_on_abstract_parameters(tx: Any) -> None:
     assert types(tx.init(abstract)) == types(tx.init(params))
 
 
+# The slots of shard_slots are sharded as its own mesh says.
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
-@every_transformation
+@pytest.mark.parametrize("name", [name for name in TRANSFORMATIONS if name not in HAS_A_MESH])
 def test_state_is_sharded_like_the_parameters_and_stays_so(tx: Any, axis_type: Any) -> None:
     mesh = jax.make_mesh((4,), ("x",), axis_types=(axis_type,))
     specs = {
@@ -267,6 +292,10 @@ def test_unknown_extra_arguments_are_ignored(tx: Any) -> None:
         at.dynamic_loss_scale,
         at.skip_nonfinite,
         lambda inner: at.by_path([("kernel", inner)], inner),
+        at.lazy,
+        lambda inner: at.freeze_rows(inner, {"kernel": 0}),
+        at.master_weights,
+        lambda inner: at.shard_slots(inner, ONE_DEVICE),
     ],
 )
 def test_extra_arguments_reach_the_inner_transformation(wrap: Any) -> None:

@@ -233,11 +233,8 @@ def test_deferred_tables_of_a_module_are_looked_after_by_path() -> None:
 def test_module_and_optimizer_stop_and_resume(kind: str, tmp_path: Path) -> None:
     """Through Orbax, as Flax's guide has it."""
     ocp = pytest.importorskip("orbax.checkpoint")
-    ids = batch_of(0)
-    like = nnx.to_pure_dict(
-        nnx.eval_shape(lambda: at_flax.grad(nnx_loss)(RestlessTower(nnx.Rngs(0)), ids))
-    )
-    accumulated = at.accumulate(at.lazy_adam(0.1), 2, like=nnx.State(like))
+    like = nnx.eval_shape(at_flax.grad(nnx_loss), RestlessTower(nnx.Rngs(0)), batch_of(0))
+    accumulated = at.accumulate(at.lazy_adam(0.1), 2, like=like)
     tx = deferred() if kind == "deferred" else at.dynamic_loss_scale(accumulated)
     model, optimizer, step, _ = nnx_run(kind, tx, RestlessTower, steps=3)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -252,6 +249,33 @@ def test_module_and_optimizer_stop_and_resume(kind: str, tmp_path: Path) -> None
         step(resumed, resumed_optimizer, batch_of(number))
     expected = leaves_of(nnx.state((model, optimizer)))
     helpers.assert_bits_equal(leaves_of(nnx.state(both)), expected)
+
+
+@pytest.mark.parametrize("shapes", ["as they are", "pure"])
+def test_accumulated_rows_of_a_module_are_those_of_plain_trees(shapes: str) -> None:
+    """By `nnx.Optimizer`, which takes the variables off, and by hand, where they stay."""
+    model = Tower(nnx.Rngs(0))
+    like = nnx.eval_shape(at_flax.grad(nnx_loss), model, batch_of(0))
+    like = nnx.State(nnx.to_pure_dict(like)) if shapes == "pure" else like
+    tx = at.accumulate(at.lazy_adam(0.1), 2, like=like)
+    graphdef, params = nnx.split(model)
+
+    def loss(params: Any, batch: Any) -> Any:
+        return nnx_loss(nnx.merge(graphdef, params), batch)
+
+    @jax.jit
+    def step(params: Any, state: Any, batch: Any) -> Any:
+        updates, state = tx.update(at.grad(loss)(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    first = helpers.types(state)
+    trained, *_ = nnx_run("lazy", tx, steps=5)
+    for number in range(5):
+        params, state = step(params, state, batch_of(number))
+        assert helpers.types(state) == first
+    assert_same_arrays(nnx.state(trained), params, rtol=1e-6, atol=1e-7)
+    assert state.acc["embed"]["embedding"].values.shape == (2 * N, D)
 
 
 def test_module_s_tables_are_updated_in_place() -> None:

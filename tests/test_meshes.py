@@ -86,10 +86,6 @@ def make_mesh(kind: Any) -> Any:
     return jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
 
 
-def in_mesh(mesh: Any) -> Any:
-    return jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh)
-
-
 both_kinds = pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 every_layout = pytest.mark.parametrize(
     ("table_spec", "ids_spec"),
@@ -121,7 +117,7 @@ def test_row_gradients_of_a_sharded_table(kind: Any, table_spec: Any, ids_spec: 
         return jnp.sum(read * low) + jnp.sum(same**2)
 
     expected = jax.device_get(jax.jit(jax.grad(loss))(table, ids))
-    with in_mesh(mesh):
+    with jax.set_mesh(mesh):
         sharded = jax.device_put(table, NamedSharding(mesh, table_spec))
         sharded_ids = jax.device_put(ids, NamedSharding(mesh, P(*ids_spec, None)))
         explicit = kind == AxisType.Explicit
@@ -149,7 +145,7 @@ def test_steps_keep_every_sharding(name: str, kind: Any, table_spec: Any, ids_sp
             assert jax.typeof(grads["t"].values).sharding.spec == P(None, table_spec[1])
         return step(tx, params, state, grads)
 
-    with in_mesh(mesh):
+    with jax.set_mesh(mesh):
         params = make_params(table_spec, mesh)
         state = (jax.jit(tx.init) if explicit else tx.init)(params)
         shardings = None
@@ -188,7 +184,7 @@ def test_what_is_owed_is_made_up_for_where_it_is(kind: Any, table_spec: Any) -> 
     expected = jax.device_get(calls(*on_one_device("deferred")))
     assert int(expected[0]["t"].rows) > 0
     assert int(expected[1]["t"].rows) == 0
-    with in_mesh(mesh):
+    with jax.set_mesh(mesh):
         params = make_params(table_spec, mesh)
         like = (jax.jit(tx.init) if kind == AxisType.Explicit else tx.init)(params)
         params, state = jax.tree.map(
@@ -220,7 +216,7 @@ def test_rows_meet_a_table_on_an_explicit_mesh(
     arrays = table, indices, values.reshape(8, D)
     expected = jax.device_get(jax.jit(sums_of_rows)(*arrays))
     specs = (table_spec, ids_spec, P(*ids_spec, None))
-    with in_mesh(mesh) if context else contextlib.nullcontext():
+    with jax.set_mesh(mesh) if context else contextlib.nullcontext():
         actual = jax.jit(sums_of_rows)(
             *(jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(arrays, specs, strict=True))
         )
@@ -232,7 +228,7 @@ def test_rows_meet_a_table_on_an_explicit_mesh(
 def test_on_an_explicit_mesh_it_needs_no_jit() -> None:
     mesh = make_mesh(AxisType.Explicit)
     spec = P("x", None)
-    with in_mesh(mesh):
+    with jax.set_mesh(mesh):
         params = make_params(spec, mesh)
         grads = at.grad(loss)(params, IDS[0], TARGETS[0], P(None, None))
         actual, state = step(at.lazy_adam(0.1), params, at.lazy_adam(0.1).init(params), grads)
@@ -254,7 +250,7 @@ def compiled_step(name: str, kind: Any, table_spec: Any, rows: int) -> Any:
     def place(x: Any, spec: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    with in_mesh(mesh):
+    with jax.set_mesh(mesh):
         params = {"t": jnp.zeros((rows, D)), "w": jnp.zeros(D)}
         args = jax.tree.map(
             lambda x: place(x, P(*table_spec[: x.ndim]) if x.shape[:1] == (rows,) else P()),
@@ -412,7 +408,7 @@ def test_a_map_over_some_axes_of_a_mesh(kind: Any, table_spec: Any) -> None:
 
     table = {"t": make_params()["t"]}
     expected = jax.device_get(whole(table))
-    with in_mesh(mesh):
+    with jax.set_mesh(mesh):
         run = jax.shard_map(
             share, mesh=mesh, in_specs=(P(), P("x")), out_specs=P(), axis_names={"x"}
         )

@@ -193,6 +193,36 @@ def test_learning_rate_of_each_group_has_its_label(relaxed_promotion: None) -> N
     assert "learning_rate" not in found
 
 
+def test_learning_rate_of_each_rule_has_its_number(relaxed_promotion: None) -> None:
+    schedule = optax.linear_schedule(1.0, 0.0, 10)
+    rates = at.scale_by_path_learning_rate([("table", schedule), ("w", 0.5)], default=schedule)
+    tx = at.accumulate(optax.chain(at.scale_by_adam(), rates), 2)
+    params = make_params()
+    state = tx.init(params)
+    for last in (0, 0, 0, 1, 1):  # the step that the latest rates are of; a cycle takes one
+        updates, state = step(tx, params, state, params)
+        found = as_floats(metrics(updates, state))
+        assert found["learning_rate/0"] == pytest.approx(float(schedule(last)))
+        assert found["learning_rate/1"] == 0.5
+        assert found["learning_rate/2"] == found["learning_rate/0"]
+    assert "learning_rate" not in found
+
+
+def test_learning_rates_of_rules_inside_groups_and_beside_others_are_told_apart() -> None:
+    params = make_params()
+    rates = at.scale_by_path_learning_rate([], 0.5)
+    grouped = at.by_path([("w", rates)], rates)
+    names = metrics(params, grouped.init(params)).keys()
+    assert names == {"updates_norm", "learning_rate/0/0", "learning_rate/1/0"}
+    chained = optax.chain(rates, at.skip_nonfinite(rates))
+    assert metrics(params, chained.init(params)).keys() == {
+        "updates_norm",
+        "skipped_steps",
+        "learning_rate/0/rates/0",
+        "learning_rate/1/inner_state/rates/0",
+    }
+
+
 def test_several_states_of_a_kind_have_their_paths_in_the_names() -> None:
     params = make_params()
     tx = optax.chain(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import x64
+from helpers import types, x64
 
 import adam_transforms as at
 
@@ -205,6 +205,35 @@ def test_learning_rates_can_be_arrays_and_tracers():
         updates = step(jnp.asarray(rate))
         assert (updates["a"].tolist(), updates["b"].tolist()) == ([-rate], [-0.25])
         assert updates["b"].dtype == jnp.bfloat16
+
+
+def test_the_state_keeps_the_learning_rates_of_the_last_step():
+    tx = at.scale_by_path_learning_rate(
+        [("a", lambda count: 1.0 + count.astype(jnp.float16)), ("b", lambda count: 2 * count)],
+        default=jnp.bfloat16(0.5),
+    )
+    params = {"a": jnp.ones(1), "b": jnp.ones(1)}
+    state = tx.init(params)
+    first = types(state)
+    assert [float(rate) for rate in state.rates] == [1.0, 0.0, 0.5]
+    for taken in (0, 1, 2):
+        _, state = jax.jit(tx.update)(params, state)
+        assert [float(rate) for rate in state.rates] == [1.0 + taken, 2.0 * taken, 0.5]
+        assert types(state) == first
+    assert {rate.dtype for rate in state.rates} == {jnp.dtype("float32")}
+    with x64():
+        assert {rate.dtype for rate in tx.init(params).rates} == {jnp.dtype("float64")}
+
+
+def test_a_donated_state_takes_no_learning_rate_of_the_callers_along():
+    rate = jnp.float32(0.5)
+    tx = at.scale_by_path_learning_rate([("a", rate)], default=rate)
+    params = {"a": jnp.ones(1), "b": jnp.ones(1)}
+    state = tx.init(params)
+    _, state = tx.update(params, state)
+    updates, _ = jax.jit(tx.update, donate_argnums=1)(params, state)
+    assert float(rate) == 0.5
+    assert updates["a"].tolist() == updates["b"].tolist() == [-0.5]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64"])

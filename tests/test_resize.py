@@ -210,10 +210,11 @@ def test_as_many_rows_as_there_are_change_nothing() -> None:
 
 def test_a_bare_table_is_called_by_the_empty_path() -> None:
     table = jnp.asarray(normal(0, 5, 2))
-    tx = optax.chain(at.clip_by_norm(1.0), at.scale_by_adam(), at.params_ema(0.9))
-    _, state = tx.update(table, tx.init(table), table)
-    larger, state = resize(table, state, {"": 7})
-    assert types(state) == types(tx.init(larger))
+    dense = optax.chain(at.clip_by_norm(1.0), at.scale_by_adam(), at.params_ema(0.9))
+    for tx in (dense, freeze_rows(dense, {"": 0}), at.deferred_adam(0.1, tables="", max_idle=300)):
+        _, state = jax.jit(tx.update)(table, tx.init(table), table)
+        larger, state = resize(table, state, {"": 7})
+        assert types(state) == types(tx.init(larger))
 
 
 def test_longest_path_tells_tables_of_like_names_apart() -> None:
@@ -222,6 +223,14 @@ def test_longest_path_tells_tables_of_like_names_apart() -> None:
     new_params, state = resize(params, tx.init(params), {"table": 6})
     assert types(state) == types(tx.init(new_params))
     assert state.mu["net"]["table"].shape == (4, 1)
+
+
+def test_parameters_called_like_slots_have_slots_of_their_own() -> None:
+    names = ("mu", "nu", "acc")
+    params = {name: {"table": jnp.ones((3, 1))} for name in names} | {"table": jnp.ones((4, 1))}
+    tx = at.accumulate(at.scale_by_adam(), 2)
+    larger, state = resize(params, tx.init(params), {"table": 6, "mu/table": 5})
+    assert types(state) == types(tx.init(larger))
 
 
 def test_debiased_average_of_a_new_row_is_the_row(relaxed_promotion: None) -> None:

@@ -58,10 +58,6 @@ def replicated(mesh: Any, params: Any) -> Any:
     )
 
 
-def in_mesh(mesh: Any) -> Any:
-    return jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh)
-
-
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_the_steps_are_the_same_and_slots_stay_in_parts(name: str, kind: Any) -> None:
@@ -72,7 +68,7 @@ def test_the_steps_are_the_same_and_slots_stay_in_parts(name: str, kind: Any) ->
     for x in BATCHES:
         expected, expected_state = run(expected, expected_state, x)
 
-    with in_mesh(mesh):
+    with jax.set_mesh(mesh):
         tx = at.shard_slots(plain, mesh)
         params = replicated(mesh, start())
         state = tx.init(params)
@@ -96,7 +92,7 @@ def test_a_device_keeps_its_part_and_moves_no_more(kind: Any) -> None:
     """Of 4 MB of parameters: 12 in and out without sharding, 4 + 8 / 8 with it."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     memory = {}
-    with in_mesh(mesh):
+    with jax.set_mesh(mesh):
         params = replicated(mesh, {"w": jnp.zeros((1024, 1024))})
         for sharded in (False, True):
             tx = at.adam(1e-3)

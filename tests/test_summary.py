@@ -165,6 +165,16 @@ def test_groups_and_parameters_left_out_are_told(relaxed_promotion: None) -> Non
     assert facts["inner_states/0/inner_state/hyperparams/b1"] == "0.9"
 
 
+def test_learning_rate_of_each_rule_is_told_once() -> None:
+    params = make_params()
+    tx = at.scale_by_path_learning_rate([("table", 0.5), ("bias", lambda count: 0.25)], 0.125)
+    text = summary(params, tx.init(params))
+    facts = facts_of(text)
+    rates = [facts[f"learning_rate/{rule}"] for rule in range(3)]
+    assert rates == ["0.5", "0.25", "0.125"]
+    assert not any("rates" in name for name in facts)
+
+
 def test_subtree_masked_as_a_whole_is_masked() -> None:
     params = make_params()
     tx = optax.masked(at.scale_by_adam(), {"table": True, "dense": False})
@@ -216,14 +226,18 @@ def test_lone_table_has_its_slots_and_rows() -> None:
 def test_parameters_called_like_the_state_get_their_own_slots(
     params: Any, relaxed_promotion: None
 ) -> None:
-    tx = optax.chain(optax.inject_hyperparams(at.adam)(0.1), optax.scale_by_schedule(lambda c: 1.0))
+    tx = optax.chain(
+        optax.inject_hyperparams(at.adam)(0.1),
+        optax.scale_by_schedule(lambda c: 1.0),
+        at.scale_by_path_learning_rate([("", 0.1)], 0.2),
+    )
     text = summary(params, tx.init(params))
     lines = lines_of(text)
     assert len(lines) == len(jax.tree.leaves(params))
     for cells in lines.values():
         assert cells["slots"] == "mu, nu: float32"
     sizes = sum(x.nbytes for x in jax.tree.leaves(params))
-    assert facts_of(text)["state"].startswith(f"{2 * sizes + 28} B: mu {sizes} B, nu {sizes} B, ")
+    assert facts_of(text)["state"].startswith(f"{2 * sizes + 40} B: mu {sizes} B, nu {sizes} B, ")
 
 
 def test_factored_slots_are_told_with_their_shapes() -> None:

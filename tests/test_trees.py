@@ -81,6 +81,30 @@ def test_only_a_trailing_value_attribute_is_dropped():
     assert at.path_str(()) == ""
 
 
+# Variables
+
+
+class Variable(NamedTuple):
+    value: Any
+
+
+def test_variables_come_off_and_go_on_where_another_tree_has_them():
+    rows = at.SparseRows(jnp.array([0]), jnp.ones((1, 2)), 3)
+    plain = {"a": rows, "b": [1.0, None]}
+    wrapped = {"a": Variable(rows), "b": [Variable(1.0), None]}
+    assert _trees.unwrapped(wrapped) == plain
+    assert _trees.unwrapped(wrapped, lambda x: x is rows) == wrapped | {"a": rows}
+    for like in (plain, wrapped):
+        for tree in (plain, wrapped):
+            assert _trees.wrapped_as(like, tree) == like
+
+
+def test_variables_are_no_help_where_more_differs():
+    tree = {"a": 1.0}
+    for like in ({"b": Variable(1.0)}, {"a": Variable(1.0), "b": 1.0}, Variable(1.0)):
+        assert _trees.wrapped_as(like, tree) is tree
+
+
 # Alignment
 
 

@@ -13,6 +13,7 @@ from adam_transforms import _trees
 from adam_transforms._accumulation import AccumulateState
 from adam_transforms._averaging import ParamsEmaState
 from adam_transforms._loss_scale import DynamicLossScaleState
+from adam_transforms._paths import ScaleByPathLearningRateState
 from adam_transforms.interop._slots import ACCUMULATIONS, ADAM, Contents, by_rows, has
 from adam_transforms.sparse._deferred import DeferredAdamState
 from adam_transforms.sparse._rows import SparseRows
@@ -79,7 +80,7 @@ def _known(count: int | None) -> int:
 
 def _goes_on(x: Any) -> bool:
     """Whether a count belongs to no slots, which start afresh: a schedule's, or a wrapper's."""
-    if "inner_state" in x._fields:
+    if isinstance(x, ScaleByPathLearningRateState) or "inner_state" in x._fields:
         return True
     rest = jax.tree.leaves(x._replace(count=None))
     return not any(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in rest)

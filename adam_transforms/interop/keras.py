@@ -14,7 +14,8 @@ from adam_transforms._averaging import ParamsEmaState
 from adam_transforms._loss_scale import DynamicLossScaleState
 from adam_transforms.interop import _filling, _matching, _slots, _stores
 
-_LABELS = {
+# From our names for slots to Keras's.
+SLOT_NAMES = {
     "ema": "average",
     "acc": "gradient_accumulator",
     "mu": "momentum",
@@ -240,7 +241,7 @@ def _in_words(layout: Layout) -> str:
 
 
 def _label(name: str, slot: str) -> str:
-    return f"{_LABELS[slot]} of {name!r}"
+    return f"{SLOT_NAMES[slot]} of {name!r}"
 
 
 def _parts(

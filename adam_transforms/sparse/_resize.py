@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
-from adam_transforms import _numerics, _trees
+from adam_transforms import _numerics, _states, _trees
 from adam_transforms._averaging import ParamsEmaState
 from adam_transforms._master_weights import MasterWeightsState
 from adam_transforms.sparse._deferred import DeferredAdamState, IdleRows, catch_up, turns_of
@@ -75,7 +75,8 @@ def resize(params: Any, state: Any, rows: Mapping[str, Any]) -> tuple[Any, Any]:
     params, state = _overdue_caught_up(params, state, new_rows)
     leaves, _ = _trees.flatten_with_paths(params)
     larger = [_append(path, p, new_rows[path]) if path in new_rows else p for path, p in leaves]
-    return treedef.unflatten(larger), _grown(_Growth(shapes, new_rows), "", state)
+    growth = _Growth(shapes, new_rows, _states.owners(params, state))
+    return treedef.unflatten(larger), _grown(growth, "", state)
 
 
 def _rows_to_append(path: str, table: Any, more: Any) -> jax.Array:
@@ -111,11 +112,7 @@ class _Growth(NamedTuple):
 
     shapes: dict[str, tuple[int, ...]]  # that each parameter had
     new_rows: dict[str, jax.Array]  # to append to each table that grows
-
-    def owner(self, path: str) -> str | None:
-        """The parameter that a leaf of the state at `path` belongs to, if its path says so."""
-        owners = [p for p in self.shapes if not p or path == p or path.endswith(f"/{p}")]
-        return max(owners, key=len, default=None)
+    owners: dict[str, str]  # the parameter that the slot at a path in the state belongs to
 
 
 # From the rows appended to a table, and a leaf that mirrors it, to the rows to append to that.
@@ -130,7 +127,7 @@ def _grown(growth: _Growth, path: str, state: Any, fill: _Fill = _zeros) -> Any:
     """A state, or a part or a leaf of one, which lies at `path`, with more rows."""
 
     def below(name: str, tree: Any, fill: _Fill = fill) -> Any:
-        return _grown(growth, f"{path}/{name}", tree, fill)
+        return _grown(growth, _trees.joined(path, name), tree, fill)
 
     def is_apart(x: Any) -> bool:
         return x is not state and isinstance(x, (*_KNOWN, SparseRows))
@@ -175,7 +172,7 @@ def _grown_deferred(state: DeferredAdamState, below: Callable[..., Any]) -> Defe
 
 
 def _grown_leaf(growth: _Growth, path: str, x: Any, fill: _Fill) -> Any:
-    shape, owner = jnp.shape(x), growth.owner(path)
+    shape, owner = jnp.shape(x), growth.owners.get(path)
     if owner is None:
         for table in growth.new_rows:
             if growth.shapes[table][0] in shape:
@@ -198,7 +195,7 @@ def _grown_leaf(growth: _Growth, path: str, x: Any, fill: _Fill) -> Any:
 
 def _unrecognised(path: str, shape: tuple[int, ...], table: str) -> ValueError:
     return ValueError(
-        f"{path[1:]!r} in the state, of shape {list(shape)}, has the length of {table!r}, but is "
+        f"{path!r} in the state, of shape {list(shape)}, has the length of {table!r}, but is "
         "not recognisably kept by its rows"
     )
 

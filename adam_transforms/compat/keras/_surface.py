@@ -168,11 +168,7 @@ class KerasOptimizer(_optimizer.Optimizer):
           var: a (path, value) pair, or a path.
           name: one of `get_slot_names`.
         """
-        path = _optimizer.path_of(var)
-        for group in _variables.slot_groups(self.adam, state):
-            if name in group:
-                return group[name].get(path)
-        return None
+        return _variables.slots(self.adam, state).get(_optimizer.path_of(var), {}).get(name)
 
     def get_slot_names(self) -> list[str]:
         """What `get_slot` can be asked for: Keras's names for the slots, in its order."""

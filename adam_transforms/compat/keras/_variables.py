@@ -10,9 +10,10 @@ import optax
 
 from adam_transforms import _trees
 from adam_transforms._accumulation import AccumulateState
-from adam_transforms._averaging import ParamsEmaState
 from adam_transforms.compat._optimizer import Variable
-from adam_transforms.interop import keras as interop
+from adam_transforms.interop import _slots, keras as interop
+
+_LEGACY_NAMES = {"mu": "m", "nu": "v", "nu_max": "vhat"}
 
 
 def adam_state(state: Any) -> Any:
@@ -45,65 +46,60 @@ def scalars(adam: Any, state: Any) -> list[Variable]:
 
 def slot_names(adam: Any) -> list[str]:
     """Keras's names for the slots, in its order."""
-    if adam.legacy:
-        return ["m", "v", "vhat"] if adam.amsgrad else ["m", "v"]
-    conditions = {
-        "average": adam.use_ema,
-        "gradient_accumulator": adam.gradient_accumulation_steps is not None,
-        "momentum": True,
-        "velocity": True,
-        "velocity_hat": adam.amsgrad,
+    return [name for name, _ in _order(adam, 1)]
+
+
+def slots(adam: Any, state: Any) -> dict[str, dict[str, Any]]:
+    """{path: {slot: array}}, the slots by Keras's names."""
+    adam_state(state)
+    found = _slots.slots_of(state, ema=True, acc=True)
+    for accumulation in _trees.find_states(state, AccumulateState):
+        # Once a cycle has ended, what is left there means nothing.
+        over = accumulation.mini_step == 0
+        for of_path in found.values():
+            of_path["acc"] = jnp.where(over, jnp.zeros_like(of_path["acc"]), of_path["acc"])
+    names = _names(adam)
+    return {
+        path: {names[slot]: array for slot, array in of_path.items()}
+        for path, of_path in found.items()
     }
-    return [name for name, there in conditions.items() if there]
-
-
-def slot_groups(adam: Any, state: Any) -> list[dict[str, dict[str, Any]]]:
-    """[{slot: {path: array}}, ...]: a group goes variable by variable, with all its slots."""
-    slots = adam_state(state)
-    trees = {"momentum": slots.mu, "velocity": slots.nu}
-    trees |= {"velocity_hat": getattr(slots, "nu_max", None)}
-    trees |= dict(zip(("m", "v", "vhat"), list(trees.values()), strict=True))
-    for found in _trees.find_states(state, ParamsEmaState):
-        trees["average"] = found.ema
-    for found in _trees.find_states(state, AccumulateState):
-        trees["gradient_accumulator"] = _accumulated(found)
-    leaves = {name: dict(_trees.flatten_with_paths(trees[name])[0]) for name in slot_names(adam)}
-    groups = [{name: leaves[name]} for name in leaves]
-    if not adam.legacy:
-        pair = {name: leaves[name] for name in ("momentum", "velocity")}
-        at = list(leaves).index("momentum")
-        groups[at : at + 2] = [pair]
-    return groups
 
 
 def slot_variables(adam: Any, state: Any, names: Sequence[str] | None) -> list[Variable]:
     """The slots of all parameters, which come in the order of `names`."""
-    groups = slot_groups(adam, state)
-    leaves = next(iter(groups[0].values()))
-    paths = [path for path, leaf in leaves.items() if leaf is not None]
+    arrays = slots(adam, state)
+    paths = list(arrays)
     if names is not None:
         if isinstance(names, str) or sorted(names) != sorted(paths):
             raise ValueError(f"names must be {paths} in some order, got {names!r}")
         paths = list(names)
     return [
-        Variable(_slot_path(adam, path, slot), group[slot][path])
-        for group in groups
-        for path in paths
-        for slot in group
+        Variable(_slot_path(adam, paths[i], slot), arrays[paths[i]][slot])
+        for slot, i in _order(adam, len(paths))
     ]
+
+
+def _names(adam: Any) -> dict[str, str]:
+    """From our names for slots to Keras's."""
+    return _LEGACY_NAMES if adam.legacy else interop.SLOT_NAMES
+
+
+def _order(adam: Any, variables: int) -> list[tuple[str, int]]:
+    """[(slot, position of its variable), ...] as Keras has them."""
+    layout = interop.Layout(
+        ema=adam.use_ema,
+        acc=adam.gradient_accumulation_steps is not None,
+        amsgrad=adam.amsgrad,
+        legacy=adam.legacy,
+    )
+    names, entries = _names(adam), interop.entries(layout, variables)
+    return [(names[what], i) for what, i in entries if i is not None]
 
 
 def _slot_path(adam: Any, path: str, slot: str) -> str:
     if adam.legacy:
         return f"{adam.name}/{path}/{slot}:0"
     return f"{adam.name}/{path.replace('/', '_')}_{slot}"
-
-
-def _accumulated(state: AccumulateState) -> Any:
-    """The sums of this cycle so far."""
-    # Once a cycle has ended, what is left there means nothing.
-    over = state.mini_step == 0
-    return jax.tree.map(lambda acc: jnp.where(over, jnp.zeros_like(acc), acc), state.acc)
 
 
 def loaded(
