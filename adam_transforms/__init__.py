@@ -33,17 +33,11 @@ from adam_transforms._summary import summary
 from adam_transforms._trees import path_str
 from adam_transforms._updates import apply_updates
 from adam_transforms.sparse._autodiff import grad, value_and_grad
+from adam_transforms.sparse._catching_up import Owed, catch_up, dense_equivalent, flush, owed
 from adam_transforms.sparse._collectives import all_reduce_rows
-from adam_transforms.sparse._deferred import (
-    DeferredAdamState,
-    Owed,
-    catch_up,
-    deferred_adam,
-    dense_equivalent,
-    flush,
-    owed,
-)
+from adam_transforms.sparse._deferred import deferred_adam
 from adam_transforms.sparse._frozen import FreezeRowsState, freeze_rows
+from adam_transforms.sparse._idle import DeferredAdamState
 from adam_transforms.sparse._lazy import LazyState, lazy
 from adam_transforms.sparse._resize import resize
 from adam_transforms.sparse._rows import SparseRows, to_dense

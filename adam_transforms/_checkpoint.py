@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from adam_transforms import _trees
-from adam_transforms.sparse._deferred import IdleRows
+from adam_transforms.sparse._idle import IdleRows
 from adam_transforms.sparse._quadrature import Scalars
 
 _MOST_LINES = 30

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_transforms import _arguments, _numerics, _trees, _updates
-from adam_transforms.sparse._deferred import DeferredAdamState
+from adam_transforms.sparse._idle import DeferredAdamState
 from adam_transforms.sparse._rows import SparseRows, on_values
 
 

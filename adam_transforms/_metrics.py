@@ -16,7 +16,7 @@ from adam_transforms._loss_scale import (
     StaticLossScaleState,
 )
 from adam_transforms._paths import ScaleByPathLearningRateState
-from adam_transforms.sparse._deferred import DeferredAdamState
+from adam_transforms.sparse._idle import DeferredAdamState
 from adam_transforms.sparse._rows import SparseRows
 
 # (metric, field, the states that have it)

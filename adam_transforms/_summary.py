@@ -11,7 +11,8 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from adam_transforms import _arguments, _metrics, _states, _trees
-from adam_transforms.sparse import _deferred
+from adam_transforms.sparse import _catching_up
+from adam_transforms.sparse._idle import DeferredAdamState
 from adam_transforms.sparse._lazy import LazyState
 from adam_transforms.sparse._quadrature import Ring
 from adam_transforms.sparse._rows import SparseRows
@@ -98,7 +99,7 @@ def _kind(parameter: _states.Parameter) -> str:
 def _told_of_rows(parameters: Sequence[_states.Parameter], state: Any) -> dict[str, str]:
     """{path: what is to tell of its rows}, of parameters that have values."""
     told = {}
-    states = _trees.find_states(state, _deferred.DeferredAdamState)
+    states = _trees.find_states(state, DeferredAdamState)
     tables = {p.path: p.leaf for p in parameters if _kind(p) == "deferred"}
     if tables and _has_values((tables, states)):
         for path, owed in jax.device_get(_owed(tables, states)).items():
@@ -116,7 +117,7 @@ def _told_of_rows(parameters: Sequence[_states.Parameter], state: Any) -> dict[s
     return told
 
 
-_owed = jax.jit(_deferred.owed)  # fused, for fewer temporaries of the size of a table
+_owed = jax.jit(_catching_up.owed)  # fused, for fewer temporaries of the size of a table
 
 
 @jax.jit

@@ -221,7 +221,7 @@ def test_window_and_nodes(
         ({"b1": 0.9, "b2": 0.85}, "b2 is too small for this b1, got b1=0.9, b2=0.85: 80 nodes"),
         ({"b1": 1.0}, "b1 must be .*got 1"),
         ({"b2": -0.1}, "b2 must be .*got -0.1"),
-        ({"eps": 0.0}, "eps must be >= 1e-30, got 0"),
+        ({"eps": 0.0}, r"eps must be >= 1\.26\d*e-17, got 0"),
         ({"eps": -1e-8}, "eps must be"),
         ({"max_idle": 0}, "max_idle must be at least 1, got 0"),
         ({"max_idle": 197}, "max_idle must be at least 198 for b1=0.9, b2=0.999.*got 197"),

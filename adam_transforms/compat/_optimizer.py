@@ -13,7 +13,7 @@ import optax
 from adam_transforms import _trees, _updates
 from adam_transforms.compat._dependence import depends_on
 from adam_transforms.sparse._autodiff import grad
-from adam_transforms.sparse._deferred import DeferredAdamState
+from adam_transforms.sparse._idle import DeferredAdamState
 from adam_transforms.sparse._rows import SparseRows, to_dense
 
 ADAM_STATES = (optax.ScaleByAdamState, optax.ScaleByAmsgradState, DeferredAdamState)

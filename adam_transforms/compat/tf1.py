@@ -32,7 +32,7 @@ import optax
 from adam_transforms import _adam, _numerics, _presets, _trees
 from adam_transforms.compat import _optimizer
 from adam_transforms.compat._optimizer import Variable, present
-from adam_transforms.sparse import _deferred
+from adam_transforms.sparse import _catching_up, _deferred
 from adam_transforms.sparse._lazy import lazy
 
 
@@ -302,7 +302,7 @@ class AdamOptimizer(_Adam):
     def flush(self, params: Any, state: Any) -> tuple[Any, Any]:
         """Every row as TensorFlow has it: needed before anything but a step reads tables that are
         deferred; without `deferred` nothing is owed, and nothing changes."""
-        return (params, state) if self.deferred is False else _deferred.flush(params, state)
+        return (params, state) if self.deferred is False else _catching_up.flush(params, state)
 
     def _rows_from(self, state: Any) -> Any:
         if self.deferred is False:

@@ -15,7 +15,7 @@ from adam_transforms._averaging import ParamsEmaState
 from adam_transforms._loss_scale import DynamicLossScaleState
 from adam_transforms._paths import ScaleByPathLearningRateState
 from adam_transforms.interop._slots import ACCUMULATIONS, ADAM, Contents, by_rows, has
-from adam_transforms.sparse._deferred import DeferredAdamState
+from adam_transforms.sparse._idle import DeferredAdamState
 from adam_transforms.sparse._rows import SparseRows
 
 

@@ -13,7 +13,7 @@ from adam_transforms._accumulation import AccumulateState
 from adam_transforms._adam import ScheduledDecayState
 from adam_transforms._averaging import ParamsEmaState
 from adam_transforms._loss_scale import DynamicLossScaleState
-from adam_transforms.sparse._deferred import DeferredAdamState
+from adam_transforms.sparse._idle import DeferredAdamState
 from adam_transforms.sparse._rows import SparseRows
 
 ADAM: Any = (optax.ScaleByAdamState, optax.ScaleByAmsgradState, DeferredAdamState)

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from adam_transforms import _numerics, _paths, _trees
+from adam_transforms.sparse._catching_up import current_rows
 from adam_transforms.sparse._collectives import as_varying, varying_axes
-from adam_transforms.sparse._deferred import current_rows
 from adam_transforms.sparse._jaxprs import CHECKPOINTS, evaluate, open_jaxpr
 from adam_transforms.sparse._reads import CAST, KEPT, Read, all_reads, follow, replicated
 from adam_transforms.sparse._rows import SparseRows

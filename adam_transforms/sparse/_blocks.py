@@ -5,7 +5,7 @@ anew, page by page, at each call. That can take most of a step's time.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,10 +13,11 @@ import jax.numpy as jnp
 
 from adam_transforms.sparse._rows import SparseRows
 
-# Bytes of one (n, D) array: from how many on blocks pay, and how many a block has. Measured with
-# lazy Adam on two cores: below, whole arrays are as fast; blocks of 0.5 to 2 MiB take the same time.
+# Bytes of one (n, D) array: from how many on blocks pay, and how many a block has. As measured with
+# lazy Adam on two cores: below, whole arrays are as fast, and blocks of 0.5 to 2 MiB are all alike.
 _LEAST_BYTES = 8 * 2**20
 _BLOCK_BYTES = 2**20
+_LEAST_LENGTH = 8  # of a block, however wide its rows
 
 
 def block_length(rows: SparseRows) -> int | None:
@@ -33,21 +34,22 @@ def block_length(rows: SparseRows) -> int | None:
         or rows.values.shape[0] * bytes_a_row < _LEAST_BYTES
     ):
         return None
-    return max(1, _BLOCK_BYTES // bytes_a_row)
+    return max(_LEAST_LENGTH, _BLOCK_BYTES // bytes_a_row)
 
 
 def over_blocks(
-    fn: Callable[[SparseRows, Sequence[Any]], tuple[jax.Array, Sequence[Any]]],
+    fn: Callable[[SparseRows, Any], tuple[jax.Array, Any]],
     rows: SparseRows,
-    arrays: Sequence[Any],
+    arrays: Any,
     length: int,
-) -> tuple[SparseRows, list[Any]]:
+) -> tuple[SparseRows, Any]:
     """An update of `length` rows at a time, in place where the arrays may be overwritten.
 
     Args:
-      fn: from some of the rows and the arrays (V, ...) as they are so far to what these rows'
-        values become, (length, D...), and the arrays with these rows replaced.
+      fn: from some of the rows and the arrays as they are so far to what these rows' values become,
+        (length, D...), and the arrays with these rows replaced.
       rows: unique.
+      arrays: a tree of (V, ...).
 
     Returns:
       (the rows with their new values, the new arrays).
@@ -60,15 +62,15 @@ def over_blocks(
         some_values = values.at[positions].get(mode="clip")
         return SparseRows(some_indices, some_values, rows.num_rows, unique=True), positions
 
-    def body(i: jax.Array, carry: tuple[jax.Array, list[Any]]) -> tuple[jax.Array, list[Any]]:
+    def body(i: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         values, arrays = carry
         block, positions = some(i, values if in_place else rows.values)
         new, arrays = fn(block, arrays)
-        return values.at[positions].set(new, mode="drop", unique_indices=True), list(arrays)
+        return values.at[positions].set(new, mode="drop", unique_indices=True), arrays
 
     first, _ = some(jnp.zeros((), jnp.int32), rows.values)
-    new, _ = jax.eval_shape(fn, first, list(arrays))
-    in_place = new.dtype == rows.dtype
+    new, _ = jax.eval_shape(fn, first, arrays)
+    in_place = new.dtype == rows.dtype  # the new values take the place of the old ones
     values = rows.values if in_place else jnp.zeros(rows.values.shape, new.dtype)
-    values, arrays = jax.lax.fori_loop(0, -(-n // length), body, (values, list(arrays)))
+    values, arrays = jax.lax.fori_loop(0, -(-n // length), body, (values, arrays))
     return rows.with_values(values), arrays

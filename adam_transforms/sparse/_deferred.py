@@ -7,8 +7,8 @@ steps.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,39 +16,18 @@ import optax
 
 from adam_transforms import _adam, _arguments, _numerics, _paths, _trees
 from adam_transforms.sparse import _quadrature
-from adam_transforms.sparse._rows import SparseRows, put_rows, take_rows
-
-
-class IdleRows(NamedTuple):
-    """What is known of the idle rows of some tables.
-
-    Attributes:
-      last_step: for each of these tables, int32 (V,), the step that each row is up to date after;
-        optax.MaskedNode in place of every other parameter.
-      ring: what the steps since have done to a row that was idle.
-    """
-
-    last_step: Any
-    ring: _quadrature.Ring
-
-
-class DeferredAdamState(NamedTuple):
-    """State of `deferred_adam`.
-
-    Attributes:
-      count: int32, shape (), the steps made.
-      mu, nu: Adam's moments, like the parameters; each row of a table as of its last step.
-      nu_max: AMSGrad's maximum of nu, likewise; None without AMSGrad.
-      idle: of the tables without weight decay; None if there are none.
-      idle_decayed: of the tables with weight decay; None if there are none.
-    """
-
-    count: jax.Array
-    mu: Any
-    nu: Any
-    nu_max: Any
-    idle: IdleRows | None
-    idle_decayed: IdleRows | None
+from adam_transforms.sparse._blocks import block_length, over_blocks
+from adam_transforms.sparse._idle import (
+    DeferredAdamState,
+    IdleRows,
+    Table,
+    idle_by_path,
+    slot_trees_of,
+    turns_of,
+    with_leaves,
+    with_slots,
+)
+from adam_transforms.sparse._rows import SparseRows, is_rows
 
 
 def deferred_adam(
@@ -86,7 +65,7 @@ def deferred_adam(
     Args:
       learning_rate: a number, a scalar array or a schedule ``count -> value``.
       b1, b2: decay rates, Python numbers, 0 <= b1 < sqrt(b2) < 1 (with `amsgrad` any below 1).
-      eps: Python number > 0.
+      eps: Python number > 0, and not below some 1e-17.
       tables: which parameters, all (V, D...), are tables: one regular expression or several,
         searched for in the path, or a predicate ``(path, leaf) -> bool``. All other parameters get
         Adam as it is.
@@ -161,14 +140,16 @@ def deferred_adam(
         for i in chosen:
             _check_table(*leaves[i])
 
-        def idle_rows(members: set[int]) -> IdleRows | None:
+        def idle_rows(members: set[int], *, decays: bool) -> IdleRows | None:
             if not members:
                 return None
             last_step = [
                 _trees.zeros_per_row(leaf, jnp.int32) if i in members else optax.MaskedNode()
                 for i, (_, leaf) in enumerate(leaves)
             ]
-            return IdleRows(treedef.unflatten(last_step), _quadrature.empty_ring(rule))
+            return IdleRows(
+                treedef.unflatten(last_step), _quadrature.empty_ring(rule, decays=decays)
+            )
 
         def nu() -> Any:
             return _trees.zeros_like(params, lambda p: hp.nu_dtype or _adam.least_nu_dtype(p))
@@ -179,8 +160,8 @@ def deferred_adam(
             mu=_trees.zeros_like(params, lambda p: hp.mu_dtype or p),
             nu=nu(),
             nu_max=nu() if amsgrad else None,
-            idle=idle_rows(chosen - decayed),
-            idle_decayed=idle_rows(chosen & decayed),
+            idle=idle_rows(chosen - decayed, decays=False),
+            idle_decayed=idle_rows(chosen & decayed, decays=True),
         )
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
@@ -199,17 +180,19 @@ def deferred_adam(
                 u = u + p.astype(u.dtype) * _numerics.as_scalar(weight_decay, u.dtype)
             return -_numerics.as_scalar(rate, u.dtype) * u, slots
 
-        slot_trees = _slot_trees(state)
+        slot_trees = slot_trees_of(state)
         names = ("the updates", "the parameters", *("the state's moments" for _ in slot_trees))
         aligned, treedef = _trees.align(updates, params, *slot_trees, names=names)
-        idle, last_steps, witnesses = _idle_by_path(state), {}, []
+        idle, last_steps, witnesses = idle_by_path(state), {}, []
         results = []
         for (path, g, p, *slots), decays in zip(aligned, is_decayed(params), strict=True):
             if path in idle:
                 last, ring = idle[path]
-                table = _Table(jnp.asarray(p), tuple(slots), last)
+                table = Table(jnp.asarray(p), tuple(slots), last)
+                if not (g is None or is_rows(g)):
+                    g = _trees.as_gradient(path, g)
                 rule_of_table = functools.partial(step, path, decays=decays)
-                u, table, witness = _step_table(path, g, table, ring, state.count, rule_of_table)
+                u, table, witness = _step_table(g, table, ring, state.count, rule_of_table)
                 results.append((u, *table.slots))
                 last_steps[path] = table.last
                 witnesses += witness
@@ -225,9 +208,9 @@ def deferred_adam(
             if group is None:
                 return None
             ring = _quadrature.advance(rule, group.ring, count, rate, decay, witnesses)
-            return IdleRows(_with_leaves(group.last_step, last_steps), ring)
+            return IdleRows(with_leaves(group.last_step, last_steps), ring)
 
-        state = _with_slots(state, slot_trees)._replace(
+        state = with_slots(state, slot_trees)._replace(
             count=count,
             idle=advance(state.idle, 0.0),
             idle_decayed=advance(state.idle_decayed, weight_decay),
@@ -238,13 +221,12 @@ def deferred_adam(
 
 
 def _step_table(
-    path: str,
     g: Any,
-    table: "_Table",
+    table: Table,
     ring: _quadrature.Ring,
     count: jax.Array,
     step: Callable[..., tuple[jax.Array, Sequence[jax.Array]]],
-) -> tuple[Any, "_Table", tuple[jax.Array, ...]]:
+) -> tuple[Any, Table, tuple[jax.Array, ...]]:
     """The step after `count` others for one table.
 
     Args:
@@ -254,218 +236,56 @@ def _step_table(
       (update, the table with its new slots and last steps but the values as they are, witnesses
       that the ring was read).
     """
-    rows = None
-    if isinstance(g, SparseRows):
-        rows = _with_those_in_turn(g, count, ring.weights.shape[0])
-        g = rows.masked_values()
-    before = table.take(rows).computed_once()
-    now, witness = before.witnessed_up_to_date(ring, count)
+    if not isinstance(g, SparseRows):
+        u, now, witness = _step_rows(g, table, ring, count, step)
+        return u, table.put(None, now), witness
+    rows = _with_those_in_turn(g, count, ring.weights.shape[0])
+
+    def step_some(some: SparseRows, table: Table) -> tuple[jax.Array, Table, Any]:
+        before = table.take(some).computed_once()
+        u, now, witness = _step_rows(some.masked_values(), before, ring, count, step)
+        # What was read for the gradient, with `rows_from`, was read before; so was `before`.
+        last = _numerics.after((*witness, _numerics.witness(some.values[:1])), now.last)
+        return u, table.put(some, now._replace(last=last)), witness
+
+    length = block_length(rows)
+    if length is None:
+        u, table, witness = step_some(rows, table)
+        return rows.with_values(u), table, witness
+
+    def step_block(some: SparseRows, so_far: tuple[Any, Any]) -> tuple[jax.Array, tuple[Any, Any]]:
+        u, table_now, _ = step_some(some, Table(table.values, *so_far))
+        return u, (table_now.slots, table_now.last)
+
+    rows, (slots, last) = over_blocks(step_block, rows, (table.slots, table.last), length)
+    return rows, Table(table.values, slots, last), (_numerics.witness(rows.values[:1]),)
+
+
+def _step_rows(
+    g: jax.Array | None,
+    before: Table,
+    ring: _quadrature.Ring,
+    count: jax.Array,
+    step: Callable[..., tuple[jax.Array, Sequence[jax.Array]]],
+) -> tuple[jax.Array, Table, tuple[jax.Array, ...]]:
+    """The step of some rows, or a whole table, from a dense gradient or None.
+
+    Returns:
+      (update, what becomes of `before` with the values as they are, witnesses that the ring was
+      read).
+    """
+    missed = before.missed(ring, count)
+    values, slots = missed.p_now(before.values), before.slots_now(missed)
+    made_up_for = missed.p_change(before.values)
     if g is None:  # this step does not move the table, so no row owes it
-        move, slots = jnp.zeros_like(now.values), now.slots
+        u = made_up_for.astype(before.values.dtype)
     else:
-        g = _trees.as_gradient(path, g)
-        move, slots = step(g, now.values, now.slots)
-    wide = _numerics.promote(now.values.dtype, move.dtype)
-    made_up_for = now.values.astype(wide) - before.values.astype(wide)
-    u = (made_up_for + move.astype(wide)).astype(
-        _numerics.promote(*(x.dtype for x in (g, table.values) if x is not None))
-    )
-    # What was read for the gradient, with `rows_from`, was read before; so was `before`.
-    if rows is not None:
-        witness = (*witness, _numerics.witness(rows.values))
-    last = _numerics.after(witness, jnp.maximum(before.last, _numerics.increment(count)))
-    after = table.put(rows, _Table(table.values, tuple(slots), last))
-    return (u if rows is None else rows.with_values(u)), after, witness
-
-
-def catch_up(params: Any, state: Any, ids: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Brings some rows of tables up to date, for code that reads them from `params` itself.
-
-    Args:
-      params: the parameters that `state` belongs to.
-      state: an optimizer state with a `DeferredAdamState` anywhere in it.
-      ids: for the path of each table to be read, integers of any shape: its rows, repetitions
-        allowed. What lies outside [0, V) means nothing.
-
-    Returns:
-      (params, state), both with these rows as dense Adam has them. Done twice, the second time
-      changes no bit.
-
-    Raises:
-      ValueError: a path is of no deferred table.
-    """
-    known = {path for found in _deferred_states(state) for path in _idle_by_path(found)}
-    for path in ids:
-        if path not in known:
-            raise ValueError(f"{path!r} is no table of deferred_adam; these are: {sorted(known)}")
-    return _bring_up_to_date(params, state, ids)
-
-
-def flush(params: Any, state: Any) -> tuple[Any, Any]:
-    """Brings all rows of all deferred tables up to date, as dense Adam has them.
-
-    For whatever reads whole tables: evaluation, export, another optimizer. O(V) time and memory.
-    Done twice, the second time changes no bit; and training can go on from the result.
-
-    Args:
-      params: the parameters that `state` belongs to.
-      state: an optimizer state with a `DeferredAdamState` anywhere in it.
-
-    Returns:
-      (params, state).
-    """
-    return _bring_up_to_date(params, state, None)
-
-
-class Owed(NamedTuple):
-    """What a table owes.
-
-    Attributes:
-      rows: int32 (), how many rows have missed steps that move them.
-      longest_gap: int32 (), the most steps that a row has been idle.
-    """
-
-    rows: jax.Array
-    longest_gap: jax.Array
-
-
-def owed(params: Any, state: Any) -> dict[str, Owed]:
-    """For the path of each deferred table, how far it lags behind dense Adam's.
-
-    Reads whole tables, so now and then is often enough.
-    """
-    result = {}
-    for found in _deferred_states(state):
-        for path, (table, ring) in _tables(params, found).items():
-            now = table.up_to_date(ring, found.count).values
-            moves = jnp.reshape(now != table.values.astype(now.dtype), (now.shape[0], -1))
-            rows = jnp.sum(jnp.any(moves, axis=1), dtype=jnp.int32)
-            result[path] = Owed(rows, jnp.max(found.count - table.last, initial=0))
-    return result
-
-
-def dense_equivalent(params: Any, state: Any) -> tuple[Any, Any]:
-    """Dense Adam's parameters and state at this point, to go on with it or to export.
-
-    Args:
-      params: the parameters that `state` belongs to.
-      state: an optimizer state with one `DeferredAdamState` in it.
-
-    Returns:
-      (params, optax.ScaleByAdamState or optax.ScaleByAmsgradState), that of `scale_by_adam` or
-      `scale_by_amsgrad` after the same gradients.
-
-    Raises:
-      ValueError: there is not exactly one `DeferredAdamState`.
-    """
-    params, state = flush(params, state)
-    found = _deferred_states(state)
-    if len(found) != 1:
-        raise ValueError(f"expected one DeferredAdamState in the state, found {len(found)}")
-    count, *slots = found[0].count, *_slot_trees(found[0])
-    if len(slots) == 3:
-        return params, optax.ScaleByAmsgradState(count, *slots)
-    return params, optax.ScaleByAdamState(count, *slots)
-
-
-def current_rows(state: Any) -> dict[str, Callable[[jax.Array, SparseRows | None], jax.Array]]:
-    """For the path of each deferred table, a function that reads it as dense Adam has it now: from
-    the table and the rows to read to (n, D...), or for None to all of it."""
-    readers = {}
-    for found in _deferred_states(state):
-        slots = _slots_by_path(found)
-        for path, (last, ring) in _idle_by_path(found).items():
-            if path in readers:
-                raise ValueError(f"two deferred states in rows_from have a table at {path!r}")
-            readers[path] = jax.tree_util.Partial(_read, slots[path], last, ring, found.count)
-    return readers
-
-
-def _read(slots: Any, last: Any, ring: Any, count: Any, table: Any, rows: Any) -> jax.Array:
-    now = _Table(table, slots, last).take(rows).up_to_date(ring, count)
-    return now.values.astype(table.dtype)
-
-
-def _bring_up_to_date(params: Any, state: Any, ids: Mapping[str, Any] | None) -> tuple[Any, Any]:
-    """`catch_up`, or for None `flush`."""
-    _deferred_states(state)  # there is one
-    new_params = {}
-
-    def renew(found: Any) -> Any:
-        if not isinstance(found, DeferredAdamState):
-            return found
-        new = {}
-        for path, (table, ring) in _tables(params, found).items():
-            if ids is None:
-                rows = None
-            elif path in ids:
-                indices = jnp.ravel(jnp.asarray(ids[path]))
-                num_rows = table.values.shape[0]
-                rows = SparseRows(indices, jnp.zeros((indices.size, 0)), num_rows).sum_duplicates()
-            else:
-                continue
-            now = table.take(rows).up_to_date(ring, found.count)
-            new[path] = table.put(rows, now)
-            now_values = now.values.astype(table.values.dtype)
-            new_params[path] = put_rows(table.values, rows, now_values)
-
-        def with_last_steps(group: IdleRows | None) -> IdleRows | None:
-            if group is None:
-                return None
-            lasts = {path: table.last for path, table in new.items()}
-            return group._replace(last_step=_with_leaves(group.last_step, lasts))
-
-        trees = [
-            _with_leaves(tree, {path: table.slots[i] for path, table in new.items()})
-            for i, tree in enumerate(_slot_trees(found))
-        ]
-        return _with_slots(found, trees)._replace(
-            idle=with_last_steps(found.idle), idle_decayed=with_last_steps(found.idle_decayed)
-        )
-
-    state = jax.tree.map(renew, state, is_leaf=lambda x: isinstance(x, DeferredAdamState))
-    return _with_leaves(params, new_params), state
-
-
-# ---- tables and their slots ---------------------------------------------------------------------
-
-
-class _Table(NamedTuple):
-    """A table, or some rows of one, with what belongs to it."""
-
-    values: jax.Array  # (n, D...)
-    slots: tuple[jax.Array, ...]  # mu, nu and perhaps nu_max, each (n, D...)
-    last: jax.Array  # int32 (n,)
-
-    def take(self, rows: SparseRows | None) -> "_Table":
-        """These rows; all of them for None."""
-        return jax.tree.map(lambda x: take_rows(x, rows), self)
-
-    def computed_once(self) -> "_Table":
-        """The same, for several uses (see `_numerics.computed_once`)."""
-        values, *slots = (_numerics.computed_once(x) for x in (self.values, *self.slots))
-        return self._replace(values=values, slots=tuple(slots))
-
-    def put(self, rows: SparseRows | None, new: "_Table") -> "_Table":
-        """With the slots of these rows replaced."""
-        slots = tuple(
-            put_rows(x, rows, y.astype(x.dtype)) for x, y in zip(self.slots, new.slots, strict=True)
-        )
-        return self._replace(slots=slots, last=put_rows(self.last, rows, new.last))
-
-    def up_to_date(self, ring: _quadrature.Ring, count: jax.Array) -> "_Table":
-        """As of step `count`, computed in float32 at least."""
-        return self.witnessed_up_to_date(ring, count)[0]
-
-    def witnessed_up_to_date(
-        self, ring: _quadrature.Ring, count: jax.Array
-    ) -> tuple["_Table", tuple[jax.Array, ...]]:
-        """As of step `count`, and the witness that the ring was read."""
-        mu, nu, *nu_max = self.slots
-        missed = _quadrature.missed(ring, mu, nu_max[0] if nu_max else nu, self.last, count)
-        slots = (missed.mu_now(mu), missed.nu_now(nu), *nu_max)
-        now = _Table(missed.p_now(self.values), slots, jnp.maximum(self.last, count))
-        return now, missed.witness
+        move, slots = step(g, values, slots)
+        wide = _numerics.promote(made_up_for.dtype, move.dtype)
+        u = made_up_for.astype(wide) + move.astype(wide)
+        u = u.astype(_numerics.promote(g.dtype, before.values.dtype))
+    last = jnp.maximum(before.last, _numerics.increment(count))
+    return u, Table(before.values, tuple(slots), last), missed.witness
 
 
 def _check_table(path: str, leaf: Any) -> None:
@@ -481,56 +301,3 @@ def _with_those_in_turn(rows: SparseRows, count: jax.Array, max_idle: int) -> Sp
     turns, length = turns_of(rows.num_rows, max_idle)
     start = (count % turns) * length
     return rows.sum_duplicates(also=start + jnp.arange(length, dtype=jnp.int32))
-
-
-def turns_of(num_rows: int, max_idle: int) -> tuple[int, int]:
-    """After how many steps it is a row's turn again, and how many rows have theirs at a step."""
-    turns = min(max_idle, num_rows)
-    return turns, -(-num_rows // turns)
-
-
-def _slot_trees(state: DeferredAdamState) -> list[Any]:
-    return [state.mu, state.nu] + ([] if state.nu_max is None else [state.nu_max])
-
-
-def _with_slots(state: DeferredAdamState, trees: Sequence[Any]) -> DeferredAdamState:
-    return state._replace(**dict(zip(("mu", "nu", "nu_max"), trees, strict=False)))
-
-
-def _with_leaves(tree: Any, by_path: Mapping[str, Any]) -> Any:
-    """`tree` with new leaves at these paths."""
-    leaves, treedef = _trees.flatten_with_paths(tree)
-    return treedef.unflatten([by_path.get(path, leaf) for path, leaf in leaves])
-
-
-def _idle_by_path(state: DeferredAdamState) -> dict[str, tuple[jax.Array, _quadrature.Ring]]:
-    """Each table's last steps, and the ring that belongs to it."""
-    return {
-        path: (last, group.ring)
-        for group in (state.idle, state.idle_decayed)
-        if group is not None
-        for path, last in _trees.flatten_with_paths(group.last_step)[0]
-    }
-
-
-def _deferred_states(state: Any) -> list[DeferredAdamState]:
-    found = _trees.find_states(state, DeferredAdamState)
-    if not found:
-        raise ValueError("the optimizer state has no DeferredAdamState in it")
-    return found
-
-
-def _slots_by_path(state: DeferredAdamState) -> dict[str, tuple[jax.Array, ...]]:
-    columns = [_trees.flatten_with_paths(tree)[0] for tree in _slot_trees(state)]
-    return {row[0][0]: tuple(x for _, x in row) for row in zip(*columns, strict=True)}
-
-
-def _tables(params: Any, state: DeferredAdamState) -> dict[str, tuple[_Table, _quadrature.Ring]]:
-    """Each deferred table, and the ring that belongs to it."""
-    leaves, slots = dict(_trees.flatten_with_paths(params)[0]), _slots_by_path(state)
-    tables = {}
-    for path, (last, ring) in _idle_by_path(state).items():
-        if leaves.get(path) is None:
-            raise ValueError(f"params have no {path!r}, which is a table of the deferred state")
-        tables[path] = (_Table(jnp.asarray(leaves[path]), slots[path], last), ring)
-    return tables

@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from adam_transforms import _arguments, _paths, _trees
 from adam_transforms._accumulation import AccumulateState
-from adam_transforms.sparse._deferred import DeferredAdamState
+from adam_transforms.sparse._idle import DeferredAdamState
 from adam_transforms.sparse._rows import SparseRows
 
 

@@ -1,6 +1,6 @@
 """Any per-row chain of transformations, run on the touched rows alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ from adam_transforms import _arguments, _trees
 from adam_transforms._accumulation import AccumulateState
 from adam_transforms._averaging import ParamsEmaState
 from adam_transforms.sparse._blocks import block_length, over_blocks
-from adam_transforms.sparse._deferred import DeferredAdamState
+from adam_transforms.sparse._idle import DeferredAdamState
 from adam_transforms.sparse._rows import SparseRows, is_rows, put_rows, take_rows
 from adam_transforms.sparse._rowwise import as_row_function
 
@@ -116,13 +116,10 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
 
         gradients = [tables.get(i, g) for i, (_, g) in enumerate(leaves)]
         owners = [*range(k), *(slot.table for slot in slots)]
-        of_table = [i if i in tables else None for i in owners]
-        length = min(filter(None, map(block_length, tables.values())), default=None)
-        outputs = length and _in_blocks(
-            update_leaves, gradients, param_leaves, state_leaves, of_table, length
-        )
+        table_of = [i if i in tables else None for i in owners]
+        outputs = _in_blocks(update_leaves, gradients, param_leaves, state_leaves, table_of)
         if outputs is None:
-            outputs = _at_once(update_leaves, gradients, param_leaves, state_leaves, of_table)
+            outputs = _at_once(update_leaves, gradients, param_leaves, state_leaves, table_of)
         new_updates, new_state = outputs[:k], outputs[k:]
         _check_state(new_state, slots)
         return treedef.unflatten(new_updates), LazyState(state_def.unflatten(new_state))
@@ -135,25 +132,25 @@ def _at_once(
     gradients: list[Any],
     params: list[Any],
     state: list[Any],
-    of_table: list[int | None],
+    table_of: list[int | None],
 ) -> list[Any]:
-    """`update`, with all touched rows of each table as if they were the table.
+    """`update`, with the touched rows of each table as if they were the whole table.
 
     Args:
       update: from all leaves of gradients, parameters and state to those of updates and state.
-      of_table: for each gradient and each leaf of the state the table it belongs to, or None.
+      table_of: for each gradient and each leaf of the state the table it belongs to, or None.
     """
-    rows = [None if table is None else gradients[table] for table in of_table]
-    of_params, of_state = rows[: len(params)], rows[len(params) :]
+    k = len(params)
+    rows = [None if table is None else gradients[table] for table in table_of]
     outputs = update(
         *(g.masked_values() if is_rows(g) else g for g in gradients),
-        *map(take_rows, params, of_params),
-        *map(take_rows, state, of_state),
+        *map(take_rows, params, rows[:k]),
+        *map(take_rows, state, rows[k:]),
     )
-    return [
-        *(r.with_values(u) if r else u for u, r in zip(outputs, of_params, strict=False)),
-        *map(put_rows, state, of_state, outputs[len(params) :]),
+    updates = [
+        u if r is None else r.with_values(u) for u, r in zip(outputs, rows[:k], strict=False)
     ]
+    return [*updates, *map(put_rows, state, rows[k:], outputs[k:])]
 
 
 def _in_blocks(
@@ -161,38 +158,38 @@ def _in_blocks(
     gradients: list[Any],
     params: list[Any],
     state: list[Any],
-    of_table: list[int | None],
-    length: int,
+    table_of: list[int | None],
 ) -> list[Any] | None:
-    """As `_at_once`, for so many rows of a table at a time; None where `update` lets rows meet."""
+    """As `_at_once`, some rows of a table at a time; None where that does not pay, and where
+    `update` lets rows meet."""
+    k = len(params)
+    tables = {table: gradients[table] for table in table_of if table is not None}
+    lengths = [length for rows in tables.values() if (length := block_length(rows)) is not None]
+    if not lengths:
+        return None
+    length = min(lengths)
 
     def some_rows(x: Any, table: int | None) -> Any:
-        if table is None or x is None:
+        if table is None:
             return x
         return jax.ShapeDtypeStruct((length, *jnp.shape(x)[1:]), jnp.result_type(x))
 
-    by_row = as_row_function(
-        update,
-        list(map(some_rows, [*gradients, *params, *state], [*of_table[: len(params)], *of_table])),
-        [*of_table[: len(params)], *of_table],
-        of_table,
-        length,
-    )
+    inputs, owners = [*gradients, *params, *state], [*table_of[:k], *table_of]
+    shapes = list(map(some_rows, inputs, owners))
+    by_row = as_row_function(update, shapes, owners, table_of, length)
     if by_row is None:
         return None
-    outputs = by_row.shared
-    for table in {*of_table} - {None}:
-        places = [i for i, owner in enumerate(of_table) if owner == table]
+    outputs = [*by_row.shared]
+    for table, rows in tables.items():
+        places = [i for i, owner in enumerate(table_of) if owner == table]  # the update, the slots
 
-        def update_block(
-            block: SparseRows, slots: Sequence[Any], table: int = table
-        ) -> tuple[jax.Array, list[Any]]:
-            rows = [take_rows(x, block) for x in (params[table], *slots)]
-            values, *new = by_row.of_rows(table, [block.masked_values(), *rows])
-            return values, [put_rows(x, block, y) for x, y in zip(slots, new, strict=True)]
+        def update_some(some: SparseRows, slots: Any, table: int = table) -> Any:
+            inputs = [some.masked_values(), *(take_rows(x, some) for x in (params[table], *slots))]
+            values, *new = by_row.of_rows(table, inputs)
+            return values, [put_rows(x, some, y) for x, y in zip(slots, new, strict=True)]
 
-        slots = [state[i - len(params)] for i in places[1:]]
-        rows, slots = over_blocks(update_block, gradients[table], slots, length)
+        slots = [state[i - k] for i in places[1:]]
+        rows, slots = over_blocks(update_some, rows, slots, length)
         for i, x in zip(places, [rows, *slots], strict=True):
             outputs[i] = x
     return outputs

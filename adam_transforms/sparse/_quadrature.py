@@ -80,15 +80,15 @@ class Ring(NamedTuple):
 
     Attributes:
       weights: W(s), (max_idle + 1, Q).
-      log_decay: log D(0,s) as an unevaluated sum of two floats, (max_idle + 1, 2). One float32
-        would round away the decay of a step.
+      log_decay: log D(0,s) as an unevaluated sum of two floats, (max_idle + 1, 2): one float32
+        would round away the decay of a step. None for tables that do not decay.
       scalars: the numbers of the rule that `missed` needs.
 
     All in float32 (float64 in x64 mode).
     """
 
     weights: jax.Array
-    log_decay: jax.Array
+    log_decay: jax.Array | None
     scalars: "Scalars"
 
 
@@ -117,20 +117,32 @@ class Missed(NamedTuple):
     Attributes:
       idle: whether any step was missed, bool (n,).
       decay, mu, nu: D(s,t), b1^(t-s) and b2^(t-s), each an unevaluated sum of two floats, (n, 2):
-        0.999 rounded to float32, applied step by step, would bias nu by 1.3e-5.
+        0.999 rounded to float32, applied step by step, would bias nu by 1.3e-5. `decay` is None
+        where there is none.
       move: what the momentum takes from the parameters, (n, D...).
       witness: what depends on all that was read from the ring (`_numerics.after`).
     """
 
     idle: jax.Array
-    decay: jax.Array
+    decay: jax.Array | None
     mu: jax.Array
     nu: jax.Array
     move: jax.Array
     witness: tuple[jax.Array, ...]
 
     def p_now(self, p: jax.Array) -> jax.Array:
-        return self._now(p, self.decay, self.move)
+        if self.decay is not None:
+            return self._now(p, self.decay, self.move)
+        p = p.astype(_numerics.promote(p.dtype, self.move.dtype))
+        return jnp.where(_column(self.idle, p.ndim), p - self.move.astype(p.dtype), p)
+
+    def p_change(self, p: jax.Array) -> jax.Array:
+        """``p_now(p) - p``, without `p` where there is no decay: XLA then does not read it."""
+        if self.decay is not None:
+            now = self.p_now(p)
+            return now - p.astype(now.dtype)
+        zero = jnp.zeros((), self.move.dtype)
+        return jnp.where(_column(self.idle, self.move.ndim), -self.move, zero)
 
     def mu_now(self, mu: jax.Array) -> jax.Array:
         return self._now(mu, self.mu, jnp.zeros((), self.move.dtype))
@@ -164,7 +176,8 @@ def make_rule(
 
     Args:
       b1, b2: decay rates in [0, 1).
-      eps: at least 1e-30, for what is divided by must be a normal float32.
+      eps: large enough for the square of any x_j(s) to be a normal float32: at least 1.3e-17 at the
+        default rates, 4e-19 with `eps_hat`.
       eps_hat: epsilon as in the formula just before Section 2.1 of the paper.
       max_of: None for Adam, "raw" or "corrected" for AMSGrad.
       max_idle: the most steps that a row may idle.
@@ -176,7 +189,7 @@ def make_rule(
     """
     b1 = _arguments.scalar("b1", b1, at_least=0.0, below=1.0)
     b2 = _arguments.scalar("b2", b2, at_least=0.0, below=1.0)
-    eps = _arguments.scalar("eps", eps, at_least=1e-30)
+    eps = _arguments.scalar("eps", eps, at_least=0.0)
     max_idle = _arguments.positive_int("max_idle", max_idle)
     if max_of is None and b1 >= math.sqrt(b2):
         raise ValueError(
@@ -185,6 +198,9 @@ def make_rule(
         )
     double = np.dtype(dtype) == np.float64
     rule = Rule(b1, b2, eps, eps_hat, max_of, max_idle, window=1, nodes=1)
+    _arguments.scalar(
+        "eps", eps, at_least=4e-19 * math.exp(-min(_log_x(rule.scalars, 0.0, 1.0, np), 0.0))
+    )
     window = max(1, math.ceil(math.log(1e-10 if double else 1e-9) / rule.log_rho))
     if window > max_idle:
         raise ValueError(
@@ -203,11 +219,12 @@ def make_rule(
     return candidates[enough]
 
 
-def empty_ring(rule: Rule) -> Ring:
-    """The ring before the first step."""
+def empty_ring(rule: Rule, *, decays: bool = True) -> Ring:
+    """The ring before the first step, of tables that decay or of such that do not."""
     size, dtype = rule.max_idle + 1, _numerics.scalar_dtype()
     scalars = Scalars(*(jnp.asarray(x, dtype) for x in rule.scalars))
-    return Ring(jnp.zeros((size, rule.nodes), dtype), jnp.zeros((size, 2), dtype), scalars)
+    log_decay = jnp.zeros((size, 2), dtype) if decays else None
+    return Ring(jnp.zeros((size, rule.nodes), dtype), log_decay, scalars)
 
 
 def advance(
@@ -222,14 +239,14 @@ def advance(
 
     Args:
       count: int32 (), the number of the step: 1 for the first.
-      learning_rate, weight_decay: of this step. Their product is below 1: from 1 on, where dense
-        Adam would turn a parameter's sign, the row comes out as without its parameter.
+      learning_rate, weight_decay: of this step; `weight_decay` counts only for a ring of tables
+        that decay. Their product is below 1: from 1 on, where dense Adam would turn a parameter's
+        sign, the row comes out as without its parameter.
       witness: of what was read from the ring before this.
     """
     ring = _as_arrays(ring)
     dtype, size = ring.weights.dtype, rule.max_idle + 1
     learning_rate = jnp.asarray(learning_rate, dtype)
-    loss = jnp.minimum(learning_rate * jnp.asarray(weight_decay, dtype), 1.0)
 
     # Entry s = t - j gets the j-th term of its sum; for j = 0 it is opened.
     j = jnp.arange(rule.window + 1, dtype=jnp.int32)
@@ -239,17 +256,22 @@ def advance(
         factor = factor * jnp.sqrt(_numerics.bias_correction(rule.b2, count).astype(dtype))
     term = factor * jnp.exp(j.astype(dtype) * rule.log_rho)
     polynomials = _polynomials(rule, jnp.maximum(s, 0).astype(dtype), j.astype(dtype), jnp)
-    basis = jnp.matmul(polynomials, _to_lagrange(rule.nodes).astype(dtype), precision="highest")
+    # Not `matmul`, which for so small a product takes ten times as long to set up as to compute.
+    basis = jnp.sum(polynomials[:, :, None] * _to_lagrange(rule.nodes)[None].astype(dtype), axis=1)
     slots = jnp.mod(s, size)
     was = ring.weights.at[slots].get(mode="promise_in_bounds")
-    now = was + (term[:, None] * basis - loss * was)
+    change = term[:, None] * basis
+    log_decay = None
+    if ring.log_decay is not None:
+        loss = jnp.minimum(learning_rate * jnp.asarray(weight_decay, dtype), 1.0)
+        change = change - loss * was
+        before = ring.log_decay.at[jnp.mod(count - 1, size)].get(mode="promise_in_bounds")
+        after = _numerics.after(witness, _add(before, jnp.maximum(jnp.log1p(-loss), -100.0)))
+        at = ring.log_decay.at[jnp.mod(count, size)]
+        log_decay = at.set(after, mode="promise_in_bounds")
+    now = was + change
     now = _numerics.after(witness, jnp.where(((j > 0) & (s >= 0))[:, None], now, 0.0))
     weights = ring.weights.at[slots].set(now, mode="promise_in_bounds", unique_indices=True)
-
-    before = ring.log_decay.at[jnp.mod(count - 1, size)].get(mode="promise_in_bounds")
-    after = _add(before, jnp.maximum(jnp.log1p(-loss), -100.0))
-    at = jnp.mod(count, size)
-    log_decay = ring.log_decay.at[at].set(_numerics.after(witness, after), mode="promise_in_bounds")
     return Ring(weights, log_decay, ring.scalars)
 
 
@@ -276,33 +298,30 @@ def missed(ring: Ring, mu: jax.Array, nu: jax.Array, last: jax.Array, count: jax
         at = array.at[jnp.mod(step, size)]
         return at.get(mode="promise_in_bounds", out_sharding=sharding)
 
-    def log_decay(step: jax.Array) -> jax.Array:
-        return read(ring.log_decay, step)
+    weights = _numerics.computed_once(read(ring.weights, last))
+    decay, were_read = None, [weights]
+    if ring.log_decay is not None:
+        # The weights are those of the last step of the window.
+        end = jnp.minimum(last + scalars.window.astype(jnp.int32), count)
+        now, then, end = (
+            _numerics.computed_once(read(ring.log_decay, step)) for step in (count, last, end)
+        )
+        were_read += [now, then, end]
+        weights = weights * jnp.exp(_difference(now, end))[:, None]
+        decay = _exp(_difference(now, then))
 
-    now, then = log_decay(count), log_decay(last)
-    # The weights are those of the last step of the window.
-    end = log_decay(jnp.minimum(last + scalars.window.astype(jnp.int32), count))
-    weights = read(ring.weights, last)
-    now, then, end, weights = (_numerics.computed_once(x) for x in (now, then, end, weights))
-    witness = tuple(map(_numerics.witness, (now, then, end, weights)))
-    weights = (weights * jnp.exp(_difference(now, end))[:, None]).astype(real)
-
+    nodes = _nodes(scalars, weights.shape[1], last.astype(ring.weights.dtype), jnp).astype(real)
     root = jnp.sqrt(_numerics.real(nu).astype(real))
-    nodes = _nodes(scalars, weights.shape[1], last.astype(ring.weights.dtype), jnp)
-    # Unrolled, so that XLA makes it one loop over the elements without an array of (n, D, Q).
-    total = jnp.zeros((), real)
-    for i, x in enumerate(nodes):
-        x = _column(x.astype(real), mu.ndim)
-        total = total + _column(weights[:, i], mu.ndim) / (root + x)
+    total = _sum_of_fractions(weights.astype(real), nodes, root)
 
     gap = (count - last).astype(ring.weights.dtype)
     return Missed(
         idle=gap > 0,
-        decay=_exp(_difference(now, then)),
+        decay=decay,
         mu=_exp(gap * scalars.log_b1),
         nu=_exp(gap * scalars.log_b2),
         move=_numerics.scale(mu.astype(dtype), total),
-        witness=witness,
+        witness=tuple(map(_numerics.witness, were_read)),
     )
 
 
@@ -328,11 +347,11 @@ def _chebyshev_zeros(n: int) -> np.ndarray:
     return np.cos(np.pi * (np.arange(n) + 0.5) / n)
 
 
-def _nodes(scalars: Scalars, n: int, s: Any, xp: Any) -> list[Any]:
-    """X_1(s) to X_n(s), each in the shape of s."""
-    low, high = _log_x(scalars, s, 1.0, xp), _log_x(scalars, s, scalars.window, xp)
-    fractions = 0.5 + 0.5 * _chebyshev_zeros(n)
-    return [scalars.eps * xp.exp(low + float(f) * (high - low)) for f in fractions]
+def _nodes(scalars: Scalars, n: int, s: Any, xp: Any) -> Any:
+    """X_1(s) to X_n(s) of steps (m,); (m, n)."""
+    low, high = (_log_x(scalars, s, j, xp)[:, None] for j in (1.0, scalars.window))
+    fractions = xp.asarray(0.5 + 0.5 * _chebyshev_zeros(n)[None], dtype=low.dtype)
+    return scalars.eps * xp.exp(low + fractions * (high - low))
 
 
 def _polynomials(rule: Rule, s: Any, j: Any, xp: Any) -> Any:
@@ -374,8 +393,29 @@ def _error(rule: Rule) -> float:
     exact = np.cumsum(term[..., None] / (q + x[..., None]), axis=1)[:, gaps]
     basis = _polynomials(rule, s, j, np) @ _to_lagrange(rule.nodes)
     weights = np.cumsum(term[..., None] * basis, axis=1)[:, gaps]
-    nodes = np.stack(_nodes(rule.scalars, rule.nodes, s[:, 0], np), axis=-1)
+    nodes = _nodes(rule.scalars, rule.nodes, s[:, 0], np)
     return float(np.max(np.abs(weights @ (1.0 / (q + nodes[..., None])) / exact - 1.0)))
+
+
+def _sum_of_fractions(weights: jax.Array, nodes: jax.Array, root: jax.Array) -> jax.Array:
+    """sum_i W_i / (q + X_i), two fractions a division: divisions are most of what a row costs.
+
+    Args:
+      weights, nodes: W and X of each row, (n, Q).
+      root: q, (n, D...).
+    """
+    # Unrolled, so that XLA makes it one loop over the elements without an array of (n, D, Q).
+    fractions = [
+        (_column(weights[:, i], root.ndim), root + _column(nodes[:, i], root.ndim))
+        for i in range(nodes.shape[1])
+    ]
+    total = jnp.zeros((), root.dtype)
+    for (a, x), (b, y) in zip(fractions[::2], fractions[1::2], strict=False):
+        total = total + (a * y + b * x) / (x * y)
+    if len(fractions) % 2:
+        a, x = fractions[-1]
+        total = total + a / x
+    return total
 
 
 # ---- sums of two floats, (..., 2) ---------------------------------------------------------------

@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding
 from adam_transforms import _numerics, _states, _trees
 from adam_transforms._averaging import ParamsEmaState
 from adam_transforms._master_weights import MasterWeightsState
-from adam_transforms.sparse._deferred import DeferredAdamState, IdleRows, catch_up, turns_of
+from adam_transforms.sparse._catching_up import catch_up
+from adam_transforms.sparse._idle import DeferredAdamState, IdleRows, turns_of
 from adam_transforms.sparse._rows import SparseRows
 
 # States of which some leaves' new rows are not zeros.

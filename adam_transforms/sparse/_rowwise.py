@@ -13,7 +13,8 @@ import jax.extend.core as jex
 
 from adam_transforms.sparse._jaxprs import CALLS, evaluate, open_jaxpr
 
-# An element of the result depends on those in the same place of the operands, and on scalars.
+# An element of the result depends on those in the same place of the operands, which are repeated
+# along axes where they have but one.
 _ELEMENTWISE = {
     *("abs", "add", "and", "atan2", "cbrt", "ceil", "clamp", "complex", "conj", "copy", "copy_p"),
     *("convert_element_type", "cos", "cosh", "div", "eq", "erf", "exp", "exp2", "expm1", "floor"),
@@ -165,11 +166,10 @@ class _Program:
         of_rows = {kind for kind in kinds if kind != _SHARED}
         keeps_rows = all(x.aval.shape[:1] == (self.num_rows,) for x in eqn.outvars)
         if not of_rows:
-            repeats = name == "broadcast_in_dim" and 0 not in params["broadcast_dimensions"]
-            return _UNIFORM if repeats and keeps_rows else _SHARED
+            return _UNIFORM if keeps_rows and _repeats(eqn) else _SHARED
         if name in _ELEMENTWISE:
-            whole = [
-                kind == _SHARED and x.aval.shape != ()
+            whole = [  # neither a scalar nor one row for all
+                kind == _SHARED and x.aval.shape[:1] not in ((), (1,))
                 for x, kind in zip(eqn.invars, kinds, strict=True)
             ]
             if any(whole) and of_rows == {_UNIFORM}:
@@ -189,3 +189,11 @@ class _Program:
         if not keeps_rows or len(tables) > 1:
             raise _RowsMeet
         return tables.pop() if tables else _UNIFORM
+
+
+def _repeats(eqn: Any) -> bool:
+    """Whether along axis 0 it puts out the same again and again."""
+    if eqn.primitive.name != "broadcast_in_dim":
+        return False
+    axes = eqn.params["broadcast_dimensions"]
+    return 0 not in axes or eqn.invars[0].aval.shape[axes.index(0)] == 1

@@ -1,0 +1,169 @@
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_bits_equal
+
+import adam_transforms as at
+from adam_transforms.sparse import _blocks
+
+pytestmark = pytest.mark.usefixtures("relaxed_promotion")
+
+V, WIDTH, TOUCHED = 200, 8, 75
+SCHEDULE = optax.cosine_decay_schedule(0.1, 10)
+
+
+def random_rows(seed: int, num_rows: int, n: int) -> at.SparseRows:
+    """With duplicates and padding."""
+    generator = np.random.default_rng(seed)
+    ids = generator.integers(0, num_rows + 2, n, np.int32)
+    return at.SparseRows(ids, generator.standard_normal((n, WIDTH)).astype(np.float32), num_rows)
+
+
+def trained(tx: Any, dtype: Any = jnp.float32) -> tuple[Any, str]:
+    """Parameters and state after three steps with two tables and a dense leaf, and the program."""
+    params = {
+        "items": jax.random.normal(jax.random.key(0), (V, WIDTH), dtype),
+        "users": jax.random.normal(jax.random.key(1), (50, WIDTH), dtype),
+        "w": jnp.ones((WIDTH,), dtype),
+    }
+
+    @jax.jit
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return at.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    program = ""
+    for seed in range(3):
+        grads = {
+            "items": random_rows(seed, V, TOUCHED),
+            "users": random_rows(seed, 50, 17),
+            "w": jnp.full((WIDTH,), 0.5, dtype),
+        }
+        program = program or str(jax.make_jaxpr(step)(params, state, grads))
+        params, state = step(params, state, grads)
+    return (params, state), program
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes blocks of 16 rows, of 12 columns at most, pay."""
+
+    def use(small: bool) -> None:
+        monkeypatch.setattr(_blocks, "_LEAST_BYTES", 1 if small else 2**40)
+        monkeypatch.setattr(_blocks, "_BLOCK_BYTES", 16 * WIDTH * 4)
+
+    return use
+
+
+def assert_same_but_for_rounding(actual: Any, expected: Any, rtol: float = 1e-5) -> None:
+    """Other kernels contract other multiplications and additions to one rounding."""
+    assert jax.tree.map(jnp.result_type, actual) == jax.tree.map(jnp.result_type, expected)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        x, y = (np.asarray(z, np.float64) for z in (x, y))
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol / 10)
+
+
+def has_blocks(program: str) -> bool:
+    """Whether 16 rows are gathered from a table at a time."""
+    return re.search(r"f32\[16,8\] = gather", program) is not None
+
+
+ROWS_APART: dict[str, Any] = {
+    "lazy_adam": lambda: at.lazy_adam(0.1),
+    "AMSGrad, decayed, scheduled": lambda: at.lazy_adam(SCHEDULE, amsgrad=True, weight_decay=0.1),
+    "scheduled decay rate": lambda: at.lazy_adam(0.1, b1=optax.linear_schedule(0.5, 0.9, 5)),
+    "values clipped": lambda: at.lazy_adam(0.1, clip_value=0.5),
+    "optax.adamw": lambda: at.lazy(optax.adamw(0.1)),
+    "momentum": lambda: at.lazy(optax.sgd(0.1, momentum=0.9, nesterov=True)),
+    "optax.rmsprop": lambda: at.lazy(optax.rmsprop(0.1)),
+    "injected": lambda: at.lazy(optax.inject_hyperparams(optax.adam)(SCHEDULE)),
+    "groups": lambda: at.lazy(at.by_path([("items", optax.adam(0.1))], optax.sgd(0.1))),
+    "rates by path": lambda: at.lazy(
+        optax.chain(at.scale_by_adam(), at.scale_by_path_learning_rate([("users", 0.1)], 0.2))
+    ),
+    "nothing moves": lambda: at.lazy(optax.chain(optax.adam(0.1), optax.set_to_zero())),
+    "deferred_adam": lambda: at.deferred_adam(0.1, tables=["items", "users"], max_idle=400),
+    "deferred_adam, decayed": lambda: at.deferred_adam(
+        0.1, tables=["items", "users"], max_idle=400, weight_decay=0.1, amsgrad=True
+    ),
+}
+ROWS_MEET: dict[str, Any] = {
+    "global norm clipped": lambda: at.lazy_adam(0.1, clip_global_norm=0.1),
+    "norm clipped": lambda: at.lazy_adam(0.1, clip_norm=0.1),
+    "optax.clip_by_block_rms": lambda: at.lazy(
+        optax.chain(optax.clip_by_block_rms(0.1), optax.sgd(0.1))
+    ),
+    "noise": lambda: at.lazy(optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(0.1))),
+}
+
+
+@pytest.mark.parametrize("name", ROWS_APART)
+def test_some_rows_at_a_time_take_the_steps_of_all_at_once(name: str, small_blocks: Any) -> None:
+    small_blocks(False)
+    at_once, program = trained(ROWS_APART[name]())
+    assert not has_blocks(program)
+    small_blocks(True)
+    in_blocks, program = trained(ROWS_APART[name]())
+    assert has_blocks(program)
+    assert_same_but_for_rounding(at_once, in_blocks)
+
+
+@pytest.mark.parametrize("name", ROWS_MEET)
+def test_where_rows_meet_they_stay_together(name: str, small_blocks: Any) -> None:
+    small_blocks(False)
+    at_once, _ = trained(ROWS_MEET[name]())
+    small_blocks(True)
+    together, program = trained(ROWS_MEET[name]())
+    assert not has_blocks(program)
+    assert_bits_equal(at_once, together)
+
+
+def test_low_precision_tables_go_in_blocks_too(small_blocks: Any) -> None:
+    small_blocks(False)
+    at_once, _ = trained(at.lazy_adam(0.1), jnp.bfloat16)
+    small_blocks(True)
+    in_blocks, program = trained(at.lazy_adam(0.1), jnp.bfloat16)
+    assert has_blocks(program)
+    assert_same_but_for_rounding(at_once, in_blocks, rtol=0.01)
+
+
+ROWS, COLUMNS, MANY = 200_000, 64, 40_000  # of float32: 10 MB for one array of the rows touched
+LARGE: dict[str, Any] = {
+    "lazy": lambda: at.lazy_adam(0.1),
+    "lazy, skipped if not finite": lambda: at.skip_nonfinite(at.lazy_adam(0.1)),
+    "deferred": lambda: at.deferred_adam(0.1, tables="table"),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_many_rows_need_memory_for_their_gradients_alone(name: str) -> None:
+    tx = LARGE[name]()
+
+    def step(params: Any, state: Any, ids: jax.Array, values: jax.Array) -> Any:
+        updates, state = tx.update({"table": at.SparseRows(ids, values, ROWS)}, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {"table": jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float32)}
+    compiled = (
+        jax.jit(step, donate_argnums=(0, 1))
+        .lower(
+            params,
+            jax.eval_shape(tx.init, params),
+            jax.ShapeDtypeStruct((MANY,), jnp.int32),
+            jax.ShapeDtypeStruct((MANY, COLUMNS), jnp.float32),
+        )
+        .compile()
+    )
+    one_array = 4 * MANY * COLUMNS
+    # At once it takes twice as much, for the moments and the updates. What is skipped keeps its
+    # gradients.
+    arrays = 2.0 if "skipped" in name else 1.0
+    blocks = 2**23
+    assert compiled.memory_analysis().temp_size_in_bytes < arrays * one_array + blocks
+    assert not re.search(rf"f32\[{ROWS},{COLUMNS}\]\S* copy\(", compiled.as_text())
