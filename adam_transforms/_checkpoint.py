@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from adam_transforms import _trees
 from adam_transforms.sparse._idle import IdleRows
-from adam_transforms.sparse._quadrature import Scalars
+from adam_transforms.sparse._interpolation import Scalars
 
 _MOST_LINES = 30
 

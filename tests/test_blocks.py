@@ -165,5 +165,7 @@ def test_many_rows_need_memory_for_their_gradients_alone(name: str) -> None:
     # gradients.
     arrays = 2.0 if "skipped" in name else 1.0
     blocks = 2**23
-    assert compiled.memory_analysis().temp_size_in_bytes < arrays * one_array + blocks
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < arrays * one_array + blocks
     assert not re.search(rf"f32\[{ROWS},{COLUMNS}\]\S* copy\(", compiled.as_text())

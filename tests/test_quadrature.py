@@ -10,15 +10,8 @@ import pytest
 import reference
 from helpers import assert_bits_equal, types, x64
 
-from adam_transforms.sparse._quadrature import (
-    Missed,
-    Ring,
-    Rule,
-    advance,
-    empty_ring,
-    make_rule,
-    missed,
-)
+from adam_transforms.sparse._interpolation import Rule, make_rule
+from adam_transforms.sparse._quadrature import Missed, Ring, advance, empty_ring, missed
 
 EPS = 1e-8
 FORMS: dict[str, dict[str, Any]] = {

@@ -27,6 +27,7 @@ from adam_transforms.sparse._idle import (
     with_leaves,
     with_slots,
 )
+from adam_transforms.sparse._interpolation import make_rule
 from adam_transforms.sparse._rows import SparseRows, is_rows
 
 
@@ -117,7 +118,7 @@ def deferred_adam(
     hp = _adam.Hyperparameters(
         *(b1, b2, eps, 0.0, mu_dtype, nu_dtype, eps_hat), max_of=max_of if amsgrad else None
     ).checked()
-    rule = _quadrature.make_rule(
+    rule = make_rule(
         *(hp.b1, hp.b2, hp.eps),
         eps_hat=hp.eps_hat,
         max_of=hp.max_of,
