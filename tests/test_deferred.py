@@ -408,6 +408,25 @@ def test_memory_is_of_the_rows_touched_and_nothing_of_the_tables_size_is_copied(
     assert temporaries[1] < 4 * temporaries[0] < 20e6
 
 
+@pytest.mark.parametrize("weight_decay", [None, 0.1])
+@pytest.mark.parametrize("n", [512, 40_000], ids=["at once", "in blocks"])
+def test_a_whole_step_copies_neither_table_nor_ring(n: int, weight_decay: float | None) -> None:
+    rows, width, max_idle = 100_000, 64, 4096
+    tx = at.deferred_adam(0.1, tables="t", weight_decay=weight_decay, max_idle=max_idle)
+
+    def step(params: Any, state: Any, ids: Any, targets: Any) -> Any:
+        grads = at.grad(lambda p: jnp.sum((p["t"][ids] - targets) ** 2), rows_from=state)(params)
+        updates, state = tx.update(grads, state, params)
+        return at.apply_updates(params, updates), state
+
+    params = {"t": jax.ShapeDtypeStruct((rows, width), jnp.float32)}
+    inputs = params, jax.eval_shape(tx.init, params)
+    ids = jax.ShapeDtypeStruct((n,), jnp.int32)
+    targets = jax.ShapeDtypeStruct((n, width), jnp.float32)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*inputs, ids, targets).compile()
+    assert not re.findall(rf"\w+\[(?:{rows}|{max_idle + 1})[,\]]\S* copy\(", compiled.as_text())
+
+
 # Bad input
 
 

@@ -246,7 +246,8 @@ def _step_table(
         before = table.take(some).computed_once()
         u, now, witness = _step_rows(some.masked_values(), before, ring, count, step)
         # What was read for the gradient, with `rows_from`, was read before; so was `before`.
-        last = _numerics.after((*witness, _numerics.witness(some.values[:1])), now.last)
+        witness = (*witness, _numerics.witness(some.values[:1]))
+        last = _numerics.after(witness, now.last)
         return u, table.put(some, now._replace(last=last)), witness
 
     length = block_length(rows)
