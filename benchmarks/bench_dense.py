@@ -1,6 +1,7 @@
 """Is dense Adam as fast as it can be, and what does each option cost?
 
-    python benchmarks/bench_dense.py [--parameters N] [--rounds N] [--only SECTION ...] [--output F]
+    python benchmarks/bench_dense.py [--parameters N] [--leaves N] [--rounds N]
+                                     [--only SECTION ...] [--output F]
 
 Sections: `step` (against jitted optax.adam and, where PyTorch is installed, its fused Adam; one
 step, applied, in 1, 64 and 1,024 leaves), `compile` (seconds at 1,024 leaves), `options` (each as a
@@ -90,14 +91,14 @@ def copy_bandwidth(parameters: int) -> float:
     return 2 * 4 * parameters / (probe.median_ms() / 1e3)
 
 
-def bench_step(parameters: int, rounds: int) -> list[dict[str, Any]]:
+def bench_step(parameters: int, most_leaves: int, rounds: int) -> list[dict[str, Any]]:
     """One training step, in 1, 64 and 1,024 leaves."""
     bandwidth = copy_bandwidth(parameters)
     # Adam reads p, m, v and g, and writes p, m and v. A loop over all of them may beat the copy's
     # bandwidth, for it keeps more memory accesses in flight.
     copies_ms = 1e3 * 7 * 4 * parameters / bandwidth
     results = []
-    for leaves in (1, 64, 1024):
+    for leaves in sorted({min(leaves, most_leaves) for leaves in (1, 64, 1024)}):
         grads = random_leaves(parameters, leaves, seed=leaves)
         cases = [
             case("optax.adam", optax.adam(1e-3), grads),
@@ -125,9 +126,10 @@ def bench_step(parameters: int, rounds: int) -> list[dict[str, Any]]:
     return results
 
 
-def bench_compile(parameters: int, rounds: int) -> list[dict[str, Any]]:
+def bench_compile(parameters: int, most_leaves: int, rounds: int) -> list[dict[str, Any]]:
     """Tracing and compiling at 1,024 leaves, and the passes over memory of what comes out."""
-    grads = [jax.ShapeDtypeStruct((parameters // 1024,), jnp.float32)] * 1024
+    leaves = min(1024, most_leaves)
+    grads = [jax.ShapeDtypeStruct((parameters // leaves,), jnp.float32)] * leaves
     results = []
     transforms = {"optax.adam": lambda: optax.adam(1e-3), "adam": lambda: at.adam(1e-3)}
     times: dict[str, list[float]] = {name: [] for name in transforms}
@@ -153,15 +155,16 @@ def bench_compile(parameters: int, rounds: int) -> list[dict[str, Any]]:
             }
         )
     harness.print_table(
-        "compile: tracing and compiling a step of 1,024 leaves",
+        f"compile: tracing and compiling a step of {leaves:,} leaves",
         results,
     )
     return results
 
 
-def bench_options(parameters: int, rounds: int) -> list[dict[str, Any]]:
+def bench_options(parameters: int, most_leaves: int, rounds: int) -> list[dict[str, Any]]:
     """The cost of each option of the preset, in a step that computes its gradients itself."""
-    source = linear_layers(parameters, 64, seed=0)
+    layers = min(64, most_leaves)
+    source = linear_layers(parameters, layers, seed=0)
     options: dict[str, dict[str, Any]] = {
         "plain": {},
         "amsgrad=True": {"amsgrad": True},
@@ -189,16 +192,17 @@ def bench_options(parameters: int, rounds: int) -> list[dict[str, Any]]:
         for c in cases
     ]
     harness.print_table(
-        f"options: adam(...) at {parameters:,} parameters in 64 linear layers, "
+        f"options: adam(...) at {parameters:,} parameters in {layers} linear layers, "
         f"gradients of a batch of {BATCH} included",
         results,
     )
     return results
 
 
-def bench_accumulate(parameters: int, rounds: int) -> list[dict[str, Any]]:
+def bench_accumulate(parameters: int, most_leaves: int, rounds: int) -> list[dict[str, Any]]:
     """A cycle of four gradients: held steps, the emitting step, and their mean."""
-    grads = random_leaves(parameters, 8, seed=0)
+    leaves = min(8, most_leaves)
+    grads = random_leaves(parameters, leaves, seed=0)
     add = jax.jit(lambda acc, g: jax.tree.map(jnp.add, acc, g), donate_argnums=0)
     zeros = jax.tree.map(jnp.zeros_like, grads)
     cases = [
@@ -232,7 +236,7 @@ def bench_accumulate(parameters: int, rounds: int) -> list[dict[str, Any]]:
             }
         )
     harness.print_table(
-        f"accumulate: cycles of {EVERY} at {parameters:,} parameters in 8 leaves",
+        f"accumulate: cycles of {EVERY} at {parameters:,} parameters in {leaves} leaves",
         results,
     )
     return results
@@ -256,6 +260,7 @@ SECTIONS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--parameters", type=int, help="parameters in all (default: 32 or 64 M)")
+    parser.add_argument("--leaves", type=int, default=1024, help="at most (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=24, help="timed turns of each (default 24)")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument(
@@ -265,7 +270,8 @@ def main() -> None:
     results = {}
     for name in arguments.only:
         bench, parameters = SECTIONS[name]
-        results[name] = bench(arguments.parameters or parameters, arguments.rounds)
+        size = arguments.parameters or parameters
+        results[name] = bench(size, arguments.leaves, arguments.rounds)
     harness.write_json(arguments.output, results)
 
 

@@ -1,6 +1,8 @@
 """Settings that every test runs under."""
 
 import os
+import shutil
+import tempfile
 
 # Eight virtual devices, before JAX starts: the sharding tests lay meshes over them.
 os.environ["XLA_FLAGS"] = (
@@ -9,6 +11,24 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+
+# Compiling is most of the work, and much of it is of programs that an earlier test compiled for a
+# function of its own: they are kept. Each worker has its own folder, so that none reads what
+# another is still writing. Processes that tests start know nothing of it: they compile as a user's
+# would.
+COMPILED = tempfile.mkdtemp(prefix="compiled-for-tests-")
+jax.config.update("jax_compilation_cache_dir", COMPILED)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(COMPILED, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first, so that at the end no process is left alone with one of them."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

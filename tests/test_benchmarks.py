@@ -10,9 +10,12 @@ import pytest
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-SECTIONS = ["step", "options", "accumulate"]
+SECTIONS = ["step", "compile", "options", "accumulate"]
 RUNS = {
-    "bench_dense.py": (["--parameters", "65536", "--only", *SECTIONS], SECTIONS),
+    "bench_dense.py": (
+        ["--parameters", "4096", "--leaves", "2", "--only", *SECTIONS],
+        SECTIONS,
+    ),
     "bench_sparse.py": (
         ["--sizes", "1000,4,64", "--rows", "1000", "2000", "--tower-rows", "1000"],
         ["step", "flat", "tower"],
