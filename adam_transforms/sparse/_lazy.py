@@ -34,6 +34,9 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
     bit-identical. Dense gradients pass through `inner` in the same call, and a global norm spans
     both. Time and memory are O(rows touched), whatever V, and in place where the state is donated.
 
+    On a CPU many rows (arrays of 8 MiB and more) are treated some at a time, within the caches, if
+    what `inner` does to a row is seen to depend on that row alone; by a global norm it does not.
+
     Duplicate rows are summed first. Counts are global: bias corrections and schedules are those of
     the step, not of a row's own history. Decay of weights acts on touched rows only.
 
