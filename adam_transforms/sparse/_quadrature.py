@@ -210,7 +210,7 @@ def missed(ring: Ring, mu: jax.Array, nu: jax.Array, last: jax.Array, count: jax
         mu=_exp(gap * scalars.log_b1),
         nu=_exp(gap * scalars.log_b2),
         move=_numerics.scale(mu.astype(dtype), total),
-        witness=tuple(map(_numerics.witness, were_read)),
+        witness=tuple(_numerics.witness(x[:1]) for x in were_read),  # computed once, all of it is
     )
 
 
