@@ -206,6 +206,19 @@ def test_all_finite_finds_every_kind_of_bad_value_anywhere(dtype, bad, position)
     assert not _numerics.all_finite([jnp.ones(2), x.at[position].set(bad)])
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("shape", [(1,), (100, 10), (50_000,), (20_000, 64)], ids=str)
+def test_all_finite_finds_one_bad_value_in_arrays_of_any_size(shape, dtype, bad):
+    """XLA reduces large arrays by other code than small ones, and its maximum may lose a NaN."""
+    x = jnp.ones(shape, dtype)
+    bad = x.at[tuple(size // 2 for size in shape)].set(bad)
+    finite = jax.jit(_numerics.all_finite)
+    assert finite({"w": x})
+    assert not finite({"w": bad})
+    assert not finite({"t": at.SparseRows(jnp.zeros(shape[0], jnp.int32), bad, 3)})
+
+
 @pytest.mark.parametrize("bad", [complex(np.nan, 0), complex(0, np.nan), complex(0, -np.inf)])
 def test_all_finite_sees_both_parts_of_a_complex_value(bad):
     assert _numerics.all_finite([jnp.array([1 + 2j], jnp.complex64)])
