@@ -184,8 +184,8 @@ def all_finite(tree: Any) -> jax.Array:
     def finite(x: jax.Array) -> jax.Array:
         if jnp.iscomplexobj(x):
             return finite(x.real) & finite(x.imag)
-        # Times 0 all that is not finite is NaN, and a NaN wins any sum: a maximum it may lose, as XLA
-        # reduces on CPU. all(isfinite(x)) is right too, but writes an array of bools.
+        # Times 0, all that is not finite is NaN, and a NaN wins any sum. A maximum it may lose, as
+        # XLA reduces on CPU; all(isfinite(x)) is right too, but writes an array of bools.
         return jnp.sum(x * 0.0) == 0.0
 
     leaves = jax.tree.leaves(tree, is_leaf=_is_rows)

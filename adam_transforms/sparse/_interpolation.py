@@ -110,9 +110,8 @@ def make_rule(
         )
     double = np.dtype(dtype) == np.float64
     rule = Rule(b1, b2, eps, eps_hat, max_of, max_idle, window=1, nodes=1)
-    _arguments.scalar(
-        "eps", eps, at_least=4e-19 * math.exp(-min(_log_x(rule.scalars, 0.0, 1.0, np), 0.0))
-    )
+    least_x = math.exp(min(_log_x(rule.scalars, 0.0, 1.0, np), 0.0))  # in units of eps
+    _arguments.scalar("eps", eps, at_least=4e-19 / least_x)
     window = max(1, math.ceil(math.log(1e-10 if double else 1e-9) / rule.log_rho))
     if window > max_idle:
         raise ValueError(
