@@ -93,7 +93,7 @@ def deferred_adam(
     `lazy`: ``optax.chain(lazy(optax.clip_by_global_norm(1.0)), deferred_adam(...))``.
 
     >>> import jax.numpy as jnp, optax
-    >>> from adam_transforms import SparseRows
+    >>> from adam_transforms import SparseRows, flush
     >>> tx = deferred_adam(0.1, tables="table")
     >>> params = {"table": jnp.zeros((4, 1))}
     >>> state = tx.init(params)

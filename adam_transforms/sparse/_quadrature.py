@@ -210,8 +210,13 @@ def missed(ring: Ring, mu: jax.Array, nu: jax.Array, last: jax.Array, count: jax
         mu=_exp(gap * scalars.log_b1),
         nu=_exp(gap * scalars.log_b2),
         move=_numerics.scale(mu.astype(dtype), total),
-        witness=tuple(_numerics.witness(x[:1]) for x in were_read),  # computed once, all of it is
+        witness=tuple(map(_witness, were_read)),
     )
+
+
+def _witness(x: jax.Array) -> jax.Array:
+    """Of all of an array that is computed once: by its first row, if every device has that."""
+    return _numerics.witness(x if explicit_sharding(x) else x[:1])
 
 
 def _as_arrays(tree: Any) -> Any:
