@@ -52,7 +52,7 @@ def trained(tx: Any, dtype: Any = jnp.float32) -> tuple[Any, str]:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes blocks of 16 rows, of 12 columns at most, pay."""
+    """Whether blocks pay, of 16 rows of these tables."""
 
     def use(small: bool) -> None:
         monkeypatch.setattr(_blocks, "_LEAST_BYTES", 1 if small else 2**40)

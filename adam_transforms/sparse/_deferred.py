@@ -237,7 +237,7 @@ def _step_table(
       (update, the table with its new slots and last steps but the values as they are, witnesses
       that the ring was read).
     """
-    if not isinstance(g, SparseRows):
+    if not is_rows(g):
         u, now, witness = _step_rows(g, table, ring, count, step)
         return u, table.put(None, now), witness
     rows = _with_those_in_turn(g, count, ring.weights.shape[0])

@@ -151,7 +151,7 @@ def _at_once(
         *map(take_rows, state, rows[k:]),
     )
     updates = [
-        u if r is None else r.with_values(u) for u, r in zip(outputs, rows[:k], strict=False)
+        u if r is None else r.with_values(u) for u, r in zip(outputs[:k], rows[:k], strict=True)
     ]
     return [*updates, *map(put_rows, state, rows[k:], outputs[k:])]
 

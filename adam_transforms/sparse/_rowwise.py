@@ -62,7 +62,7 @@ def as_row_function(
     jaxpr, consts = open_jaxpr(closed)
     program = _Program(num_rows)
     values = [
-        _Value(_SHARED, x) if table is None else program.new_value(table)
+        program.value(_SHARED, x) if table is None else program.value(table)
         for x, table in zip(inputs, tables, strict=True)
         if x is not None
     ]
@@ -71,17 +71,21 @@ def as_row_function(
         present = iter(program.follow(jaxpr, consts, values))
     except _RowsMeet:
         return None
-    outputs = [_Value(_SHARED) if shape is None else next(present) for shape in shapes]
+    outputs = [program.value(_SHARED, x) if x is None else next(present) for x in shapes]
     for value, table in zip(outputs, out_tables, strict=True):
         if value.kind not in (_UNIFORM, _SHARED if table is None else table):
             return None
+    shared = program.run({_SHARED, _UNIFORM}, program.known)
 
     def of_rows(table: int, rows: Sequence[Any]) -> list[Any]:
-        env = program.run(table, dict(zip(arguments[table], rows, strict=True)))
-        return [env[v.slot] for v, t in zip(outputs, out_tables, strict=True) if t == table]
+        known = shared | dict(zip(arguments[table], rows, strict=True))
+        arrays = program.run({_UNIFORM, table}, known)
+        return [arrays[v.slot] for v, t in zip(outputs, out_tables, strict=True) if t == table]
 
-    shared = [v.array if t is None else None for v, t in zip(outputs, out_tables, strict=True)]
-    return RowFunction(shared, of_rows)
+    return RowFunction(
+        [shared[v.slot] if t is None else None for v, t in zip(outputs, out_tables, strict=True)],
+        of_rows,
+    )
 
 
 class _RowsMeet(Exception):
@@ -89,76 +93,74 @@ class _RowsMeet(Exception):
 
 
 class _Value(NamedTuple):
-    """A value on the way through a jaxpr.
-
-    Attributes:
-      kind: `_SHARED`, `_UNIFORM` or the table whose rows it is of.
-      array: the value itself, unless it is of rows.
-      slot: where a run on some rows keeps it, unless it is shared.
-    """
+    """A value on the way through a jaxpr: its kind, `_SHARED`, `_UNIFORM` or the table whose rows
+    it is of, and the slot that a run keeps it in."""
 
     kind: Any
-    array: Any = None
-    slot: int = -1
+    slot: int
 
 
 class _Step(NamedTuple):
-    """An equation to be run for some rows."""
+    """An equation, the slots it reads and writes, and the kind of what it writes."""
 
     kind: Any
     jaxpr: Any
     eqn: Any
-    inputs: list[_Value]
-    outputs: list[_Value]
+    inputs: list[int]
+    outputs: list[int]
 
 
 class _Program:
-    """What is to be done for some rows, collected while the rest is computed."""
+    """A jaxpr with its calls opened, and the kind of each step; nothing of it is computed yet.
+
+    Attributes:
+      steps: in order.
+      known: {slot: array} of the shared inputs and the constants.
+    """
 
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
         self.steps: list[_Step] = []
+        self.known: dict[int, Any] = {}
         self.slots = itertools.count()
 
-    def new_value(self, kind: Any, array: Any = None) -> _Value:
-        return _Value(kind, array, next(self.slots))
+    def value(self, kind: Any, *array: Any) -> _Value:
+        """A new value, with the array that it is if that is known."""
+        value = _Value(kind, next(self.slots))
+        if array:
+            (self.known[value.slot],) = array
+        return value
 
-    def run(self, table: int, env: dict[int, Any]) -> dict[int, Any]:
-        """The values of all slots of a table, given those of its inputs."""
+    def run(self, kinds: set[Any], known: dict[int, Any]) -> dict[int, Any]:
+        """{slot: array} after the steps of these kinds."""
+        arrays = dict(known)
         for step in self.steps:
-            if step.kind in (table, _UNIFORM):
-                inputs = [v.array if v.kind == _SHARED else env[v.slot] for v in step.inputs]
+            if step.kind in kinds:
+                inputs = [arrays[slot] for slot in step.inputs]
                 outputs = evaluate(step.jaxpr, step.eqn, inputs)
-                env.update((v.slot, x) for v, x in zip(step.outputs, outputs, strict=True))
-        return env
+                arrays.update(zip(step.outputs, outputs, strict=True))
+        return arrays
 
     def follow(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[_Value]) -> list[_Value]:
-        """The outputs of a jaxpr: shared ones are computed, the others' steps collected."""
-        env = dict(zip(jaxpr.constvars, [_Value(_SHARED, x) for x in consts], strict=True))
+        """The outputs of a jaxpr, its steps collected."""
+        constants = [self.value(_SHARED, x) for x in consts]
+        env = dict(zip(jaxpr.constvars, constants, strict=True))
         env.update(zip(jaxpr.invars, inputs, strict=True))
 
         def value(atom: Any) -> _Value:
-            return _Value(_SHARED, atom.val) if isinstance(atom, jex.Literal) else env[atom]
+            return self.value(_SHARED, atom.val) if isinstance(atom, jex.Literal) else env[atom]
 
         for eqn in jaxpr.eqns:
             values = [value(x) for x in eqn.invars]
             if eqn.primitive.name in CALLS:
                 outputs = self.follow(*open_jaxpr(eqn.params["jaxpr"]), values)
             else:
-                outputs = self._outputs(jaxpr, eqn, values)
+                kind = self._kind(eqn, [v.kind for v in values])
+                outputs = [self.value(kind) for _ in eqn.outvars]
+                slots = [v.slot for v in values], [v.slot for v in outputs]
+                self.steps.append(_Step(kind, jaxpr, eqn, *slots))
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [value(x) for x in jaxpr.outvars]
-
-    def _outputs(self, jaxpr: Any, eqn: Any, inputs: list[_Value]) -> list[_Value]:
-        kind = self._kind(eqn, [v.kind for v in inputs])
-        arrays = [None] * len(eqn.outvars)
-        if kind in (_SHARED, _UNIFORM):
-            arrays = evaluate(jaxpr, eqn, [v.array for v in inputs])
-        if kind == _SHARED:
-            return [_Value(_SHARED, x) for x in arrays]
-        outputs = [self.new_value(kind, x) for x in arrays]
-        self.steps.append(_Step(kind, jaxpr, eqn, inputs, outputs))
-        return outputs
 
     def _kind(self, eqn: Any, kinds: Sequence[Any]) -> Any:
         """What the outputs of an equation have to do with rows, given this of its inputs."""
