@@ -120,7 +120,7 @@ def master_weights(
                 return _moved(path, jnp.asarray(p), master, u)
             rows = u.sum_duplicates()
             before = rows.gather(jnp.asarray(p)), rows.gather(master)
-            u, after = _moved(path, *before, rows.masked_values())
+            u, after = _moved(path, *before, rows.values)
             return rows.with_values(u), rows.scatter(master, after)
 
         names = ("the parameters", "the updates of `inner`", "the master weights")

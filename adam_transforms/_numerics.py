@@ -161,7 +161,7 @@ def global_norm(tree: Any) -> jax.Array:
     """
     leaves = [
         # Of a row gradient, the norm of the array that it stands for.
-        x.sum_duplicates().masked_values() if _is_rows(x) else jnp.asarray(x)
+        x.sum_duplicates().values if _is_rows(x) else jnp.asarray(x)
         for x in jax.tree.leaves(tree, is_leaf=_is_rows)
     ]
     dtype = real_dtype(compute_dtype(*(x.dtype for x in leaves)))

@@ -88,17 +88,22 @@ ROWS_APART: dict[str, Any] = {
         optax.chain(at.scale_by_adam(), at.scale_by_path_learning_rate([("users", 0.1)], 0.2))
     ),
     "nothing moves": lambda: at.lazy(optax.chain(optax.adam(0.1), optax.set_to_zero())),
+    "norm clipped": lambda: at.lazy_adam(0.1, clip_norm=0.1),
+    "global norm clipped": lambda: at.lazy_adam(0.1, clip_global_norm=0.1),
+    "clipped by Optax": lambda: at.lazy(
+        optax.chain(optax.clip_by_block_rms(0.1), optax.clip_by_global_norm(0.1), optax.adam(0.1))
+    ),
+    "deferred_adam, clipped": lambda: optax.chain(
+        at.lazy(at.clip_by_global_norm(0.1)),
+        at.deferred_adam(0.1, tables=["items", "users"], max_idle=400),
+    ),
     "deferred_adam": lambda: at.deferred_adam(0.1, tables=["items", "users"], max_idle=400),
     "deferred_adam, decayed": lambda: at.deferred_adam(
         0.1, tables=["items", "users"], max_idle=400, weight_decay=0.1, amsgrad=True
     ),
 }
 ROWS_MEET: dict[str, Any] = {
-    "global norm clipped": lambda: at.lazy_adam(0.1, clip_global_norm=0.1),
-    "norm clipped": lambda: at.lazy_adam(0.1, clip_norm=0.1),
-    "optax.clip_by_block_rms": lambda: at.lazy(
-        optax.chain(optax.clip_by_block_rms(0.1), optax.sgd(0.1))
-    ),
+    "moments clipped": lambda: at.lazy(optax.chain(optax.adam(0.1), optax.clip_by_block_rms(0.1))),
     "noise": lambda: at.lazy(optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(0.1))),
 }
 

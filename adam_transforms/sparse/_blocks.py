@@ -27,14 +27,15 @@ def block_length(rows: SparseRows) -> int | None:
     another device.
     """
     meshes = (jax.sharding.get_abstract_mesh(), jax.typeof(rows.values).sharding.mesh)
-    bytes_a_row = math.prod(rows.shape[1:]) * rows.dtype.itemsize
+    n, bytes_a_row = rows.values.shape[0], math.prod(rows.shape[1:]) * rows.dtype.itemsize
     if (
         jax.default_backend() != "cpu"
         or not all(mesh.empty for mesh in meshes)
-        or rows.values.shape[0] * bytes_a_row < _LEAST_BYTES
+        or n * bytes_a_row < _LEAST_BYTES
     ):
         return None
-    return max(_LEAST_LENGTH, _BLOCK_BYTES // bytes_a_row)
+    length = max(_LEAST_LENGTH, _BLOCK_BYTES // bytes_a_row)
+    return length if length < n else None
 
 
 def over_blocks(
@@ -55,6 +56,9 @@ def over_blocks(
       (the rows with their new values, the new arrays).
     """
     indices, n = rows.padded_indices, rows.values.shape[0]
+    if n <= length:
+        values, arrays = fn(rows, arrays)
+        return rows.with_values(values), arrays
 
     def some(i: jax.Array, values: jax.Array) -> tuple[SparseRows, jax.Array]:
         positions = i * length + jnp.arange(length, dtype=jnp.int32)

@@ -244,7 +244,7 @@ def _step_table(
 
     def step_some(some: SparseRows, table: Table) -> tuple[jax.Array, Table, Any]:
         before = table.take(some).computed_once()
-        u, now, witness = _step_rows(some.masked_values(), before, ring, count, step)
+        u, now, witness = _step_rows(some.values, before, ring, count, step)
         # What was read for the gradient, with `rows_from`, was read before; so was `before`.
         witness = (*witness, _numerics.witness(some.values[:1]))
         last = _numerics.after(witness, now.last)

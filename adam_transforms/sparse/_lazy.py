@@ -35,7 +35,8 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
     both. Time and memory are O(rows touched), whatever V, and in place where the state is donated.
 
     On a CPU many rows (arrays of 8 MiB and more) are treated some at a time, within the caches, if
-    what `inner` does to a row is seen to depend on that row alone; by a global norm it does not.
+    what `inner` does to a row is seen to depend on that row alone, and on what it can compute from
+    the gradients beforehand: their norm, say.
 
     Duplicate rows are summed first. Counts are global: bias corrections and schedules are those of
     the step, not of a row's own history. Decay of weights acts on touched rows only.
@@ -146,7 +147,7 @@ def _at_once(
     k = len(params)
     rows = [None if table is None else gradients[table] for table in table_of]
     outputs = update(
-        *(g.masked_values() if is_rows(g) else g for g in gradients),
+        *(g.values if is_rows(g) else g for g in gradients),
         *map(take_rows, params, rows[:k]),
         *map(take_rows, state, rows[k:]),
     )
@@ -172,14 +173,18 @@ def _in_blocks(
         return None
     length = min(lengths)
 
-    def some_rows(x: Any, table: int | None) -> Any:
+    def rows_to_come(x: Any, table: int | None) -> Any:
         if table is None:
             return x
-        return jax.ShapeDtypeStruct((length, *jnp.shape(x)[1:]), jnp.result_type(x))
+        n = tables[table].values.shape[0]
+        return jax.ShapeDtypeStruct((n, *jnp.shape(x)[1:]), jnp.result_type(x))
 
-    inputs, owners = [*gradients, *params, *state], [*table_of[:k], *table_of]
-    shapes = list(map(some_rows, inputs, owners))
-    by_row = as_row_function(update, shapes, owners, table_of, length)
+    inputs = [
+        *(g.values if is_rows(g) else g for g in gradients),
+        *map(rows_to_come, params, table_of[:k]),
+        *map(rows_to_come, state, table_of[k:]),
+    ]
+    by_row = as_row_function(update, inputs, [*table_of[:k], *table_of], table_of)
     if by_row is None:
         return None
     outputs = [*by_row.shared]
@@ -187,7 +192,7 @@ def _in_blocks(
         places = [i for i, owner in enumerate(table_of) if owner == table]  # the update, the slots
 
         def update_some(some: SparseRows, slots: Any, table: int = table) -> Any:
-            inputs = [some.masked_values(), *(take_rows(x, some) for x in (params[table], *slots))]
+            inputs = [some.values, *(take_rows(x, some) for x in (params[table], *slots))]
             values, *new = by_row.of_rows(table, inputs)
             return values, [put_rows(x, some, y) for x, y in zip(slots, new, strict=True)]
 

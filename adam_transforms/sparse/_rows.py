@@ -116,14 +116,15 @@ class SparseRows:
         """The same gradient with each row named once.
 
         The first of equal indices gets the sum, in at least float32 on the way; the others become
-        padding. The order and n stay. O(n) in time and memory, whatever V.
+        padding. At padding the values are zeros. The order and n stay. O(n) in time and memory,
+        whatever V.
 
         Args:
           also: int32 (m,), rows to be named besides, with zeros: n grows by m.
         """
         self._refuse_batch()
         if self.unique and also is None:
-            return self
+            return self.with_values(self.masked_values())
         n = self.indices.size
         indices = self.indices if also is None else jnp.concatenate([self.indices, also])
         indices = _padded(indices, self.num_rows)

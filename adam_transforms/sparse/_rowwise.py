@@ -1,11 +1,12 @@
 """Functions that treat the rows of tables apart, told from those that let rows meet.
 
 Such a function can be run on some rows at a time. Which ones are is read off the jaxpr: all that
-rows go through must act on each element, or within each row, by itself.
+rows go through must act on each element, or within each row, by itself. Rows may meet only in what
+can be computed beforehand, from whole arrays that are at hand: the norm of all gradients, say.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,42 +49,45 @@ def as_row_function(
     inputs: Sequence[Any],
     tables: Sequence[int | None],
     out_tables: Sequence[int | None],
-    num_rows: int,
 ) -> RowFunction | None:
     """`fn` as a `RowFunction`; None where it lets rows meet, or may do so for all that is seen.
 
     Args:
       fn: from arrays to a list of arrays; None may be among either.
-      inputs: arrays, or for those that belong to a table the shapes of `num_rows` rows of it.
+      inputs: arrays, those that belong to a table with all the rows there are, or the shapes of
+        these: only of arrays may rows meet.
       tables, out_tables: which table each input and output of `fn` belongs to, None if none.
-      num_rows: of how many rows at a time the result will be called.
     """
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*inputs)
-    jaxpr, consts = open_jaxpr(closed)
-    program = _Program(num_rows)
+    program = _Program()
     values = [
-        program.value(_SHARED, x) if table is None else program.value(table)
+        program.value(_SHARED if table is None else table, x)
         for x, table in zip(inputs, tables, strict=True)
         if x is not None
     ]
-    arguments = {table: [v.slot for v in values if v.kind == table] for table in {*tables} - {None}}
     try:
-        present = iter(program.follow(jaxpr, consts, values))
+        present = iter(program.follow(*open_jaxpr(closed), values))
     except _RowsMeet:
         return None
     outputs = [program.value(_SHARED, x) if x is None else next(present) for x in shapes]
     for value, table in zip(outputs, out_tables, strict=True):
         if value.kind not in (_UNIFORM, _SHARED if table is None else table):
             return None
-    shared = program.run({_SHARED, _UNIFORM}, program.known)
+
+    def outputs_of(table: int | None) -> list[_Value]:
+        return [value for value, t in zip(outputs, out_tables, strict=True) if t == table]
+
+    known = program.run(program.known, [*outputs_of(None), *program.shared_by_rows()])
+    shared = {value: x for value, x in known.items() if value.kind == _SHARED}
 
     def of_rows(table: int, rows: Sequence[Any]) -> list[Any]:
-        known = shared | dict(zip(arguments[table], rows, strict=True))
-        arrays = program.run({_UNIFORM, table}, known)
-        return [arrays[v.slot] for v, t in zip(outputs, out_tables, strict=True) if t == table]
+        arguments = [value for value in values if value.kind == table]
+        arrays = shared | dict(zip(arguments, rows, strict=True))
+        arrays = program.run(arrays, outputs_of(table), num_rows=rows[0].shape[0])
+        return [arrays[value] for value in outputs_of(table)]
 
     return RowFunction(
-        [shared[v.slot] if t is None else None for v, t in zip(outputs, out_tables, strict=True)],
+        [known[v] if t is None else None for v, t in zip(outputs, out_tables, strict=True)],
         of_rows,
     )
 
@@ -93,52 +97,73 @@ class _RowsMeet(Exception):
 
 
 class _Value(NamedTuple):
-    """A value on the way through a jaxpr: its kind, `_SHARED`, `_UNIFORM` or the table whose rows
-    it is of, and the slot that a run keeps it in."""
+    """A value on the way through a jaxpr.
+
+    Attributes:
+      kind: `_SHARED`, `_UNIFORM` or the table whose rows it is of.
+      is_early: whether it can be computed from what is at hand, for all rows.
+      number: tells it from all others.
+    """
 
     kind: Any
-    slot: int
+    is_early: bool
+    number: int
 
 
 class _Step(NamedTuple):
-    """An equation, the slots it reads and writes, and the kind of what it writes."""
+    """An equation of a jaxpr, and the values that it reads and writes."""
 
-    kind: Any
     jaxpr: Any
     eqn: Any
-    inputs: list[int]
-    outputs: list[int]
+    inputs: list[_Value]
+    outputs: list[_Value]
 
 
 class _Program:
-    """A jaxpr with its calls opened, and the kind of each step; nothing of it is computed yet.
+    """A jaxpr with its calls opened, and the kind of each value; nothing of it is computed yet.
 
     Attributes:
       steps: in order.
-      known: {slot: array} of the shared inputs and the constants.
+      known: {value: array} of what is at hand.
     """
 
-    def __init__(self, num_rows: int) -> None:
-        self.num_rows = num_rows
+    def __init__(self) -> None:
         self.steps: list[_Step] = []
-        self.known: dict[int, Any] = {}
-        self.slots = itertools.count()
+        self.known: dict[_Value, Any] = {}
+        self.numbers = itertools.count()
 
-    def value(self, kind: Any, *array: Any) -> _Value:
-        """A new value, with the array that it is if that is known."""
-        value = _Value(kind, next(self.slots))
-        if array:
-            (self.known[value.slot],) = array
+    def value(self, kind: Any, x: Any) -> _Value:
+        """A new value: an array, or one of which the shape is known."""
+        is_early = not isinstance(x, jax.ShapeDtypeStruct)
+        value = _Value(kind, is_early, next(self.numbers))
+        if is_early:
+            self.known[value] = x
         return value
 
-    def run(self, kinds: set[Any], known: dict[int, Any]) -> dict[int, Any]:
-        """{slot: array} after the steps of these kinds."""
+    def shared_by_rows(self) -> list[_Value]:
+        """What must be known before any rows are."""
+        return [
+            value
+            for step in self.steps
+            if step.outputs[0].kind != _SHARED
+            for value in step.inputs
+            if value.kind == _SHARED
+        ]
+
+    def run(
+        self, known: dict[_Value, Any], targets: Iterable[_Value], num_rows: int | None = None
+    ) -> dict[_Value, Any]:
+        """What is known after the steps that the targets need, of all rows or of so many."""
+        needed, steps = set(targets), []
+        for step in reversed(self.steps):
+            if needed.intersection(step.outputs).difference(known):
+                needed.update(step.inputs)
+                steps.append(step)
         arrays = dict(known)
-        for step in self.steps:
-            if step.kind in kinds:
-                inputs = [arrays[slot] for slot in step.inputs]
-                outputs = evaluate(step.jaxpr, step.eqn, inputs)
-                arrays.update(zip(step.outputs, outputs, strict=True))
+        for step in reversed(steps):
+            eqn = step.eqn if num_rows is None else _with_rows(step.eqn, num_rows)
+            outputs = evaluate(step.jaxpr, eqn, [arrays[value] for value in step.inputs])
+            arrays.update(zip(step.outputs, outputs, strict=True))
         return arrays
 
     def follow(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[_Value]) -> list[_Value]:
@@ -155,47 +180,67 @@ class _Program:
             if eqn.primitive.name in CALLS:
                 outputs = self.follow(*open_jaxpr(eqn.params["jaxpr"]), values)
             else:
-                kind = self._kind(eqn, [v.kind for v in values])
-                outputs = [self.value(kind) for _ in eqn.outvars]
-                slots = [v.slot for v in values], [v.slot for v in outputs]
-                self.steps.append(_Step(kind, jaxpr, eqn, *slots))
+                kind, is_early = _kind(eqn, values), all(v.is_early for v in values)
+                outputs = [_Value(kind, is_early, next(self.numbers)) for _ in eqn.outvars]
+                self.steps.append(_Step(jaxpr, eqn, values, outputs))
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [value(x) for x in jaxpr.outvars]
 
-    def _kind(self, eqn: Any, kinds: Sequence[Any]) -> Any:
-        """What the outputs of an equation have to do with rows, given this of its inputs."""
-        name, params = eqn.primitive.name, eqn.params
-        of_rows = {kind for kind in kinds if kind != _SHARED}
-        keeps_rows = all(x.aval.shape[:1] == (self.num_rows,) for x in eqn.outvars)
-        if not of_rows:
-            return _UNIFORM if keeps_rows and _repeats(eqn) else _SHARED
-        if name in _ELEMENTWISE:
-            whole = [  # neither a scalar nor one row for all
-                kind == _SHARED and x.aval.shape[:1] not in ((), (1,))
-                for x, kind in zip(eqn.invars, kinds, strict=True)
-            ]
-            if any(whole) and of_rows == {_UNIFORM}:
-                return _SHARED
-            keeps_rows &= not any(whole)
-        elif name == "broadcast_in_dim":
-            keeps_rows &= params["broadcast_dimensions"][0] == 0
-        elif name in _REDUCTIONS:
-            keeps_rows &= 0 not in params["axes"]
-        elif name == "squeeze":
-            keeps_rows &= 0 not in params["dimensions"]
-        elif name == "transpose":
-            keeps_rows &= params["permutation"][0] == 0
-        elif name != "reshape":
-            raise _RowsMeet
-        tables = of_rows - {_UNIFORM}
-        if not keeps_rows or len(tables) > 1:
-            raise _RowsMeet
+
+def _kind(eqn: Any, inputs: Sequence[_Value]) -> Any:
+    """The kind of what an equation puts out."""
+    if eqn.effects:  # to happen once
+        raise _RowsMeet
+    kinds = {value.kind for value in inputs} - {_SHARED}
+    if not kinds:
+        return _UNIFORM if _repeats(eqn) else _SHARED
+    tables = kinds - {_UNIFORM}
+    if len(tables) <= 1 and _keeps_rows_apart(eqn, inputs):
         return tables.pop() if tables else _UNIFORM
+    if all(value.is_early for value in inputs):
+        return _SHARED
+    raise _RowsMeet
 
 
 def _repeats(eqn: Any) -> bool:
     """Whether along axis 0 it puts out the same again and again."""
-    if eqn.primitive.name != "broadcast_in_dim":
+    if eqn.primitive.name != "broadcast_in_dim" or not eqn.params["shape"]:
         return False
     axes = eqn.params["broadcast_dimensions"]
     return 0 not in axes or eqn.invars[0].aval.shape[axes.index(0)] == 1
+
+
+def _keeps_rows_apart(eqn: Any, inputs: Sequence[_Value]) -> bool:
+    """Whether each row of what it puts out is made of the same row of what it is given."""
+    name, params = eqn.primitive.name, eqn.params
+    rows = eqn.outvars[0].aval.shape[:1]
+    repeats = ((), (1,))  # a scalar, or one row for all
+
+    def fits(x: Any, kind: Any) -> bool:
+        if kind == _SHARED:
+            return name not in _ELEMENTWISE or x.aval.shape[:1] in repeats
+        return x.aval.shape[:1] == rows or (kind == _UNIFORM and x.aval.shape[:1] in repeats)
+
+    if any(x.aval.shape[:1] != rows for x in eqn.outvars):
+        return False
+    if not all(fits(x, value.kind) for x, value in zip(eqn.invars, inputs, strict=True)):
+        return False
+    if name in _ELEMENTWISE:
+        return True
+    if name == "broadcast_in_dim":
+        return params["broadcast_dimensions"][0] == 0
+    if name in _REDUCTIONS:
+        return 0 not in params["axes"]
+    if name == "squeeze":
+        return 0 not in params["dimensions"]
+    if name == "transpose":
+        return params["permutation"][0] == 0
+    return name == "reshape"
+
+
+def _with_rows(eqn: Any, num_rows: int) -> Any:
+    """The equation for another number of rows."""
+    sizes = {"broadcast_in_dim": "shape", "reshape": "new_sizes"}.get(eqn.primitive.name)
+    if sizes is None:
+        return eqn
+    return eqn.replace(params=eqn.params | {sizes: (num_rows, *eqn.params[sizes][1:])})
