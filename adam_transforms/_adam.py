@@ -328,14 +328,15 @@ def update_leaf(
     mu = _numerics.moving_average(mu_was.astype(dtype), g, c.b1)
     nu_before = _numerics.real(nu_was).astype(real)
     nu = _numerics.moving_average(nu_before, _numerics.abs_sq(g), c.b2)
-    mu, nu = _numerics.computed_once(mu), _numerics.computed_once(nu)
+    mu, nu = (_numerics.computed_once(x, instructions=6) for x in (mu, nu))
     slots = [_numerics.store(path, mu, mu_was.dtype), _numerics.store(path, nu, nu_was.dtype)]
 
     v = nu
     for was in nu_max_was:
         if c.nu_correction is not None:
             v = nu / _numerics.as_scalar(c.nu_correction, real)
-        v = _numerics.computed_once(jnp.maximum(_numerics.real(was).astype(real), v))
+        v = jnp.maximum(_numerics.real(was).astype(real), v)
+        v = _numerics.computed_once(v, instructions=6)
         slots.append(_numerics.store(path, v, was.dtype))
 
     m = mu

@@ -109,17 +109,39 @@ def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
     return -jnp.expm1(count * jnp.log1p(as_scalar(decay) - 1.0))
 
 
-def computed_once(x: jax.Array) -> jax.Array:
+# LLVM unrolls a loop over a row's elements of fewer instructions than this, and then it leaves it
+# scalar: several times as many instructions, of which so many fewer rows are under way at a time.
+_UNROLLED = 300
+_INSTRUCTIONS_OF_A_CHOICE = 3
+
+
+def computed_once(x: jax.Array, instructions: int) -> jax.Array:
     """`x`, which XLA on CPU then computes once for all its uses.
 
     XLA repeats cheap arithmetic in every kernel that needs the result. Where rows gathered from a
     table go into it, the gather becomes a kernel of its own instead, and a gather without
-    arithmetic is a scalar copy that takes four times as long. XLA does not repeat divisions; this
-    one is by 1, whatever `x`, which it cannot know.
+    arithmetic is a scalar copy that takes four times as long. XLA does not repeat divisions, so
+    this divides `x` by a 1 that depends on `x`: by two shifts, which XLA takes as they are. LLVM,
+    which gets the kernel then, sees through them, and nothing is left of the division.
+
+    Args:
+      x: (n, D...).
+      instructions: about how many the kernel has for an element of `x`. If a row's are few enough
+        to be unrolled, choices between `x` and `x` are added, unless it would take many.
     """
     if jnp.iscomplexobj(x):  # a complex division by 1 is not exact
         return x
-    return x / (1.0 + 0.0 * jnp.minimum(jnp.abs(x), jnp.ones((), x.dtype)))
+    columns = x.shape[-1] if x.ndim else 1
+    missing = _UNROLLED / max(columns, 1) - instructions
+    choices = math.ceil(missing / _INSTRUCTIONS_OF_A_CHOICE)
+    for limit in range(1, 1 + choices) if choices <= 2 else ():
+        x = jnp.where(x > limit, jnp.maximum(x, float(limit)), x)
+    unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(x, unsigned)
+    for distance in (1, 8 * x.dtype.itemsize - 1):  # all bits out
+        bits = jax.lax.shift_right_logical(bits, jnp.array(distance, unsigned))
+    ones = np.ones((), x.dtype).view(unsigned)
+    return x / jax.lax.bitcast_convert_type(bits | ones, x.dtype)
 
 
 def witness(x: jax.Array) -> jax.Array:

@@ -138,15 +138,17 @@ def test_increment_stays_at_the_largest_integer():
 # Compiling
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.complex64])
-def test_what_is_computed_once_is_what_it_was(dtype):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16, jnp.complex64])
+@pytest.mark.parametrize("columns", [1, 30, 60, 300])  # with no, two, one and no choices
+def test_what_is_computed_once_is_what_it_was(dtype, columns):
     finfo = jnp.finfo(dtype)
     x = [0.0, -0.0, 1.0, -3.7, finfo.tiny, finfo.max, -finfo.max, np.inf, -np.inf, np.nan]
     with x64():
-        x = jnp.asarray(x, dtype)
-        once = jax.jit(_numerics.computed_once)(x)
+        x = jnp.tile(jnp.asarray(x, dtype)[:, None], columns)
+        once = jax.jit(_numerics.computed_once, static_argnums=1)(x, 4)
         assert once.dtype == dtype
-        np.testing.assert_array_equal(once, x)
+        wide = _numerics.compute_dtype(dtype)
+        np.testing.assert_array_equal(once.astype(wide), x.astype(wide))
         np.testing.assert_array_equal(jnp.signbit(once.real), jnp.signbit(x.real))
 
 

@@ -56,7 +56,9 @@ class Table(NamedTuple):
 
     def computed_once(self) -> "Table":
         """The same, for several uses (see `_numerics.computed_once`)."""
-        values, *slots = (_numerics.computed_once(x) for x in (self.values, *self.slots))
+        values, *slots = (
+            _numerics.computed_once(x, instructions=4) for x in (self.values, *self.slots)
+        )
         return self._replace(values=values, slots=tuple(slots))
 
     def put(self, rows: SparseRows | None, new: "Table") -> "Table":

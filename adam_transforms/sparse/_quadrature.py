@@ -187,13 +187,14 @@ def missed(ring: Ring, mu: jax.Array, nu: jax.Array, last: jax.Array, count: jax
         at = array.at[jnp.mod(step, size)]
         return at.get(mode="promise_in_bounds", out_sharding=sharding)
 
-    weights = _numerics.computed_once(read(ring.weights, last))
+    weights = _numerics.computed_once(read(ring.weights, last), instructions=4)
     decay, were_read = None, [weights]
     if ring.log_decay is not None:
         # The weights are those of the last step of the window.
         end = jnp.minimum(last + scalars.window.astype(jnp.int32), count)
         now, then, end = (
-            _numerics.computed_once(read(ring.log_decay, step)) for step in (count, last, end)
+            _numerics.computed_once(read(ring.log_decay, step), instructions=4)
+            for step in (count, last, end)
         )
         were_read += [now, then, end]
         weights = weights * jnp.exp(_difference(now, end))[:, None]
