@@ -151,19 +151,24 @@ def nodes_of(scalars: Scalars, n: int, s: Any, xp: Any) -> Any:
     return scalars.eps * xp.exp(low + fractions * (high - low))
 
 
-def chebyshev_polynomials(rule: Rule, s: Any, j: Any, xp: Any) -> Any:
-    """T_0 to T_{Q-1} at log x_j(s), the interval of s mapped to [-1, 1]; (..., Q)."""
+def lagrange_polynomials(rule: Rule, s: Any, j: Any, xp: Any) -> Any:
+    """L_1 to L_Q at log x_j(s), the interval of s mapped to [-1, 1]; (..., Q)."""
     scalars = rule.scalars
     low, high = _log_x(scalars, s, 1.0, xp), _log_x(scalars, s, scalars.window, xp)
     width = xp.maximum(high - low, 1e-30)  # it is 0 once e_t no longer changes
     z = xp.clip(2.0 * (_log_x(scalars, s, j, xp) - low) / width - 1.0, -1.0, 1.0)
-    polynomials = [xp.ones_like(z), z]
-    while len(polynomials) < rule.nodes:
-        polynomials.append(2.0 * z * polynomials[-1] - polynomials[-2])
-    return xp.stack(polynomials[: rule.nodes], axis=-1)
+    # By Chebyshev's T_0 to T_{Q-1}, one after the other: so XLA makes it one loop. A product of
+    # matrices as small as these takes ten times as long to set up as to compute.
+    z = z[..., None]
+    total, polynomials = 0.0, (xp.ones_like(z), z)
+    for row in _chebyshev_to_lagrange(rule.nodes):
+        coefficients = xp.asarray(row.reshape([1] * (z.ndim - 1) + [-1]), dtype=z.dtype)
+        total = total + polynomials[0] * coefficients
+        polynomials = polynomials[1], 2.0 * z * polynomials[1] - polynomials[0]
+    return total
 
 
-def to_lagrange(n: int) -> np.ndarray:
+def _chebyshev_to_lagrange(n: int) -> np.ndarray:
     """The (n, n) matrix that takes T_0(z) to T_{n-1}(z) to L_1(z) to L_n(z)."""
     k = np.arange(n)[:, None]
     return np.where(k == 0, 1.0, 2.0) / n * np.cos(k * np.arccos(_chebyshev_zeros(n)))
@@ -188,7 +193,7 @@ def _error(rule: Rule) -> float:
 
     x = rule.eps * np.exp(_log_x(rule.scalars, s, j, np))
     exact = np.cumsum(term[..., None] / (q + x[..., None]), axis=1)[:, gaps]
-    basis = chebyshev_polynomials(rule, s, j, np) @ to_lagrange(rule.nodes)
+    basis = lagrange_polynomials(rule, s, j, np)
     weights = np.cumsum(term[..., None] * basis, axis=1)[:, gaps]
     nodes = nodes_of(rule.scalars, rule.nodes, s[:, 0], np)
     return float(np.max(np.abs(weights @ (1.0 / (q + nodes[..., None])) / exact - 1.0)))

@@ -33,9 +33,8 @@ from adam_transforms import _numerics
 from adam_transforms.sparse._interpolation import (
     Rule,
     Scalars,
-    chebyshev_polynomials,
+    lagrange_polynomials,
     nodes_of,
-    to_lagrange,
 )
 from adam_transforms.sparse._rows import explicit_sharding
 
@@ -144,9 +143,7 @@ def advance(
     if rule.max_of != "corrected":
         factor = factor * jnp.sqrt(_numerics.bias_correction(rule.b2, count).astype(dtype))
     term = factor * jnp.exp(j.astype(dtype) * rule.log_rho)
-    polynomials = chebyshev_polynomials(rule, jnp.maximum(s, 0).astype(dtype), j.astype(dtype), jnp)
-    # Not `matmul`, which for so small a product takes ten times as long to set up as to compute.
-    basis = jnp.sum(polynomials[:, :, None] * to_lagrange(rule.nodes)[None].astype(dtype), axis=1)
+    basis = lagrange_polynomials(rule, jnp.maximum(s, 0).astype(dtype), j.astype(dtype), jnp)
     slots = jnp.mod(s, size)
     was = ring.weights.at[slots].get(mode="promise_in_bounds")
     change = term[:, None] * basis

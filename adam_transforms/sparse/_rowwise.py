@@ -17,12 +17,13 @@ from adam_transforms.sparse._jaxprs import CALLS, evaluate, open_jaxpr
 # An element of the result depends on those in the same place of the operands, which are repeated
 # along axes where they have but one.
 _ELEMENTWISE = {
-    *("abs", "add", "and", "atan2", "cbrt", "ceil", "clamp", "complex", "conj", "copy", "copy_p"),
-    *("convert_element_type", "cos", "cosh", "div", "eq", "erf", "exp", "exp2", "expm1", "floor"),
-    *("ge", "gt", "imag", "integer_pow", "is_finite", "le", "log", "log1p", "logistic", "lt"),
-    *("max", "min", "mul", "ne", "neg", "nextafter", "not", "or", "pow", "real", "rem", "round"),
-    *("rsqrt", "select_n", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub"),
-    *("tan", "tanh", "xor"),
+    *("abs", "add", "and", "atan2", "bitcast_convert_type", "cbrt", "ceil", "clamp", "complex"),
+    *("conj", "convert_element_type", "copy", "copy_p", "cos", "cosh", "div", "eq", "erf", "exp"),
+    *("exp2", "expm1", "floor", "ge", "gt", "imag", "integer_pow", "is_finite", "le", "log"),
+    *("log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or"),
+    *("pow", "real", "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left"),
+    *("shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square"),
+    *("stop_gradient", "sub", "tan", "tanh", "xor"),
 }
 _REDUCTIONS = {"argmax", "argmin", "reduce_max", "reduce_min", "reduce_prod", "reduce_sum"}
 
