@@ -24,10 +24,10 @@ TOUCHED = 8192
 LEARNING_RATE = 1e-2  # of 1e-3, 3e-3, 1e-2 and 3e-2 the best for all three
 
 
-def bench_step(rows: int, rounds: int) -> list[dict[str, Any]]:
+def bench_step(rows: int, distribution: str, rounds: int) -> list[dict[str, Any]]:
     """The optimizer's step alone, on a table of so many rows."""
     size = bench_sparse.Size(rows, 64 if rows <= bench_sparse.LARGEST_FOR_ALL else 32, TOUCHED)
-    batches = bench_sparse.step_batches(size, "zipf")
+    batches = bench_sparse.step_batches(size, distribution)
     hat = at.deferred_adam(1e-3, tables="table", eps_hat=True)
     cases = [
         bench_sparse.jax_step("lazy_adam", at.lazy_adam(1e-3), size, batches),
@@ -43,6 +43,7 @@ def bench_step(rows: int, rounds: int) -> list[dict[str, Any]]:
         {
             "rows": size.rows,
             "columns": size.columns,
+            "ids": distribution,
             "name": case.name,
             "ms": case.median_ms(),
             "ratio": case.median_ms() / base,
@@ -145,9 +146,12 @@ def main() -> None:
     results = {}
     if "step" in arguments.only:
         results["step"] = [
-            row for rows in arguments.rows for row in bench_step(rows, arguments.rounds)
+            row
+            for rows in arguments.rows
+            for distribution in bench_sparse.DISTRIBUTIONS
+            for row in bench_step(rows, distribution, arguments.rounds)
         ]
-        harness.print_table(f"step: the optimizer alone, {TOUCHED:,} Zipf ids", results["step"])
+        harness.print_table(f"step: the optimizer alone, {TOUCHED:,} ids", results["step"])
     if "quality" in arguments.only:
         results["quality"] = bench_quality(arguments.seeds)
         harness.print_table("quality: held-out loss in nats a click", results["quality"])
