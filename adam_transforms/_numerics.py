@@ -116,7 +116,7 @@ _INSTRUCTIONS_OF_A_CHOICE = 3
 
 
 def computed_once(x: jax.Array, instructions: int) -> jax.Array:
-    """`x`, which XLA on CPU then computes once for all its uses.
+    """`x`, which XLA on CPU then computes once for all its uses. Elsewhere one kernel has them all.
 
     XLA repeats cheap arithmetic in every kernel that needs the result. Where rows gathered from a
     table go into it, the gather becomes a kernel of its own instead, and a gather without
@@ -129,7 +129,8 @@ def computed_once(x: jax.Array, instructions: int) -> jax.Array:
       instructions: about how many the kernel has for an element of `x`. If a row's are few enough
         to be unrolled, choices between `x` and `x` are added, unless it would take many.
     """
-    if jnp.iscomplexobj(x):  # a complex division by 1 is not exact
+    # A complex division by 1 is not exact.
+    if jax.default_backend() != "cpu" or jnp.iscomplexobj(x):
         return x
     columns = x.shape[-1] if x.ndim else 1
     missing = _UNROLLED / max(columns, 1) - instructions

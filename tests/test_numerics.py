@@ -152,6 +152,20 @@ def test_what_is_computed_once_is_what_it_was(dtype, columns):
         np.testing.assert_array_equal(jnp.signbit(once.real), jnp.signbit(x.real))
 
 
+@pytest.mark.parametrize("columns", [16, 32, 64, 128])
+def test_what_is_computed_once_is_computed_in_the_kernel_that_gathers(columns):
+    def fn(table, rows):
+        x = 0.5 * table.at[rows].get(mode="clip") + 1.0
+        x = _numerics.computed_once(x, instructions=6)
+        return table.at[rows].set(x), jnp.sqrt(x) + 1.0
+
+    inputs = jax.ShapeDtypeStruct((10**6, columns), jnp.float32), jnp.zeros(1000, jnp.int32)
+    kernels = jax.jit(fn, donate_argnums=0).lower(*inputs).compile().as_text().split("\n\n")
+    gathering = [kernel for kernel in kernels if " gather(" in kernel]
+    assert len(gathering) == 1
+    assert " divide(" in gathering[0]
+
+
 # Norms
 
 
