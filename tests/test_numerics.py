@@ -160,8 +160,8 @@ def test_what_is_computed_once_is_computed_in_the_kernel_that_gathers(columns):
         return table.at[rows].set(x), jnp.sqrt(x) + 1.0
 
     inputs = jax.ShapeDtypeStruct((10**6, columns), jnp.float32), jnp.zeros(1000, jnp.int32)
-    kernels = jax.jit(fn, donate_argnums=0).lower(*inputs).compile().as_text().split("\n\n")
-    gathering = [kernel for kernel in kernels if " gather(" in kernel]
+    program = str(jax.jit(fn, donate_argnums=0).lower(*inputs).compile().as_text())
+    gathering = [kernel for kernel in program.split("\n\n") if " gather(" in kernel]
     assert len(gathering) == 1
     assert " divide(" in gathering[0]
 
