@@ -129,8 +129,8 @@ def computed_once(x: jax.Array, instructions: int) -> jax.Array:
       instructions: about how many the kernel has for an element of `x`. If a row's are few enough
         to be unrolled, choices between `x` and `x` are added, unless it would take many.
     """
-    # A complex division by 1 is not exact.
-    if jax.default_backend() != "cpu" or jnp.iscomplexobj(x):
+    # A complex division by 1 is not exact, and integers need more.
+    if jax.default_backend() != "cpu" or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
     columns = x.shape[-1] if x.ndim else 1
     missing = _UNROLLED / max(columns, 1) - instructions

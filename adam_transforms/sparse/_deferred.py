@@ -243,7 +243,7 @@ def _step_table(
     rows = _with_those_in_turn(g, count, ring.weights.shape[0])
 
     def step_some(some: SparseRows, table: Table) -> tuple[jax.Array, Table, Any]:
-        before = table.take(some).computed_once()
+        before = table.take(some)
         u, now, witness = _step_rows(some.values, before, ring, count, step)
         # What was read for the gradient, with `rows_from`, was read before; so was `before`.
         witness = (*witness, _numerics.witness(some.values[:1]))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adam_transforms import _numerics, _trees
+from adam_transforms import _trees
 from adam_transforms.sparse import _quadrature
 from adam_transforms.sparse._rows import SparseRows, put_rows, take_rows
 
@@ -53,13 +53,6 @@ class Table(NamedTuple):
     def take(self, rows: SparseRows | None) -> "Table":
         """These rows; all of them for None."""
         return jax.tree.map(lambda x: take_rows(x, rows), self)
-
-    def computed_once(self) -> "Table":
-        """The same, for several uses (see `_numerics.computed_once`)."""
-        values, *slots = (
-            _numerics.computed_once(x, instructions=4) for x in (self.values, *self.slots)
-        )
-        return self._replace(values=values, slots=tuple(slots))
 
     def put(self, rows: SparseRows | None, new: "Table") -> "Table":
         """With the slots of these rows replaced."""

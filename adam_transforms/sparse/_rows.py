@@ -263,7 +263,9 @@ def on_values(fn: Callable[[jax.Array], jax.Array], x: Any) -> Any:
 
 def take_rows(x: Any, rows: SparseRows | None) -> Any:
     """The touched rows of a table or a slot, zeros at padding; all of it for None."""
-    return x if rows is None or x is None else rows.gather(jnp.asarray(x))
+    if rows is None or x is None:
+        return x
+    return _numerics.computed_once(rows.gather(jnp.asarray(x)), instructions=4)
 
 
 def put_rows(x: Any, rows: SparseRows | None, new: Any) -> Any:
