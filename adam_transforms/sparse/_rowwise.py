@@ -190,7 +190,7 @@ class _Program:
 
 def _kind(eqn: Any, inputs: Sequence[_Value]) -> Any:
     """The kind of what an equation puts out."""
-    if eqn.effects:  # to happen once
+    if eqn.effects or not eqn.outvars:  # to happen once
         raise _RowsMeet
     kinds = {value.kind for value in inputs} - {_SHARED}
     if not kinds:
