@@ -66,6 +66,13 @@ def test_sum_duplicates_names_each_row_once_and_keeps_the_gradient(indices: list
     assert sorted(real) == sorted({i for i in indices if 0 <= i < V})
     np.testing.assert_array_equal(summed.to_dense(), dense_of(rows_of(indices)))
     assert_bits_equal(summed.sum_duplicates(), summed)
+    assert not np.asarray(summed.values)[np.asarray(summed.indices) == V].any()
+
+
+def test_sum_duplicates_has_zeros_at_padding_whatever_a_user_left_there() -> None:
+    rows = at.SparseRows(jnp.array([1, V, -1]), jnp.full((3, D), jnp.nan), V, unique=True)
+    rows = rows.with_values(rows.values.at[0].set(2.0)).sum_duplicates()
+    assert rows.values[:, 0].tolist() == [2.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("n", [1, 2, 1000, 5000])
