@@ -37,7 +37,7 @@ def bench_step(rows: int, distribution: str, rounds: int) -> list[dict[str, Any]
         bench_sparse.jax_step("deferred_adam, eps_hat", hat, size, batches),
         bench_sparse.jax_step("dense optax.adam", optax.adam(1e-3), size, batches, dense=True),
     ]
-    harness.interleave(cases, rounds=rounds, cycle=bench_sparse.BATCHES, warm_up=1)
+    harness.interleave(cases, rounds=rounds, cycle=bench_sparse.BATCHES, warm_up=1, alike=True)
     base = cases[0].median_ms()
     return [
         {

@@ -113,10 +113,17 @@ def bare_rows(size: Size, batches: Any) -> harness.Case:
     )
 
 
-def torch_step(size: Size, batches: Any) -> harness.Case:
-    import torch  # pyright: ignore[reportMissingImports]
+def torch_on_device() -> tuple[Any, str, Callable[[Any], Any]]:
+    """PyTorch, the name of the device that JAX computes on, and what waits for it."""
+    torch: Any = importlib.import_module("torch")
+    if jax.default_backend() == "gpu":
+        return torch, "cuda", lambda _: torch.cuda.synchronize()
+    return torch, "cpu", lambda _: None
 
-    table = torch.nn.Parameter(0.1 * torch.randn(size.rows, size.columns))
+
+def torch_step(size: Size, batches: Any) -> harness.Case:
+    torch, device, wait = torch_on_device()
+    table = torch.nn.Parameter(0.1 * torch.randn(size.rows, size.columns, device=device))
     optimizer = torch.optim.SparseAdam([table], lr=1e-3)
 
     def step(_: Any, ids: Any, values: Any) -> None:
@@ -124,10 +131,10 @@ def torch_step(size: Size, batches: Any) -> harness.Case:
         optimizer.step()
 
     batches = [
-        (torch.from_numpy(ids.astype(np.int64))[None], torch.from_numpy(values))
+        tuple(torch.tensor(x, device=device) for x in (ids[None].astype(np.int64), values))
         for ids, values in batches
     ]
-    return harness.Case("torch SparseAdam", in_turn(step, batches), None)
+    return harness.Case("torch SparseAdam", in_turn(step, batches), None, wait)
 
 
 def tensorflow_step(name: str, size: Size, batches: Any) -> harness.Case:
@@ -178,7 +185,7 @@ def bench_step(size: Size, distribution: str, rounds: int) -> list[dict[str, Any
             yield lambda: tensorflow_step("Keras 3 Adam", size, batches)
 
     cases = installed(contenders())
-    harness.interleave(cases, rounds=rounds, cycle=BATCHES, warm_up=1)
+    harness.interleave(cases, rounds=rounds, cycle=BATCHES, warm_up=1, alike=True)
     base = cases[0].median_ms()
     return [
         {
@@ -201,7 +208,7 @@ def bench_flat(sizes: Sequence[Size], rounds: int) -> list[dict[str, Any]]:
             jax_step("lazy_adam", at.lazy_adam(1e-3), size, batches),
             bare_rows(size, batches),
         ]
-    harness.interleave(cases, rounds=rounds, cycle=BATCHES, warm_up=1)
+    harness.interleave(cases, rounds=rounds, cycle=BATCHES, warm_up=1, alike=True)
     return [
         {
             "name": case.name,
@@ -266,13 +273,12 @@ def jax_tower(
 
 
 def torch_tower(rows: int, columns: int, batches: Any) -> harness.Case:
-    import torch  # pyright: ignore[reportMissingImports]
-
-    users = torch.nn.Embedding(rows, columns, sparse=True)
-    items = torch.nn.Embedding(rows, columns, sparse=True)
+    torch, device, wait = torch_on_device()
+    users = torch.nn.Embedding(rows, columns, sparse=True, device=device)
+    items = torch.nn.Embedding(rows, columns, sparse=True, device=device)
     mlp = torch.nn.Sequential(
         torch.nn.Linear(columns, HIDDEN), torch.nn.ReLU(), torch.nn.Linear(HIDDEN, columns)
-    )
+    ).to(device)
     tables = torch.optim.SparseAdam([*users.parameters(), *items.parameters()], lr=1e-3)
     dense = torch.optim.Adam(mlp.parameters(), lr=1e-3)
     loss_of = torch.nn.BCEWithLogitsLoss()
@@ -285,8 +291,8 @@ def torch_tower(rows: int, columns: int, batches: Any) -> harness.Case:
         tables.step()
         dense.step()
 
-    batches = [tuple(map(torch.from_numpy, batch)) for batch in batches]
-    return harness.Case("torch Embedding, SparseAdam", in_turn(step, batches), None)
+    batches = [tuple(torch.tensor(x, device=device) for x in batch) for batch in batches]
+    return harness.Case("torch Embedding, SparseAdam", in_turn(step, batches), None, wait)
 
 
 def bench_tower(rows: int, distribution: str, rounds: int) -> list[dict[str, Any]]:
@@ -299,7 +305,7 @@ def bench_tower(rows: int, distribution: str, rounds: int) -> list[dict[str, Any
         yield lambda: jax_tower("jax.grad, optax.adam", jax.value_and_grad, dense, *model)
 
     cases = installed(contenders())
-    harness.interleave(cases, rounds=rounds, cycle=BATCHES, warm_up=1)
+    harness.interleave(cases, rounds=rounds, cycle=BATCHES, warm_up=1, alike=True)
     base = cases[0].median_ms()
     return [
         {

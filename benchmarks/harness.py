@@ -1,7 +1,8 @@
 """Timing side by side: warm up, interleave, take medians, print ratios, write JSON.
 
 The machines are shared and noisy. What is compared is therefore timed in turns, call by call, in
-one process, and reported as a ratio of medians to the first of the group.
+one process, and reported as a ratio of medians to the first of the group. On an accelerator calls
+of a turn are made without waiting for one another, as in a training loop.
 """
 
 import json
@@ -26,13 +27,17 @@ class Case:
     name: str
     step: Callable[[Any], Any]
     carry: Any
+    wait: Callable[[Any], Any] = jax.block_until_ready  # until the results of all steps are there
     times: list[float] = field(default_factory=list)  # seconds, in the order of the calls
 
-    def call(self) -> float:
-        """Seconds that one call takes, until its results are there."""
+    def call(self, times: int = 1) -> float:
+        """Seconds that a call takes, the mean of so many made at once, until all results are
+        there."""
         start = time.perf_counter()
-        self.carry = jax.block_until_ready(self.step(self.carry))
-        return time.perf_counter() - start
+        for _ in range(times):
+            self.carry = self.step(self.carry)
+        self.wait(self.carry)
+        return (time.perf_counter() - start) / times
 
     def median_ms(self, phase: int | None = None, cycle: int = 1) -> float:
         """Median milliseconds of a call: of all, or of every `cycle`-th from `phase` on."""
@@ -45,8 +50,14 @@ class Case:
         return 1e3 * float(np.median(whole))
 
 
-def interleave(cases: Sequence[Case], *, rounds: int, cycle: int = 1, warm_up: int = 2) -> None:
-    """Times the cases in turns, `cycle` consecutive calls of each a round, into their `times`."""
+def interleave(
+    cases: Sequence[Case], *, rounds: int, cycle: int = 1, warm_up: int = 2, alike: bool = False
+) -> None:
+    """Times the cases in turns, `cycle` consecutive calls of each a round, into their `times`.
+
+    `alike` says that the calls of a cycle all do the same work: their mean may stand for each.
+    """
+    ahead = alike and jax.default_backend() != "cpu"
     for case in cases:
         for _ in range(warm_up * cycle):
             case.call()
@@ -55,7 +66,7 @@ def interleave(cases: Sequence[Case], *, rounds: int, cycle: int = 1, warm_up: i
         # In a new order every round, so that nobody always follows the same neighbour, whose
         # threads may still be spinning and whose data are in the caches.
         for case in order.sample(cases, len(cases)):
-            case.times.extend(case.call() for _ in range(cycle))
+            case.times.extend([case.call(cycle)] if ahead else [case.call() for _ in range(cycle)])
 
 
 def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:

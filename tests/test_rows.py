@@ -14,7 +14,7 @@ import pytest
 from helpers import assert_bits_equal, normal
 
 import adam_transforms as at
-from adam_transforms.sparse._rows import _first_positions
+from adam_transforms.sparse import _duplicates, _rows
 
 V, D = 7, 3
 
@@ -57,15 +57,49 @@ def test_to_dense_and_the_sum_with_a_table_are_the_definition(indices: list[int]
     assert_bits_equal((table + rows)[np.array(untouched, int)], table[untouched])
 
 
+@pytest.fixture(params=["in place", "packed"])
+def packed(request: Any, monkeypatch: Any) -> bool:
+    """Whether `sum_duplicates` packs, as it does with many rows."""
+    if packed := request.param == "packed":
+        monkeypatch.setattr(_rows, "_MANY_BYTES", 0)
+    return packed
+
+
 @every_kind
-def test_sum_duplicates_names_each_row_once_and_keeps_the_gradient(indices: list[int]) -> None:
-    summed = jax.jit(at.SparseRows.sum_duplicates)(rows_of(indices))
+def test_sum_duplicates_names_each_row_once_and_keeps_the_gradient(
+    indices: list[int], packed: bool
+) -> None:
+    summed = jax.jit(lambda rows: rows.sum_duplicates())(rows_of(indices))
     assert summed.unique
     assert summed.indices.shape == (len(indices),)
-    real = [i for i in summed.indices.tolist() if i != V]
-    assert sorted(real) == sorted({i for i in indices if 0 <= i < V})
+    real = list(dict.fromkeys(i for i in indices if 0 <= i < V))
+    assert [i for i in summed.indices.tolist() if i != V] == real
+    if packed:
+        assert summed.indices.tolist() == real + [V] * (len(indices) - len(real))
     np.testing.assert_array_equal(summed.to_dense(), dense_of(rows_of(indices)))
     assert_bits_equal(summed.sum_duplicates(), summed)
+    assert not np.asarray(summed.values)[np.asarray(summed.indices) == V].any()
+
+
+@every_kind
+@pytest.mark.parametrize("unique", [False, True])
+@pytest.mark.parametrize(("start", "length"), [(0, 3), (5, 4), (V, 2), (2, 0)])
+def test_sum_duplicates_names_a_run_of_rows_besides(
+    indices: list[int], unique: bool, start: int, length: int, packed: bool
+) -> None:
+    rows = rows_of(indices)
+    expected = dense_of(rows)
+    if unique:
+        rows = rows.sum_duplicates()
+    summed = jax.jit(lambda rows, start: rows.sum_duplicates(and_run=(start, length)))(rows, start)
+    assert summed.unique
+    assert summed.indices.shape == (len(indices) + length,)
+    run = range(start, min(start + length, V))
+    real = list(dict.fromkeys([*(i for i in indices if 0 <= i < V), *run]))
+    assert [i for i in summed.indices.tolist() if i != V] == real
+    if packed:
+        assert summed.indices.tolist()[len(real) :] == [V] * (len(indices) + length - len(real))
+    np.testing.assert_array_equal(summed.to_dense(), expected)
     assert not np.asarray(summed.values)[np.asarray(summed.indices) == V].any()
 
 
@@ -77,13 +111,14 @@ def test_sum_duplicates_has_zeros_at_padding_whatever_a_user_left_there() -> Non
 
 @pytest.mark.parametrize("n", [1, 2, 1000, 5000])
 @pytest.mark.parametrize("num_rows", [1, 50, 10**6, 2**31 - 1])
-def test_first_positions_are_those_that_sorting_finds(n: int, num_rows: int) -> None:
+@pytest.mark.parametrize("way", ["by_hashing", "by_sorting"])
+def test_first_positions_are_those_that_numpy_finds(way: str, n: int, num_rows: int) -> None:
     generator = np.random.default_rng(n)
     indices = generator.integers(0, num_rows + 1, n)
     indices[: n // 2] = indices[0] + 8 * np.arange(n // 2)  # a stride, as of fields of a record
     indices = (indices % (num_rows + 1)).astype(np.int32)
     _, first, inverse = np.unique(indices, return_index=True, return_inverse=True)
-    found = jax.jit(_first_positions, static_argnums=1)(indices, num_rows)
+    found = jax.jit(getattr(_duplicates, way), static_argnums=1)(indices, num_rows)
     np.testing.assert_array_equal(found, first[inverse])
 
 

@@ -301,5 +301,4 @@ def _check_table(path: str, leaf: Any) -> None:
 def _with_those_in_turn(rows: SparseRows, count: jax.Array, max_idle: int) -> SparseRows:
     """The rows, unique, and those whose turn it is to be brought up to date, with zeros."""
     turns, length = turns_of(rows.num_rows, max_idle)
-    start = (count % turns) * length
-    return rows.sum_duplicates(also=start + jnp.arange(length, dtype=jnp.int32))
+    return rows.sum_duplicates(and_run=((count % turns) * length, length))

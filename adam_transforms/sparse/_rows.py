@@ -12,11 +12,11 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adam_transforms import _numerics
+from adam_transforms.sparse._duplicates import first_positions
 
-# Slots to an index in the hash table of `_first_positions`: few collisions, and little memory.
-_SLOTS_PER_INDEX = 8
-# 2^32 over the golden ratio: multiplying by it spreads consecutive indices (Knuth, TAOCP 3, 6.4).
-_MULTIPLIER = 2654435769
+# Bytes of the (n, D...) values from how many on rows are better treated some at a time. As measured
+# with lazy Adam on two cores: below, all at once is as fast.
+_MANY_BYTES = 8 * 2**20
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -112,36 +112,59 @@ class SparseRows:
         zeros, values = jnp.zeros(self.shape, dtype), self.values.astype(dtype)
         return self._scatter_add(zeros, values, explicit_sharding(values)).astype(self.dtype)
 
-    def sum_duplicates(self, also: jax.Array | None = None) -> "SparseRows":
-        """The same gradient with each row named once.
+    @property
+    def are_many(self) -> bool:
+        """Whether a CPU had better treat them some at a time (`_blocks`)."""
+        size = self.values.shape[0] * math.prod(self.shape[1:]) * self.dtype.itemsize
+        return jax.default_backend() == "cpu" and size >= _MANY_BYTES
 
-        The first of equal indices gets the sum, in at least float32 on the way; the others become
-        padding. At padding the values are zeros. The order and n stay. O(n) in time and memory,
-        whatever V.
+    def sum_duplicates(self, and_run: tuple[jax.Array, int] | None = None) -> "SparseRows":
+        """The same gradient with each row named once, and the rest padding with zeros.
+
+        In at least float32 on the way. O(n) in time and memory, whatever V. The rows are where they
+        are first named; or, if `are_many`, one after the other, with all the padding at the end.
 
         Args:
-          also: int32 (m,), rows to be named besides, with zeros: n grows by m.
+          and_run: (start, length), consecutive rows to be named besides, with zeros: n grows by
+            `length`. `start` is an int32 scalar.
         """
         self._refuse_batch()
-        if self.unique and also is None:
+        if self.unique and and_run is None:
             return self.with_values(self.masked_values())
-        n = self.indices.size
-        indices = self.indices if also is None else jnp.concatenate([self.indices, also])
-        indices = _padded(indices, self.num_rows)
-        first = _first_positions(indices, self.num_rows)
-        kept = first == jnp.arange(indices.size, dtype=jnp.int32)
+        indices, n = self.padded_indices, self.indices.size
+        positions = jnp.arange(n, dtype=jnp.int32)
+        first = positions if self.unique else first_positions(indices, self.num_rows)
+        is_row = indices < self.num_rows
+        is_first = is_row & (first == positions)
+        if and_run is not None:
+            run, is_new = self._others_of_run(indices, *and_run)
+            indices, is_first = (
+                jnp.concatenate(pair) for pair in ((indices, run), (is_first, is_new))
+            )
+        size = indices.size
+        distinct = jnp.where(is_first, indices, self.num_rows)
+        if self.are_many:
+            place = jax.lax.associative_scan(jnp.add, is_first.astype(jnp.int32)) - 1
+            at = jnp.full((size,), self.num_rows, jnp.int32).at[jnp.where(is_first, place, size)]
+            distinct = at.set(indices, mode="drop", unique_indices=True)
+            first = place[first]
+        into = jnp.where(is_row, first, size)  # padding goes nowhere
+
         dtype = _numerics.compute_dtype(self.dtype)
         values = self.values.astype(dtype)
-        # Padding goes nowhere.
-        into = jnp.where(indices[:n] < self.num_rows, first[:n], indices.size)
-        sums = jnp.zeros((indices.size, *values.shape[1:]), dtype).at[into]
+        sums = jnp.zeros((size, *values.shape[1:]), dtype).at[into]
         sums = sums.add(values, mode="drop", out_sharding=explicit_sharding(values))
-        return SparseRows(
-            jnp.where(kept, indices, self.num_rows),
-            sums.astype(self.dtype),
-            self.num_rows,
-            unique=True,
-        )
+        return SparseRows(distinct, sums.astype(self.dtype), self.num_rows, unique=True)
+
+    def _others_of_run(
+        self, indices: jax.Array, start: jax.Array, length: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """The rows start, start+1, ..., int32 (length,), and which of them are rows that none of
+        `indices` names."""
+        run = _padded(start + jnp.arange(length, dtype=jnp.int32), self.num_rows)
+        offset = jnp.where(indices >= start, indices - start, length)
+        named = jnp.zeros((length,), bool).at[offset].set(True, mode="drop")
+        return run, ~named & (run < self.num_rows)
 
     def masked(self, x: jax.Array) -> jax.Array:
         """`x`, (n, ...), with zeros at padding."""
@@ -346,42 +369,3 @@ def _as_keys(indices: jax.Array) -> jax.Array:
     """The indices as an array of PRNG keys, which no arithmetic is defined on."""
     words = jnp.stack([indices.astype(jnp.uint32), jnp.zeros_like(indices, jnp.uint32)], axis=-1)
     return jax.random.wrap_key_data(words, impl="threefry2x32")
-
-
-def _first_positions(indices: jax.Array, num_rows: int) -> jax.Array:
-    """For each of (n,) indices in [0, num_rows] the position of the first that equals it.
-
-    Hashing, where sorting would take ten times as long: each index writes its position into its
-    slot of a small table, the first one wins, and all that find their own index there are done.
-    The others, whose slot went to another index, try again with another hash. An index is its own
-    slot, and nobody's else, where that does not take a larger table.
-    """
-    n = indices.size
-    positions = jnp.arange(n, dtype=jnp.int32)
-    if n == 0:
-        return positions
-    bits = max(1, math.ceil(math.log2(n * _SLOTS_PER_INDEX)))
-    slots = 1 << bits
-
-    def winners(slot: jax.Array, slots: int, contend: Any = True) -> jax.Array:
-        owner = jnp.full((slots,), n, jnp.int32)
-        owner = owner.at[jnp.where(contend, slot, slots)].min(positions, mode="drop")
-        return owner[slot]
-
-    if num_rows < slots:
-        return winners(indices, num_rows + 1)
-
-    def settle(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        attempt, open_, first = state
-        salted = indices.astype(jnp.uint32) * jnp.uint32(2) + jnp.uint32(1)
-        hashed = salted * (jnp.uint32(_MULTIPLIER) + attempt * jnp.uint32(0x9E3779B2))
-        slot = (hashed ^ (hashed >> 15)) * jnp.uint32(0x85EBCA6B) >> jnp.uint32(32 - bits)
-        winner = winners(slot.astype(jnp.int32), slots, open_)
-        settled = open_ & (indices[jnp.minimum(winner, n - 1)] == indices) & (winner < n)
-        first = jnp.where(settled, winner, first)
-        return attempt + jnp.uint32(1), open_ & ~settled, first
-
-    # Made from `indices`, to vary over the mesh axes that they vary over inside `shard_map`.
-    zeros = jnp.zeros_like(indices)
-    start = (jnp.uint32(0), zeros == 0, positions + zeros)
-    return jax.lax.while_loop(lambda state: jnp.any(state[1]), settle, start)[2]
