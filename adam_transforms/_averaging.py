@@ -117,8 +117,10 @@ def track_params_ema(
             p = jnp.asarray(p)
             u = None if u is None else _trees.as_gradient(path, u)
             dtype = _numerics.compute_dtype(p.dtype, ema.dtype)
-            after = _updates.apply_update(path, p, u)
-            new_ema = average(ema.astype(dtype), after.astype(dtype))
+            after = _updates.apply_update(path, p, u).astype(dtype)
+            if jnp.issubdtype(p.dtype, jnp.floating):
+                after = _numerics.rounded(after, p.dtype)  # as it will be stored
+            new_ema = average(ema.astype(dtype), after)
             if u is not None and overwrites is not None:
                 onto = _divided(new_ema, weight) - p.astype(dtype)
                 u = jnp.where(overwrites, onto.astype(u.dtype), u)

@@ -165,30 +165,19 @@ def _refuse_deferred(state: Any, narrow: set[str]) -> None:
                 )
 
 
-def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
-    """`x`, float32, rounded to what `dtype` represents.
-
-    XLA may leave out a conversion that the next one undoes, and with it the rounding.
-    """
-    info = jnp.finfo(dtype)
-    if info.nexp == jnp.finfo(jnp.float32).nexp:
-        return jax.lax.reduce_precision(x, int(info.nexp), int(info.nmant))
-    return jax.lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
-
-
 def _followed(p: Any, master: Any) -> jax.Array:
     """The master, started anew from `p` where it does not round to it."""
     p = jnp.asarray(p)
     wide = p.astype(jnp.float32)
-    return jnp.where(_rounded(master, p.dtype) == wide, master, wide)
+    return jnp.where(_numerics.rounded(master, p.dtype) == wide, master, wide)
 
 
 def _moved(path: str, p: jax.Array, master: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The update that takes `p` to the master's rounded value after `u`, and that master."""
     master = _updates.apply_update(path, _followed(p, master), u)
-    target, wide = _rounded(master, p.dtype), p.astype(jnp.float32)
+    target, wide = _numerics.rounded(master, p.dtype), p.astype(jnp.float32)
     # Of two infinities there is no difference.
     change = jnp.where(target == wide, jnp.zeros((), jnp.float32), target - wide)
-    reached = _rounded(wide + change, p.dtype)
+    reached = _numerics.rounded(wide + change, p.dtype)
     change = change.astype(_numerics.compute_dtype(u.dtype))
     return change, jnp.where(reached == target, master, reached)

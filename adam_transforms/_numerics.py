@@ -216,6 +216,21 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.array([finite(x) for x in leaves], bool))
 
 
+def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """`x`, real, rounded to what `dtype` represents, in its own dtype.
+
+    Casts do not say so: XLA may leave out one that the next one undoes, and with it the rounding.
+    On GPU and TPU it does.
+    """
+    to, own = jnp.finfo(dtype), jnp.finfo(x.dtype)
+    if to.bits >= own.bits:
+        return x
+    if to.nexp == own.nexp:
+        return jax.lax.reduce_precision(x, int(to.nexp), int(to.nmant))
+    # Of subnormal numbers of `dtype`, reduce_precision makes zeros.
+    return jax.lax.optimization_barrier(x.astype(dtype)).astype(x.dtype)
+
+
 def round_stochastically(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
     """Rounds each element of `x` to one of its two neighbours in `dtype`, at random.
 
@@ -229,9 +244,10 @@ def round_stochastically(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
       key: a PRNG key.
     """
     nearest = x.astype(dtype)
-    rest = x - nearest.astype(x.dtype)
+    nearest_wide = rounded(x, dtype)
+    rest = x - nearest_wide
     direction = jnp.where(rest > 0, jnp.inf, -jnp.inf).astype(dtype)
     other = jnp.nextafter(nearest, direction)
-    gap = jnp.abs(other.astype(x.dtype) - nearest.astype(x.dtype))
+    gap = jnp.abs(other.astype(x.dtype) - nearest_wide)
     take_other = jax.random.uniform(key, x.shape, x.dtype) * gap < jnp.abs(rest)
     return jnp.where(take_other & jnp.isfinite(other), other, nearest)

@@ -4,7 +4,9 @@ import os
 import shutil
 import tempfile
 
-# Eight virtual devices, before JAX starts: the sharding tests lay meshes over them.
+# Before JAX starts. On a CPU whatever else there is, for the sharding tests lay meshes over eight
+# devices, and CPUs can be divided into so many; `JAX_PLATFORMS=cuda` runs the others on a GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
