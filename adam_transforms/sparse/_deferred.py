@@ -75,7 +75,7 @@ def deferred_adam(
         scalar array.
       weight_decay_mask: as for `adam`.
       max_idle: every row is brought up to date at least once in so many steps, ceil(V / max_idle)
-        rows a step. The state has some 40 to 200 bytes for each step of it.
+        rows a step. The state has some 30 to 400 bytes for each step of it.
 
     Returns:
       A transformation with `DeferredAdamState`; `update` needs `params`. A table takes a

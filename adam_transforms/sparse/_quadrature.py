@@ -18,7 +18,7 @@ The sum over j is interpolated in x (`_interpolation`): for a row it is one of Q
     sum_j D A rho^j / (q + x_j)  ~  sum_{i=1}^{Q} W_i(s) / (q + X_i(s)),
 
 with nodes X that depend on s alone. The weights W are linear in the terms, so each step adds one
-term to those of the K steps before it. They are kept in a ring, for the last `max_idle` steps,
+term to those of the K steps before it. Both are kept in a ring, for the last `max_idle` steps,
 whatever the number of rows.
 """
 
@@ -45,7 +45,7 @@ class Ring(NamedTuple):
     It holds all that `missed` needs, so that tables can be read with a state alone.
 
     Attributes:
-      weights: W(s), (max_idle + 1, Q).
+      weights, nodes: W(s) and X(s), (max_idle + 1, Q).
       log_decay: log D(0,s) as an unevaluated sum of two floats, (max_idle + 1, 2): one float32
         would round away the decay of a step. None for tables that do not decay.
       scalars: the numbers of the rule that `missed` needs.
@@ -54,6 +54,7 @@ class Ring(NamedTuple):
     """
 
     weights: jax.Array
+    nodes: jax.Array
     log_decay: jax.Array | None
     scalars: Scalars
 
@@ -112,7 +113,9 @@ def empty_ring(rule: Rule, *, decays: bool = True) -> Ring:
     size, dtype = rule.max_idle + 1, _numerics.scalar_dtype()
     scalars = Scalars(*(jnp.asarray(x, dtype) for x in rule.scalars))
     log_decay = jnp.zeros((size, 2), dtype) if decays else None
-    return Ring(jnp.zeros((size, rule.nodes), dtype), log_decay, scalars)
+    first = nodes_of(rule, jnp.zeros((1,), dtype), jnp)
+    nodes = jnp.broadcast_to(first, (size, rule.nodes))
+    return Ring(jnp.zeros_like(nodes), nodes, log_decay, scalars)
 
 
 def advance(
@@ -158,7 +161,9 @@ def advance(
     now = was + change
     now = _numerics.after(witness, jnp.where(((j > 0) & (s >= 0))[:, None], now, 0.0))
     weights = ring.weights.at[slots].set(now, mode="promise_in_bounds", unique_indices=True)
-    return Ring(weights, log_decay, ring.scalars)
+    opened = _numerics.after(witness, nodes_of(rule, count.astype(dtype)[None], jnp))
+    nodes = ring.nodes.at[slots[:1]].set(opened, mode="promise_in_bounds")
+    return Ring(weights, nodes, log_decay, ring.scalars)
 
 
 def missed(ring: Ring, mu: jax.Array, nu: jax.Array, last: jax.Array, count: jax.Array) -> Missed:
@@ -184,8 +189,11 @@ def missed(ring: Ring, mu: jax.Array, nu: jax.Array, last: jax.Array, count: jax
         at = array.at[jnp.mod(step, size)]
         return at.get(mode="promise_in_bounds", out_sharding=sharding)
 
-    weights = _numerics.computed_once(read(ring.weights, last), instructions=4)
-    decay, were_read = None, [weights]
+    weights, nodes = (
+        _numerics.computed_once(read(array, last), instructions=4)
+        for array in (ring.weights, ring.nodes)
+    )
+    decay, were_read = None, [weights, nodes]
     if ring.log_decay is not None:
         # The weights are those of the last step of the window.
         end = jnp.minimum(last + scalars.window.astype(jnp.int32), count)
@@ -197,9 +205,8 @@ def missed(ring: Ring, mu: jax.Array, nu: jax.Array, last: jax.Array, count: jax
         weights = weights * jnp.exp(_difference(now, end))[:, None]
         decay = _exp(_difference(now, then))
 
-    nodes = nodes_of(scalars, weights.shape[1], last.astype(ring.weights.dtype), jnp).astype(real)
     root = jnp.sqrt(_numerics.real(nu).astype(real))
-    total = _sum_of_fractions(weights.astype(real), nodes, root)
+    total = _sum_of_fractions(weights.astype(real), nodes.astype(real), root)
 
     gap = (count - last).astype(ring.weights.dtype)
     return Missed(
