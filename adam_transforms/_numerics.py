@@ -150,6 +150,14 @@ def witness(x: jax.Array) -> jax.Array:
     return jnp.min(jnp.abs(x), initial=1.0)
 
 
+def computed_before(x: jax.Array) -> jax.Array:
+    """`x`, (n, D...), which XLA on CPU then computes in a kernel of its own, before its only use.
+
+    For rows gathered from a table: of a short kernel more rows are under way at a time.
+    """
+    return after([witness(x[:1])], x) if jax.default_backend() == "cpu" else x
+
+
 def after(witnesses: Sequence[jax.Array], x: jax.Array) -> jax.Array:
     """`x`, which XLA then has only after all that the `witnesses` are of.
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adam_transforms import _numerics
 from adam_transforms.sparse._idle import (
     DeferredAdamState,
     IdleRows,
@@ -126,8 +127,10 @@ def current_rows(state: Any) -> dict[str, Callable[[jax.Array, SparseRows | None
 
 
 def _read(slots: Any, last: Any, ring: Any, count: Any, table: Any, rows: Any) -> jax.Array:
-    now = Table(table, slots, last).take(rows).up_to_date(ring, count)
-    return now.values.astype(table.dtype)
+    before = Table(table, slots, last).take(rows)
+    if rows is not None:
+        before = before._replace(slots=tuple(map(_numerics.computed_before, before.slots)))
+    return before.up_to_date(ring, count).values.astype(table.dtype)
 
 
 def _bring_up_to_date(params: Any, state: Any, ids: Mapping[str, Any] | None) -> tuple[Any, Any]:
