@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from adam_transforms.sparse._rows import SparseRows
 
-# Bytes of a block's (length, D...) array. As measured with lazy Adam on two cores, 0.5 to 2 MiB are
-# all alike.
-_BLOCK_BYTES = 2**20
+# Bytes of a block's (length, D...) array. As measured with lazy Adam on two cores, 256 KiB to 2 MiB
+# are much alike.
+_BLOCK_BYTES = 2**18
 _LEAST_LENGTH = 8  # of a block, however wide its rows
 
 

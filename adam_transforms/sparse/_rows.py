@@ -16,7 +16,7 @@ from adam_transforms.sparse._duplicates import first_positions
 
 # Bytes of the (n, D...) values from how many on rows are better treated some at a time. As measured
 # with lazy Adam on two cores: below, all at once is as fast.
-_MANY_BYTES = 8 * 2**20
+_MANY_BYTES = 2 * 2**20
 
 
 @jax.tree_util.register_pytree_with_keys_class
