@@ -297,6 +297,17 @@ def test_a_value_comes_out_as_one_of_its_two_neighbours(dtype):
     assert np.mean(seen_above) > 0.8
 
 
+@pytest.mark.parametrize(
+    ("dtype", "by"), [("bfloat16", "reduce_precision"), ("float16", "optimization_barrier")]
+)
+def test_rounding_is_said_in_a_way_that_no_compiler_leaves_out(dtype, by):
+    """XLA for GPUs drops a cast to 16 bits and back."""
+    x = jnp.float32(1.0 + 2.0**-9 + 2.0**-12)
+    assert float(_numerics.rounded(x, dtype)) == float(x.astype(dtype))
+    assert by in str(jax.make_jaxpr(lambda x: _numerics.rounded(x, dtype))(x))
+    assert _numerics.rounded(x, jnp.float32) is x
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 0.9])
 @pytest.mark.parametrize(

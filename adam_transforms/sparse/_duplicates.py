@@ -20,12 +20,11 @@ def first_positions(indices: jax.Array, num_rows: int) -> jax.Array:
     """
     if jax.default_backend() == "cpu":
         return by_hashing(indices, num_rows)
-    return by_sorting(indices, num_rows)
+    return by_sorting(indices)
 
 
-def by_sorting(indices: jax.Array, num_rows: int) -> jax.Array:
-    """O(n log n), whatever `num_rows`."""
-    del num_rows
+def by_sorting(indices: jax.Array) -> jax.Array:
+    """O(n log n)."""
     order = jnp.argsort(indices).astype(jnp.int32)  # stable
     return order[jnp.searchsorted(indices[order], indices, method="scan_unrolled")]
 

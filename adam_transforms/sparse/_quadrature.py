@@ -48,7 +48,7 @@ class Ring(NamedTuple):
       weights, nodes: W(s) and X(s), (max_idle + 1, Q).
       log_decay: log D(0,s) as an unevaluated sum of two floats, (max_idle + 1, 2): one float32
         would round away the decay of a step. None for tables that do not decay.
-      scalars: the numbers of the rule that `missed` needs.
+      scalars: the numbers of the rule: some that `missed` needs, and all that tell it from another.
 
     All in float32 (float64 in x64 mode).
     """
