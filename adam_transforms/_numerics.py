@@ -228,7 +228,7 @@ def rounded(x: jax.Array, dtype: Any) -> jax.Array:
     """`x`, real, rounded to what `dtype` represents, in its own dtype.
 
     Casts do not say so: XLA may leave out one that the next one undoes, and with it the rounding.
-    On GPU and TPU it does.
+    On GPUs it does.
     """
     to, own = jnp.finfo(dtype), jnp.finfo(x.dtype)
     if to.bits >= own.bits:
