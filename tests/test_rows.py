@@ -115,9 +115,8 @@ def test_sum_duplicates_has_zeros_at_padding_whatever_a_user_left_there() -> Non
 def test_first_positions_are_those_that_numpy_finds(n: int, num_rows: int, hashing: bool) -> None:
     generator = np.random.default_rng(n)
     indices = generator.integers(0, num_rows + 1, n)
-    indices[: n // 2] = indices[:1].sum() + 8 * np.arange(
-        n // 2
-    )  # a stride, as of fields of a record
+    # A stride, as of fields of a record.
+    indices[: n // 2] = indices[:1].sum() + 8 * np.arange(n // 2)
     indices = (indices % (num_rows + 1)).astype(np.int32)
     _, first, inverse = np.unique(indices, return_index=True, return_inverse=True)
     if hashing:

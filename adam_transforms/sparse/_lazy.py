@@ -34,7 +34,7 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
     bit-identical. Dense gradients pass through `inner` in the same call, and a global norm spans
     both. Time and memory are O(rows touched), whatever V, and in place where the state is donated.
 
-    On a CPU many rows (arrays of 8 MiB and more) are treated some at a time, within the caches, if
+    On a CPU many rows (arrays of 2 MiB and more) are treated some at a time, within the caches, if
     what `inner` does to a row is seen to depend on that row alone, and on what it can compute from
     the gradients beforehand: their norm, say.
 

@@ -148,14 +148,13 @@ class SparseRows:
             at = jnp.full((size,), self.num_rows, jnp.int32).at[jnp.where(is_first, place, size)]
             distinct = at.set(indices, mode="drop", unique_indices=True)
             first = place[first]
-        into = jnp.where(is_row, first, size)  # padding goes nowhere
-
         if self.unique and not self.are_many:  # nothing is to be added or moved
             more = [(0, size - n)] + [(0, 0)] * (self.values.ndim - 1)
             sums = jnp.pad(self.masked_values(), more)
         else:
             dtype = _numerics.compute_dtype(self.dtype)
             values = self.values.astype(dtype)
+            into = jnp.where(is_row, first, size)  # padding goes nowhere
             sums = jnp.zeros((size, *values.shape[1:]), dtype).at[into]
             sums = sums.add(values, mode="drop", out_sharding=explicit_sharding(values))
         return SparseRows(distinct, sums.astype(self.dtype), self.num_rows, unique=True)
