@@ -4,12 +4,32 @@ import importlib
 from typing import Any
 
 from adam_transforms import compat, interop
-from adam_transforms._accumulation import AccumulateState, accumulate
-from adam_transforms._adam import ScheduledDecayState, scale_by_adam, scale_by_amsgrad
-from adam_transforms._averaging import ParamsEmaState, ema_params, finalize, params_ema
-from adam_transforms._checkpoint import check_state
-from adam_transforms._clipping import clip_by_global_norm, clip_by_norm, clip_by_value
-from adam_transforms._loss_scale import (
+from adam_transforms._core.sparse_rows import SparseRows, to_dense
+from adam_transforms._core.trees import path_str
+from adam_transforms._embeddings.collectives import all_reduce_rows
+from adam_transforms._embeddings.deferred.adam import deferred_adam
+from adam_transforms._embeddings.deferred.state import DeferredAdamState
+from adam_transforms._embeddings.deferred.sync import Owed, catch_up, dense_equivalent, flush, owed
+from adam_transforms._embeddings.freeze_rows import FreezeRowsState, freeze_rows
+from adam_transforms._embeddings.lazy import LazyState, lazy
+from adam_transforms._embeddings.resize import resize
+from adam_transforms._embeddings.value_and_grad import grad, value_and_grad
+from adam_transforms._optimizers import adam, adamw, lazy_adam
+from adam_transforms._tools.checkpoint import check_state
+from adam_transforms._tools.metrics import metrics
+from adam_transforms._tools.summary import summary
+from adam_transforms._transforms.accumulation import AccumulateState, accumulate
+from adam_transforms._transforms.adam import ScheduledDecayState, scale_by_adam, scale_by_amsgrad
+from adam_transforms._transforms.apply_updates import apply_updates
+from adam_transforms._transforms.clipping import clip_by_global_norm, clip_by_norm, clip_by_value
+from adam_transforms._transforms.ema import ParamsEmaState, ema_params, finalize, params_ema
+from adam_transforms._transforms.learning_rates import (
+    ScaleByPathLearningRateState,
+    by_path,
+    path_mask,
+    scale_by_path_learning_rate,
+)
+from adam_transforms._transforms.loss_scaling import (
     DynamicLossScaleState,
     SkipNonfiniteState,
     StaticLossScaleState,
@@ -18,29 +38,9 @@ from adam_transforms._loss_scale import (
     skip_nonfinite,
     static_loss_scale,
 )
-from adam_transforms._master_weights import MasterWeightsState, master_weights
-from adam_transforms._metrics import metrics
-from adam_transforms._numerics import global_norm
-from adam_transforms._paths import (
-    ScaleByPathLearningRateState,
-    by_path,
-    path_mask,
-    scale_by_path_learning_rate,
-)
-from adam_transforms._presets import adam, adamw, lazy_adam
-from adam_transforms._sharding import shard_slots
-from adam_transforms._summary import summary
-from adam_transforms._trees import path_str
-from adam_transforms._updates import apply_updates
-from adam_transforms.sparse._autodiff import grad, value_and_grad
-from adam_transforms.sparse._catching_up import Owed, catch_up, dense_equivalent, flush, owed
-from adam_transforms.sparse._collectives import all_reduce_rows
-from adam_transforms.sparse._deferred import deferred_adam
-from adam_transforms.sparse._frozen import FreezeRowsState, freeze_rows
-from adam_transforms.sparse._idle import DeferredAdamState
-from adam_transforms.sparse._lazy import LazyState, lazy
-from adam_transforms.sparse._resize import resize
-from adam_transforms.sparse._rows import SparseRows, to_dense
+from adam_transforms._transforms.master_weights import MasterWeightsState, master_weights
+from adam_transforms._transforms.numerics import global_norm
+from adam_transforms._transforms.state_sharding import shard_slots
 
 __all__ = [
     "AccumulateState",

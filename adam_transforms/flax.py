@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, serialization
 
-from adam_transforms import _trees
-from adam_transforms.sparse import _autodiff
-from adam_transforms.sparse._rows import SparseRows
+from adam_transforms._core import trees
+from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._embeddings import value_and_grad as _row_gradients
 
 
 def value_and_grad(
@@ -99,7 +99,7 @@ def value_and_grad(
             _refuse_changes(before, jax.tree.leaves_with_path(after))
             return value, (aux, changed)
 
-        differentiated = _autodiff.value_and_grad(
+        differentiated = _row_gradients.value_and_grad(
             of_parts, range(len(parts)), has_aux=True, tables=tables, rows_from=rows_from
         )
         (value, (aux, changed)), grads = differentiated(*parts)
@@ -170,7 +170,7 @@ def _refuse_changes(before: Sequence[Any], after: Sequence[Any]) -> None:
     for path, x in after:
         if arrays.get(path) is not x:
             raise ValueError(
-                f"{_trees.path_str(path[2:])!r} is differentiated, but the function changes it"
+                f"{trees.path_str(path[2:])!r} is differentiated, but the function changes it"
             )
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adam_transforms.sparse._autodiff import grad, value_and_grad
-from adam_transforms.sparse._rows import SparseRows, is_rows, to_dense
+from adam_transforms._core.sparse_rows import SparseRows, is_rows, to_dense
+from adam_transforms._embeddings.value_and_grad import grad, value_and_grad
 
 ROWS, WIDTH = 11, 3
 IDS = np.array([[1, 5, 5], [10, 0, 1]], np.int32)

@@ -9,7 +9,8 @@ import pytest
 from helpers import assert_bits_equal
 
 import adam_transforms as at
-from adam_transforms.sparse import _blocks, _rows
+from adam_transforms._core import sparse_rows
+from adam_transforms._embeddings import row_blocks
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -53,10 +54,10 @@ def trained(tx: Any, dtype: Any = jnp.float32) -> tuple[Any, str]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Whether blocks are of 16 rows of these tables, or of more than there are."""
-    monkeypatch.setattr(_rows, "_MANY_BYTES", 1)
+    monkeypatch.setattr(sparse_rows, "_MANY_BYTES", 1)
 
     def use(small: bool) -> None:
-        monkeypatch.setattr(_blocks, "_BLOCK_BYTES", 16 * WIDTH * 4 if small else 2**40)
+        monkeypatch.setattr(row_blocks, "_BLOCK_BYTES", 16 * WIDTH * 4 if small else 2**40)
 
     return use
 
@@ -115,7 +116,7 @@ def test_blocks_of_nothing_but_padding_are_left_out() -> None:
     indices = jnp.array([3, 1, 7, 7, 0, 7, 7, 7, 7, 7])
     rows = at.SparseRows(indices, jnp.zeros((10, 2)), 7, unique=True)
     for some, expected in ((rows, 3), (at.SparseRows(indices[5:], rows.values[5:], 7), 0)):
-        after, trips = _blocks.over_blocks(count, some, jnp.zeros((1,), jnp.int32), 2)
+        after, trips = row_blocks.over_blocks(count, some, jnp.zeros((1,), jnp.int32), 2)
         assert trips.tolist() == [expected]
         np.testing.assert_array_equal(np.asarray(after.values)[np.asarray(some.is_row)], 1.0)
 
@@ -177,7 +178,7 @@ def test_many_rows_need_no_memory_for_what_is_computed_on_the_way(
 
     in_blocks = compiled_step()
     assert not re.search(rf"f32\[{ROWS},{COLUMNS}\]\S* copy\(", in_blocks.as_text())
-    monkeypatch.setattr(_blocks, "_BLOCK_BYTES", 2**40)
+    monkeypatch.setattr(row_blocks, "_BLOCK_BYTES", 2**40)
     at_once = compiled_step()
     saved = (
         at_once.memory_analysis().temp_size_in_bytes

@@ -10,8 +10,8 @@ import pytest
 from helpers import assert_bits_equal, assert_close, normal, types
 
 import adam_transforms as at
-from adam_transforms._master_weights import master_weights
-from adam_transforms.sparse._frozen import FreezeRowsState, freeze_rows
+from adam_transforms._embeddings.freeze_rows import FreezeRowsState, freeze_rows
+from adam_transforms._transforms.master_weights import master_weights
 
 V, D, FROZEN = 12, 3, [0, 5]
 FREE = np.setdiff1d(np.arange(V), FROZEN)

@@ -16,7 +16,7 @@ import pytest
 from helpers import assert_bits_equal, assert_close
 
 import adam_transforms as at
-from adam_transforms._averaging import track_params_ema
+from adam_transforms._transforms.ema import track_params_ema
 from adam_transforms.interop import keras, tf1, torch
 
 # Keras and PyTorch know nothing of the copy keyword that NumPy 2 has brought.

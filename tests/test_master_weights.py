@@ -11,7 +11,7 @@ import pytest
 from helpers import assert_bits_equal, assert_close, normal, types, x64
 
 import adam_transforms as at
-from adam_transforms._master_weights import MasterWeightsState, master_weights
+from adam_transforms._transforms.master_weights import MasterWeightsState, master_weights
 
 NARROW = ("bfloat16", "float16")
 APPLY = {

@@ -12,7 +12,7 @@ from helpers import normal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_transforms as at
-from adam_transforms._metrics import metrics
+from adam_transforms._tools.metrics import metrics
 
 V, D = 16, 4
 

@@ -8,7 +8,9 @@ import reference
 from helpers import x64
 
 import adam_transforms as at
-from adam_transforms import _numerics
+from adam_transforms._core import dtypes
+from adam_transforms._transforms import numerics
+from adam_transforms._xla import scheduling
 
 DECAYS = [0.0, 0.1, 0.5, 0.9, 0.999, 0.999999]
 LOW = [jnp.float16, jnp.bfloat16]
@@ -19,15 +21,15 @@ LOW = [jnp.float16, jnp.bfloat16]
 
 @functools.cache
 def jitted_average():
-    return jax.jit(_numerics.moving_average)
+    return jax.jit(numerics.moving_average)
 
 
 def average_with(kind, average, x, decay):
     """The moving average, with the decay a Python float, an array, or traced."""
     if kind == "python":
-        return _numerics.moving_average(average, x, decay)
+        return numerics.moving_average(average, x, decay)
     decay = jnp.asarray(decay, jnp.float32)
-    return (jitted_average() if kind == "traced" else _numerics.moving_average)(average, x, decay)
+    return (jitted_average() if kind == "traced" else numerics.moving_average)(average, x, decay)
 
 
 @pytest.mark.parametrize("kind", ["python", "array", "traced"])
@@ -62,7 +64,7 @@ def test_moving_average_does_not_drift_from_float64(decay, offset):
     xs = (np.random.default_rng(1).standard_normal((10_000, 16)) + offset).astype(np.float32)
 
     def step(average, x):
-        average = _numerics.moving_average(average, x, decay)
+        average = numerics.moving_average(average, x, decay)
         return average, average
 
     ours = np.asarray(jax.lax.scan(step, jnp.zeros(16), jnp.asarray(xs))[1], np.float64)
@@ -89,7 +91,7 @@ def test_moving_average_of_complex_values(decay, kind):
 @pytest.mark.parametrize("decay", DECAYS)
 def test_bias_correction_is_right_to_rounding(decay):
     counts = np.array([1, 2, 3, 10, 100, 1000, 10**4, 10**5, 10**6])
-    result = _numerics.bias_correction(decay, jnp.asarray(counts, jnp.int32))
+    result = numerics.bias_correction(decay, jnp.asarray(counts, jnp.int32))
     exact = 1 - np.float64(decay) ** counts
     assert result.dtype == jnp.float32
     np.testing.assert_allclose(np.asarray(result, np.float64), exact, rtol=3e-7)
@@ -100,7 +102,7 @@ def test_bias_correction_is_right_to_rounding(decay):
 def test_bias_correction_of_an_array_is_right_for_the_value_it_holds(decay, traced):
     decay = jnp.asarray(decay, jnp.float32)
     counts = jnp.array([1, 2, 10, 1000, 10**6], jnp.int32)
-    correct = jax.jit(_numerics.bias_correction) if traced else _numerics.bias_correction
+    correct = jax.jit(numerics.bias_correction) if traced else numerics.bias_correction
     exact = 1 - np.float64(np.float32(decay)) ** np.asarray(counts)
     np.testing.assert_allclose(np.asarray(correct(decay, counts), np.float64), exact, rtol=3e-7)
 
@@ -115,15 +117,15 @@ def test_the_literal_form_and_float32_decays_have_the_documented_error(decay, of
 
     literal = np.float32(1) - np.float32(decay) ** np.float32(1)
     assert 0.9 * off_by < error(literal) < 1.1 * off_by
-    assert 0.9 * off_by < error(_numerics.bias_correction(jnp.float32(decay), first)) < 1.1 * off_by
-    assert error(_numerics.bias_correction(decay, first)) < 3e-7
+    assert 0.9 * off_by < error(numerics.bias_correction(jnp.float32(decay), first)) < 1.1 * off_by
+    assert error(numerics.bias_correction(decay, first)) < 3e-7
 
 
 def test_bias_correction_is_float64_in_x64_mode():
     with x64():
         counts = jnp.array([1, 10, 10**6])
         for decay in (0.999999, jnp.array(0.999999)):
-            result = _numerics.bias_correction(decay, counts)
+            result = numerics.bias_correction(decay, counts)
             assert result.dtype == jnp.float64
             exact = 1 - np.float64(0.999999) ** np.array([1, 10, 10**6])
             np.testing.assert_allclose(result, exact, rtol=1e-9)
@@ -132,7 +134,7 @@ def test_bias_correction_is_float64_in_x64_mode():
 def test_increment_stays_at_the_largest_integer():
     largest = np.iinfo(np.int32).max
     counts = jnp.array([0, 41, largest - 1, largest], jnp.int32)
-    assert [int(_numerics.increment(c)) for c in counts] == [1, 42, largest, largest]
+    assert [int(numerics.increment(c)) for c in counts] == [1, 42, largest, largest]
 
 
 # Compiling
@@ -145,9 +147,9 @@ def test_what_is_computed_once_is_what_it_was(dtype, columns):
     x = [0.0, -0.0, 1.0, -3.7, finfo.tiny, finfo.max, -finfo.max, np.inf, -np.inf, np.nan]
     with x64():
         x = jnp.tile(jnp.asarray(x, dtype)[:, None], columns)
-        once = jax.jit(_numerics.computed_once, static_argnums=1)(x, 4)
+        once = jax.jit(scheduling.computed_once, static_argnums=1)(x, 4)
         assert once.dtype == dtype
-        wide = _numerics.compute_dtype(dtype)
+        wide = dtypes.compute_dtype(dtype)
         np.testing.assert_array_equal(once.astype(wide), x.astype(wide))
         np.testing.assert_array_equal(jnp.signbit(once.real), jnp.signbit(x.real))
 
@@ -156,7 +158,7 @@ def test_what_is_computed_once_is_what_it_was(dtype, columns):
 def test_what_is_computed_once_is_computed_in_the_kernel_that_gathers(columns):
     def fn(table, rows):
         x = 0.5 * table.at[rows].get(mode="clip") + 1.0
-        x = _numerics.computed_once(x, instructions=6)
+        x = scheduling.computed_once(x, instructions=6)
         return table.at[rows].set(x), jnp.sqrt(x) + 1.0
 
     inputs = jax.ShapeDtypeStruct((10**6, columns), jnp.float32), jnp.zeros(1000, jnp.int32)
@@ -218,8 +220,8 @@ def test_global_norm_shows_a_nan():
 @pytest.mark.parametrize("position", [0, 7, 32])
 def test_all_finite_finds_every_kind_of_bad_value_anywhere(dtype, bad, position):
     x = jnp.linspace(-60_000.0, 60_000.0, 33).astype(dtype)
-    assert _numerics.all_finite([x])
-    assert not _numerics.all_finite([jnp.ones(2), x.at[position].set(bad)])
+    assert numerics.all_finite([x])
+    assert not numerics.all_finite([jnp.ones(2), x.at[position].set(bad)])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -229,7 +231,7 @@ def test_all_finite_finds_one_bad_value_in_arrays_of_any_size(shape, dtype, bad)
     """XLA reduces large arrays by other code than small ones, and its maximum may lose a NaN."""
     x = jnp.ones(shape, dtype)
     bad = x.at[tuple(size // 2 for size in shape)].set(bad)
-    finite = jax.jit(_numerics.all_finite)
+    finite = jax.jit(numerics.all_finite)
     assert finite({"w": x})
     assert not finite({"w": bad})
     assert not finite({"t": at.SparseRows(jnp.zeros(shape[0], jnp.int32), bad, 3)})
@@ -237,22 +239,22 @@ def test_all_finite_finds_one_bad_value_in_arrays_of_any_size(shape, dtype, bad)
 
 @pytest.mark.parametrize("bad", [complex(np.nan, 0), complex(0, np.nan), complex(0, -np.inf)])
 def test_all_finite_sees_both_parts_of_a_complex_value(bad):
-    assert _numerics.all_finite([jnp.array([1 + 2j], jnp.complex64)])
-    assert not _numerics.all_finite([jnp.array([1 + 2j, bad], jnp.complex64)])
+    assert numerics.all_finite([jnp.array([1 + 2j], jnp.complex64)])
+    assert not numerics.all_finite([jnp.array([1 + 2j, bad], jnp.complex64)])
 
 
 def test_all_finite_takes_the_largest_float_for_finite():
-    assert _numerics.all_finite([jnp.array([jnp.finfo(jnp.float32).max])])
+    assert numerics.all_finite([jnp.array([jnp.finfo(jnp.float32).max])])
 
 
 @pytest.mark.parametrize("tree", [{}, {"a": None}, {"a": jnp.zeros(0), "b": jnp.zeros((3, 0))}])
 def test_all_finite_of_nothing_is_true(tree):
-    result = _numerics.all_finite(tree)
+    result = numerics.all_finite(tree)
     assert (result.shape, result.dtype, bool(result)) == ((), jnp.bool_, True)
 
 
 def test_all_finite_is_not_misled_by_an_empty_leaf():
-    assert not _numerics.all_finite([jnp.zeros(0), jnp.array(jnp.inf), jnp.zeros((2, 0))])
+    assert not numerics.all_finite([jnp.zeros(0), jnp.array(jnp.inf), jnp.zeros((2, 0))])
 
 
 # Stochastic rounding
@@ -260,7 +262,7 @@ def test_all_finite_is_not_misled_by_an_empty_leaf():
 
 @functools.cache
 def rounded(dtype):
-    return jax.jit(lambda x, key: _numerics.round_stochastically(x, dtype, key))
+    return jax.jit(lambda x, key: dtypes.round_stochastically(x, dtype, key))
 
 
 def as_float(x):
@@ -303,9 +305,9 @@ def test_a_value_comes_out_as_one_of_its_two_neighbours(dtype):
 def test_rounding_is_said_in_a_way_that_no_compiler_leaves_out(dtype, by):
     """XLA for GPUs drops a cast to 16 bits and back."""
     x = jnp.float32(1.0 + 2.0**-9 + 2.0**-12)
-    assert float(_numerics.rounded(x, dtype)) == float(x.astype(dtype))
-    assert by in str(jax.make_jaxpr(lambda x: _numerics.rounded(x, dtype))(x))
-    assert _numerics.rounded(x, jnp.float32) is x
+    assert float(dtypes.rounded(x, dtype)) == float(x.astype(dtype))
+    assert by in str(jax.make_jaxpr(lambda x: dtypes.rounded(x, dtype))(x))
+    assert dtypes.rounded(x, jnp.float32) is x
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -354,7 +356,7 @@ def test_values_beyond_the_range_round_as_nearest_rounding_does(dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtypes", "expected"),
+    ("given", "expected"),
     [
         ((), jnp.float32),
         ((jnp.bfloat16,), jnp.float32),
@@ -364,52 +366,52 @@ def test_values_beyond_the_range_round_as_nearest_rounding_does(dtype):
         ((jnp.complex64, jnp.float64), jnp.complex128),
     ],
 )
-def test_compute_dtype_is_the_promotion_and_at_least_float32(dtypes, expected):
+def test_compute_dtype_is_the_promotion_and_at_least_float32(given, expected):
     with x64():
-        assert _numerics.compute_dtype(*dtypes) == expected
+        assert dtypes.compute_dtype(*given) == expected
 
 
 def test_promotion_works_whatever_mode_is_set():
     for mode in ("strict", "standard"):
         with jax.numpy_dtype_promotion(mode):
-            assert _numerics.promote(jnp.bfloat16, jnp.float16) == jnp.float32
-            assert _numerics.promote(jnp.bfloat16, jnp.bfloat16) == jnp.bfloat16
+            assert dtypes.promote(jnp.bfloat16, jnp.float16) == jnp.float32
+            assert dtypes.promote(jnp.bfloat16, jnp.bfloat16) == jnp.bfloat16
 
 
 def test_real_dtype_is_that_of_the_absolute_value():
     for dtype in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
-        assert _numerics.real_dtype(dtype) == dtype
-    assert _numerics.real_dtype(jnp.complex64) == jnp.float32
-    assert _numerics.real_dtype(jnp.complex128) == jnp.float64
+        assert dtypes.real_dtype(dtype) == dtype
+    assert dtypes.real_dtype(jnp.complex64) == jnp.float32
+    assert dtypes.real_dtype(jnp.complex128) == jnp.float64
 
 
 def test_scalars_are_as_wide_as_jax_is_configured():
-    assert _numerics.scalar_dtype() == jnp.float32
+    assert dtypes.scalar_dtype() == jnp.float32
     with x64():
-        assert _numerics.scalar_dtype() == jnp.float64
+        assert dtypes.scalar_dtype() == jnp.float64
 
 
 def test_as_scalar_leaves_python_numbers_and_casts_arrays():
-    assert type(_numerics.as_scalar(2)) is float
-    assert _numerics.as_scalar(jnp.array(2, jnp.int32)).dtype == jnp.float32
-    assert _numerics.as_scalar(np.float32(0.5), jnp.bfloat16).dtype == jnp.bfloat16
+    assert type(dtypes.as_scalar(2)) is float
+    assert dtypes.as_scalar(jnp.array(2, jnp.int32)).dtype == jnp.float32
+    assert dtypes.as_scalar(np.float32(0.5), jnp.bfloat16).dtype == jnp.bfloat16
 
 
 def test_store_refuses_to_drop_an_imaginary_part():
     with pytest.raises(TypeError, match="'a/b'.*float32 .*complex64"):
-        _numerics.store("a/b", jnp.array([1j], jnp.complex64), np.dtype(np.float32))
+        dtypes.store("a/b", jnp.array([1j], jnp.complex64), np.dtype(np.float32))
 
 
 def test_store_gives_a_real_value_in_a_complex_slot_a_zero_imaginary_part():
-    stored = _numerics.store("a/b", jnp.array([2.5]), jnp.complex64)
+    stored = dtypes.store("a/b", jnp.array([2.5]), jnp.complex64)
     assert stored.dtype == jnp.complex64
     assert stored.tolist() == [2.5 + 0j]
 
 
 def test_scale_and_squares_of_complex_values():
     x = jnp.array([3 - 4j], jnp.complex64)
-    assert _numerics.scale(x, jnp.float32(0.5)).tolist() == [1.5 - 2j]
-    assert _numerics.scale(x, 0.5).dtype == jnp.complex64
-    assert _numerics.abs_sq(x).tolist() == [25.0]
-    assert _numerics.abs_sq(x).dtype == jnp.float32
-    assert _numerics.real(x).tolist() == [3.0]
+    assert dtypes.scale(x, jnp.float32(0.5)).tolist() == [1.5 - 2j]
+    assert dtypes.scale(x, 0.5).dtype == jnp.complex64
+    assert dtypes.abs_sq(x).tolist() == [25.0]
+    assert dtypes.abs_sq(x).dtype == jnp.float32
+    assert dtypes.real(x).tolist() == [3.0]

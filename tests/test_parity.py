@@ -20,7 +20,7 @@ import reference
 from recordings import DATA, DENSE, Recording, differences, slot_tolerance
 
 import adam_transforms as at
-from adam_transforms._averaging import track_params_ema
+from adam_transforms._transforms.ema import track_params_ema
 
 # Optax rounds b1 to bfloat16 along with mu, so that its eager and jitted runs already differ by
 # 1.4e-3. Following that rounding is no promise of this package.

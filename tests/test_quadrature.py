@@ -10,8 +10,14 @@ import pytest
 import reference
 from helpers import assert_bits_equal, types, x64
 
-from adam_transforms.sparse._interpolation import Rule, make_rule
-from adam_transforms.sparse._quadrature import Missed, Ring, advance, empty_ring, missed
+from adam_transforms._embeddings.deferred.chebyshev import Rule, make_rule
+from adam_transforms._embeddings.deferred.missed_updates import (
+    Missed,
+    Ring,
+    advance,
+    empty_ring,
+    missed,
+)
 
 EPS = 1e-8
 FORMS: dict[str, dict[str, Any]] = {

@@ -13,9 +13,9 @@ from helpers import assert_bits_equal, assert_close, normal, types
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_transforms as at
-from adam_transforms._master_weights import master_weights
-from adam_transforms.sparse._frozen import freeze_rows
-from adam_transforms.sparse._resize import resize
+from adam_transforms._embeddings.freeze_rows import freeze_rows
+from adam_transforms._embeddings.resize import resize
+from adam_transforms._transforms.master_weights import master_weights
 
 V, D, LARGER = 10, 3, 17
 # `bias` is as long as the table, and none of it.

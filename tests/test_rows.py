@@ -14,7 +14,8 @@ import pytest
 from helpers import assert_bits_equal, normal
 
 import adam_transforms as at
-from adam_transforms.sparse import _duplicates, _rows
+from adam_transforms._core import sparse_rows
+from adam_transforms._xla import duplicates
 
 V, D = 7, 3
 
@@ -61,7 +62,7 @@ def test_to_dense_and_the_sum_with_a_table_are_the_definition(indices: list[int]
 def packed(request: Any, monkeypatch: Any) -> bool:
     """Whether `sum_duplicates` packs, as it does with many rows."""
     if packed := request.param == "packed":
-        monkeypatch.setattr(_rows, "_MANY_BYTES", 0)
+        monkeypatch.setattr(sparse_rows, "_MANY_BYTES", 0)
     return packed
 
 
@@ -120,9 +121,9 @@ def test_first_positions_are_those_that_numpy_finds(n: int, num_rows: int, hashi
     indices = (indices % (num_rows + 1)).astype(np.int32)
     _, first, inverse = np.unique(indices, return_index=True, return_inverse=True)
     if hashing:
-        found = jax.jit(_duplicates.by_hashing, static_argnums=1)(indices, num_rows)
+        found = jax.jit(duplicates.by_hashing, static_argnums=1)(indices, num_rows)
     else:
-        found = jax.jit(_duplicates.by_sorting)(indices)
+        found = jax.jit(duplicates.by_sorting)(indices)
     np.testing.assert_array_equal(found, first[inverse])
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import assert_bits_equal
 
-from adam_transforms.sparse._rowwise import as_row_function
+from adam_transforms._xla.row_independence import as_row_function
 
 ROWS, BLOCK, COLUMNS = 12, 4, 3
 X = np.random.default_rng(0).standard_normal((ROWS, COLUMNS)).astype(np.float32)

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_transforms as at
-from adam_transforms._summary import summary
+from adam_transforms._tools.summary import summary
 
 V, D = 16, 4
 

@@ -10,7 +10,7 @@ import pytest
 from helpers import x64
 
 import adam_transforms as at
-from adam_transforms import _trees
+from adam_transforms._core import trees
 
 
 class Pair(NamedTuple):
@@ -26,7 +26,7 @@ class Layer:
 
 
 def paths(tree):
-    return [path for path, _ in _trees.flatten_with_paths(tree)[0]]
+    return [path for path, _ in trees.flatten_with_paths(tree)[0]]
 
 
 # Paths
@@ -92,17 +92,17 @@ def test_variables_come_off_and_go_on_where_another_tree_has_them():
     rows = at.SparseRows(jnp.array([0]), jnp.ones((1, 2)), 3)
     plain = {"a": rows, "b": [1.0, None]}
     wrapped = {"a": Variable(rows), "b": [Variable(1.0), None]}
-    assert _trees.unwrapped(wrapped) == plain
-    assert _trees.unwrapped(wrapped, lambda x: x is rows) == wrapped | {"a": rows}
+    assert trees.unwrapped(wrapped) == plain
+    assert trees.unwrapped(wrapped, lambda x: x is rows) == wrapped | {"a": rows}
     for like in (plain, wrapped):
         for tree in (plain, wrapped):
-            assert _trees.wrapped_as(like, tree) == like
+            assert trees.wrapped_as(like, tree) == like
 
 
 def test_variables_are_no_help_where_more_differs():
     tree = {"a": 1.0}
     for like in ({"b": Variable(1.0)}, {"a": Variable(1.0), "b": 1.0}, Variable(1.0)):
-        assert _trees.wrapped_as(like, tree) is tree
+        assert trees.wrapped_as(like, tree) is tree
 
 
 # Alignment
@@ -111,7 +111,7 @@ def test_variables_are_no_help_where_more_differs():
 def test_align_lays_leaves_side_by_side_and_none_is_a_leaf():
     a = {"x": 1.0, "y": None, "z": [2.0]}
     b = {"x": None, "y": 3.0, "z": [4.0]}
-    rows, treedef = _trees.align(a, b, names=("a", "b"))
+    rows, treedef = trees.align(a, b, names=("a", "b"))
     assert rows == [("x", 1.0, None), ("y", None, 3.0), ("z/0", 2.0, 4.0)]
     assert treedef.unflatten([1, 2, 3]) == {"x": 1, "y": 2, "z": [3]}
 
@@ -130,7 +130,7 @@ def test_align_lays_leaves_side_by_side_and_none_is_a_leaf():
 def test_a_structure_that_differs_is_refused_by_path(other, where):
     message = f"^the structure of the parameters differs from that of the updates: ({where})"
     with pytest.raises(ValueError, match=message):
-        _trees.align({"a": {"b": 1.0, "c": 1.0}}, other, names=("the updates", "the parameters"))
+        trees.align({"a": {"b": 1.0, "c": 1.0}}, other, names=("the updates", "the parameters"))
 
 
 @pytest.mark.parametrize(
@@ -141,14 +141,14 @@ def test_a_structure_that_differs_is_refused_by_path(other, where):
 def test_a_subtree_in_the_place_of_a_leaf_is_refused_by_path(subtree):
     updates, params = {"a": {"b": np.ones(2)}}, {"a": {"b": subtree}}
     with pytest.raises(ValueError, match="'a/b'.* in the updates.* in the parameters"):
-        _trees.align(updates, params, names=("the updates", "the parameters"))
+        trees.align(updates, params, names=("the updates", "the parameters"))
     with pytest.raises(ValueError, match="'a/b.* in the parameters|'a/b.* in the updates"):
-        _trees.align(params, updates, names=("the parameters", "the updates"))
+        trees.align(params, updates, names=("the parameters", "the updates"))
 
 
 def test_containers_that_differ_at_the_same_paths_are_refused():
     with pytest.raises(ValueError, match="^the structure of the parameters differs from that of"):
-        _trees.align([1.0, 2.0], (1.0, 2.0), names=("the updates", "the parameters"))
+        trees.align([1.0, 2.0], (1.0, 2.0), names=("the updates", "the parameters"))
 
 
 def test_a_shape_that_differs_is_refused_by_path():
@@ -158,12 +158,12 @@ def test_a_shape_that_differs_is_refused_by_path():
     updates = {"layers": [{"kernel": jnp.ones(1)}, {"kernel": jnp.ones((2, 3))}]}
     params = {"layers": [{"kernel": jnp.ones(1)}, {"kernel": jnp.ones((3, 2))}]}
     with pytest.raises(ValueError, match=message):
-        _trees.align(updates, params, names=("the updates", "the parameters"))
+        trees.align(updates, params, names=("the updates", "the parameters"))
 
 
 def test_a_scalar_is_not_taken_for_an_array_of_one():
     with pytest.raises(ValueError, match=r"'w' has shape \[\] in a, but \[1\] in b"):
-        _trees.align({"w": jnp.ones(())}, {"w": jnp.ones(1)}, names=("a", "b"))
+        trees.align({"w": jnp.ones(())}, {"w": jnp.ones(1)}, names=("a", "b"))
 
 
 # Leafwise maps
@@ -172,7 +172,7 @@ def test_a_scalar_is_not_taken_for_an_array_of_one():
 def test_map_leaves_passes_over_none_and_keeps_the_other_trees_there():
     updates = {"a": jnp.array([1.0]), "b": None}
     slots = {"a": jnp.array([10.0]), "b": jnp.array([20.0])}
-    result, new_slots = _trees.map_leaves(
+    result, new_slots = trees.map_leaves(
         lambda path, g, s: (g + s, s * 2), updates, slots, names=("slots",), outputs=2
     )
     assert result["a"].tolist() == [11.0]
@@ -184,13 +184,13 @@ def test_map_leaves_passes_over_none_and_keeps_the_other_trees_there():
 def test_map_leaves_tells_each_leaf_its_path():
     tree = {"a": jnp.ones(1), "b": [None, jnp.ones(1)]}
     seen = []
-    _trees.map_leaves(lambda path, g: (seen.append(path), g)[1], tree)
+    trees.map_leaves(lambda path, g: (seen.append(path), g)[1], tree)
     assert seen == ["a", "b/1"]
 
 
 def test_map_leaves_of_an_empty_tree_is_empty():
-    assert _trees.map_leaves(lambda path, g: g, {"a": ()}) == {"a": ()}
-    assert _trees.map_leaves(lambda *_: (), {}, {}, names=("slots",), outputs=2) == ({}, {})
+    assert trees.map_leaves(lambda path, g: g, {"a": ()}) == {"a": ()}
+    assert trees.map_leaves(lambda *_: (), {}, {}, names=("slots",), outputs=2) == ({}, {})
 
 
 @pytest.mark.parametrize(
@@ -206,12 +206,12 @@ def test_map_leaves_of_an_empty_tree_is_empty():
 def test_a_gradient_that_is_not_floating_is_refused_by_path(leaf, came):
     message = rf"^the update of 'a/b' must be a floating or complex array .*, got ({came})"
     with pytest.raises(TypeError, match=message):
-        _trees.as_gradients({"a": {"b": leaf}})
+        trees.as_gradients({"a": {"b": leaf}})
 
 
 @pytest.mark.parametrize("leaf", [0.5, np.float32(0.5), np.array(0.5, np.float16), jnp.array(0.5j)])
 def test_numpy_and_python_gradients_become_arrays(leaf):
-    (result,) = _trees.as_gradients([leaf])
+    (result,) = trees.as_gradients([leaf])
     assert isinstance(result, jax.Array)
     assert result.dtype == jnp.result_type(leaf)
     assert complex(result) == complex(leaf)
@@ -233,7 +233,7 @@ def test_updates_have_the_promotion_of_gradient_and_parameter(gradient, param, e
     with x64():
         updates, gradients = {"w": jnp.ones(2, "float32")}, {"w": jnp.ones(2, gradient)}
         params = None if param is None else {"w": jnp.ones(2, param)}
-        assert _trees.in_update_dtype(updates, gradients, params)["w"].dtype == expected
+        assert trees.in_update_dtype(updates, gradients, params)["w"].dtype == expected
 
 
 # Zeros and states
@@ -245,7 +245,7 @@ def test_zeros_are_like_the_leaves_also_abstract_ones():
         "b": jax.ShapeDtypeStruct((4,), jnp.float32),
         "c": None,
     }
-    zeros = _trees.zeros_like(tree, lambda dtype: jnp.float32)
+    zeros = trees.zeros_like(tree, lambda dtype: jnp.float32)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), zeros) == {
         "a": ((2, 3), jnp.float32),
         "b": ((4,), jnp.float32),
@@ -256,6 +256,6 @@ def test_zeros_are_like_the_leaves_also_abstract_ones():
 
 def test_states_are_found_however_deep():
     state = ({"a": Pair(1, [2, Layer(3, 4)])}, (Pair(5, 6), 7), None)
-    assert _trees.find_states(state, Pair) == [Pair(1, [2, Layer(3, 4)]), Pair(5, 6)]
-    assert _trees.find_states(state, Layer) == [Layer(3, 4)]
-    assert _trees.find_states((1, None), Pair) == []
+    assert trees.find_states(state, Pair) == [Pair(1, [2, Layer(3, 4)]), Pair(5, 6)]
+    assert trees.find_states(state, Layer) == [Layer(3, 4)]
+    assert trees.find_states((1, None), Pair) == []

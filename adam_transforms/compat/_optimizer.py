@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adam_transforms import _trees, _updates
-from adam_transforms.compat._dependence import depends_on
-from adam_transforms.sparse._autodiff import grad
-from adam_transforms.sparse._idle import DeferredAdamState
-from adam_transforms.sparse._rows import SparseRows, to_dense
+from adam_transforms._core import trees
+from adam_transforms._core.sparse_rows import SparseRows, to_dense
+from adam_transforms._embeddings.deferred.state import DeferredAdamState
+from adam_transforms._embeddings.value_and_grad import grad
+from adam_transforms._transforms.apply_updates import apply_updates
+from adam_transforms._xla.dependence import depends_on
 
 ADAM_STATES = (optax.ScaleByAdamState, optax.ScaleByAmsgradState, DeferredAdamState)
 
@@ -54,11 +55,11 @@ class Optimizer:
         Raises:
           ValueError: no leaf has a gradient, or a structure or shape differs.
         """
-        leaves, _ = _trees.flatten_with_paths(grads)
+        leaves, _ = trees.flatten_with_paths(grads)
         if all(g is None for _, g in leaves):
             raise _no_gradients([path for path, _ in leaves])
         updates, state = self.transform().update(grads, state, params)
-        return _updates.apply_updates(params, updates), state
+        return apply_updates(params, updates), state
 
     def get_slot(self, state: Any, var: Any, name: str) -> Any:
         """The slot called `name` of a variable; None if it has none.
@@ -69,9 +70,9 @@ class Optimizer:
           name: one of `get_slot_names`.
         """
         path, field = path_of(var), self.slot_fields.get(name)
-        for found in _trees.find_states(state, ADAM_STATES):
+        for found in trees.find_states(state, ADAM_STATES):
             slots = getattr(found, field, None) if field else None
-            for at_path, slot in _trees.flatten_with_paths(slots)[0]:
+            for at_path, slot in trees.flatten_with_paths(slots)[0]:
                 if at_path == path:
                     return slot
         return None
@@ -116,7 +117,7 @@ def path_of(var: Any) -> str:
 
 def variables_of(params: Any) -> list[Variable]:
     """The leaves of `params` in their order."""
-    variables = [Variable(path, leaf) for path, leaf in _trees.flatten_with_paths(params)[0]]
+    variables = [Variable(path, leaf) for path, leaf in trees.flatten_with_paths(params)[0]]
     paths = [variable.path for variable in variables]
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
@@ -167,7 +168,7 @@ def compute_gradients(
     """
     if not callable(loss):
         raise RuntimeError(f"loss must be a function of the parameters, got {loss!r}")
-    leaves, treedef = _trees.flatten_with_paths(params)
+    leaves, treedef = trees.flatten_with_paths(params)
     floating = {path: x for path, x in leaves if _is_differentiable(x)}
 
     def total(floating: dict[str, Any]) -> jax.Array:
@@ -184,7 +185,7 @@ def compute_gradients(
 
     variables = selected(params, var_list)
     grads = grad(total, rows_from=rows_from)(floating)
-    flags = depends_on(jax.make_jaxpr(total)(floating).jaxpr)
+    flags = depends_on(total, floating)
     depends = dict(zip(sorted(floating), flags, strict=True))
     return [
         (grads[variable.path] if depends.get(variable.path) else None, variable)
@@ -215,10 +216,10 @@ def gradients_tree(grads_and_vars: Iterable[Any], params: Any) -> Any:
             raise ValueError(f"{path!r} is no parameter; these are: {known}")
         if path in grads:
             raise ValueError(f"{path!r} comes twice in grads_and_vars")
-        grads[path] = g if g is None or isinstance(g, SparseRows) else _trees.as_gradient(path, g)
+        grads[path] = g if g is None or isinstance(g, SparseRows) else trees.as_gradient(path, g)
     if all(g is None for g in grads.values()):
         raise _no_gradients(list(grads))
-    treedef = _trees.flatten_with_paths(params)[1]
+    treedef = trees.flatten_with_paths(params)[1]
     return treedef.unflatten([grads.get(path) for path in known])
 
 

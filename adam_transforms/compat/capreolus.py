@@ -7,7 +7,9 @@ from typing import Any
 
 import optax
 
-from adam_transforms import _arguments, _paths
+from adam_transforms._core import arguments
+from adam_transforms._core.patterns import Rules, compile_patterns
+from adam_transforms._transforms import learning_rates
 from adam_transforms.compat import keras
 from adam_transforms.compat._optimizer import present
 from adam_transforms.compat.keras import _adam_config, _config
@@ -76,11 +78,11 @@ class AdamMultilr(KerasOptimizer):
     def transform(self) -> optax.GradientTransformationExtraArgs:
         """The transformation underneath, for an Optax chain; it takes row gradients too."""
         groups = _groups(self.pattern_lrs)
-        rules = _paths.Rules(tuple(patterns for patterns, _ in groups))
+        rules = Rules(tuple(compiled for compiled, _ in groups))
         rates = [present(rate) for rate in (*(rate for _, rate in groups), self.learning_rate)]
         # The rates of the groups bring the sign.
         direction = dataclasses.replace(self.adam, learning_rate=-1.0).transform()
-        scale = _paths.scale_by_chosen_rate(lambda path: rules.index(f"{path}:0"), rates)
+        scale = learning_rates.scale_by_chosen_rate(lambda path: rules.index(f"{path}:0"), rates)
         return optax.chain(direction, scale)
 
     def scaled_loss(self, loss: Any, state: Any) -> Any:
@@ -101,11 +103,11 @@ class AdamMultilr(KerasOptimizer):
             return config | {"pattern_lrs": None}
         groups = [
             {
-                "patterns": [pattern.pattern for pattern in patterns],
+                "patterns": [pattern.pattern for pattern in compiled],
                 # As Adam writes a learning rate.
                 "lr": keras.Adam(rate).get_config()["learning_rate"],
             }
-            for patterns, rate in _groups(self.pattern_lrs)
+            for compiled, rate in _groups(self.pattern_lrs)
         ]
         return config | {"pattern_lrs": groups}
 
@@ -119,11 +121,11 @@ class AdamMultilr(KerasOptimizer):
             known = {"learning_rate": value}
             return _adam_config.arguments_of(known, custom_objects)["learning_rate"]
 
-        arguments = _adam_config.arguments_of(config, custom_objects)
-        groups = arguments.get("pattern_lrs")
+        fields = _adam_config.arguments_of(config, custom_objects)
+        groups = fields.get("pattern_lrs")
         if groups is not None:
-            arguments["pattern_lrs"] = [{**group, "lr": rate(group["lr"])} for group in groups]
-        return _config.construct(cls, arguments)
+            fields["pattern_lrs"] = [{**group, "lr": rate(group["lr"])} for group in groups]
+        return _config.construct(cls, fields)
 
 
 def _groups(pattern_lrs: Any) -> list[tuple[tuple[re.Pattern[str], ...], Any]]:
@@ -139,7 +141,7 @@ def _groups(pattern_lrs: Any) -> list[tuple[tuple[re.Pattern[str], ...], Any]]:
             raise TypeError(
                 f'{name} must be a dictionary {{"patterns": [...], "lr": ...}}, got {group!r}'
             )
-        patterns = _paths.compile_patterns(f"{name}['patterns']", group["patterns"])
-        rate = _arguments.scalar_or_schedule(f"{name}['lr']", group["lr"])
-        groups.append((patterns, rate))
+        compiled = compile_patterns(f"{name}['patterns']", group["patterns"])
+        rate = arguments.scalar_or_schedule(f"{name}['lr']", group["lr"])
+        groups.append((compiled, rate))
     return groups

@@ -29,11 +29,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adam_transforms import _adam, _numerics, _presets, _trees
+from adam_transforms._core import dtypes, trees
+from adam_transforms._embeddings.deferred import sync
+from adam_transforms._embeddings.deferred.adam import deferred_adam
+from adam_transforms._embeddings.lazy import lazy
+from adam_transforms._optimizers import adam
+from adam_transforms._transforms import numerics
+from adam_transforms._transforms.adam import (
+    Hyperparameters,
+    ScheduledDecayState,
+    coefficients_of,
+    scale_by_adam,
+    update_leaves,
+)
 from adam_transforms.compat import _optimizer
 from adam_transforms.compat._optimizer import Variable, present
-from adam_transforms.sparse import _catching_up, _deferred
-from adam_transforms.sparse._lazy import lazy
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -185,11 +195,11 @@ class _Adam(_optimizer.Optimizer):
           variable ``<path>/<name>`` (m) and ``<path>/<name>_1`` (v), sorted by name.
         """
         found = [Variable(f"beta{i}_power", x) for i, x in enumerate(self._powers(state), start=1)]
-        for state_of_adam in _trees.find_states(state, _optimizer.ADAM_STATES):
+        for state_of_adam in trees.find_states(state, _optimizer.ADAM_STATES):
             for field, suffix in (("mu", ""), ("nu", "_1")):
                 found += [
                     Variable(f"{path}/{self.name}{suffix}", slot)
-                    for path, slot in _trees.flatten_with_paths(getattr(state_of_adam, field))[0]
+                    for path, slot in trees.flatten_with_paths(getattr(state_of_adam, field))[0]
                 ]
         return sorted(found, key=lambda variable: variable.path)
 
@@ -198,16 +208,16 @@ class _Adam(_optimizer.Optimizer):
         rate, eps = present(self.learning_rate), present(self.epsilon)
         b1, b2 = present(self.beta1), present(self.beta2)
         if not (callable(self.beta1) or callable(self.beta2)):
-            return _presets.adam(rate, b1, b2, eps, eps_hat=True)
+            return adam(rate, b1, b2, eps, eps_hat=True)
         return optax.chain(_scale_by_powers(b1, b2, eps), optax.scale_by_learning_rate(rate))
 
     def _powers(self, state: Any) -> list[jax.Array]:
-        scheduled = _trees.find_states(state, _adam.ScheduledDecayState)
+        scheduled = trees.find_states(state, ScheduledDecayState)
         if scheduled:
             return [1.0 - correction for correction in scheduled[0].corrections]
-        (found,) = _trees.find_states(state, _optimizer.ADAM_STATES)
+        (found,) = trees.find_states(state, _optimizer.ADAM_STATES)
         return [
-            1.0 - _numerics.bias_correction(present(b), found.count + 1)
+            1.0 - numerics.bias_correction(present(b), found.count + 1)
             for b in (self.beta1, self.beta2)
         ]
 
@@ -223,23 +233,23 @@ def _scale_by_powers(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation
     multiplied at the end of a step: at a step the power has the first betas twice and the present
     ones not yet.
     """
-    hp = _adam.Hyperparameters(b1, b2, eps, 0.0, None, None, eps_hat=True).checked()
-    scale = _adam.scale_by_adam(b1, b2, eps, eps_hat=True)
+    hp = Hyperparameters(b1, b2, eps, 0.0, None, None, eps_hat=True).checked()
+    scale = scale_by_adam(b1, b2, eps, eps_hat=True)
 
     def init(params: Any) -> Any:
-        dtype = _numerics.scalar_dtype()
-        first = [jnp.asarray(1.0 - _numerics.as_scalar(b), dtype) for b in (hp.b1, hp.b2)]
-        return _adam.ScheduledDecayState((first[0], first[1]), scale.init(params))
+        dtype = dtypes.scalar_dtype()
+        first = [jnp.asarray(1.0 - dtypes.as_scalar(b), dtype) for b in (hp.b1, hp.b2)]
+        return ScheduledDecayState((first[0], first[1]), scale.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any):
         inner = state.inner_state
-        c = _adam.coefficients_of(hp, inner.count, hp.b1, hp.b2, list(state.corrections))
-        updates, inner = _adam.update_leaves(hp, c, updates, inner, params)
+        c = coefficients_of(hp, inner.count, hp.b1, hp.b2, list(state.corrections))
+        updates, inner = update_leaves(hp, c, updates, inner, params)
         moved = [
-            _numerics.moving_average(correction, 1.0, b)
+            numerics.moving_average(correction, 1.0, b)
             for correction, b in zip(state.corrections, (hp.b1, hp.b2), strict=True)
         ]
-        return updates, _adam.ScheduledDecayState((moved[0], moved[1]), inner)
+        return updates, ScheduledDecayState((moved[0], moved[1]), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -292,7 +302,7 @@ class AdamOptimizer(_Adam):
         for name in ("beta1", "beta2", "epsilon"):
             if callable(getattr(self, name)):
                 raise TypeError(f"with deferred, {name} must be a number, got a callable")
-        return _deferred.deferred_adam(
+        return deferred_adam(
             present(self.learning_rate),
             *(self.beta1, self.beta2, self.epsilon),
             tables=_is_table if self.deferred is True else self.deferred,
@@ -302,7 +312,7 @@ class AdamOptimizer(_Adam):
     def flush(self, params: Any, state: Any) -> tuple[Any, Any]:
         """Every row as TensorFlow has it: needed before anything but a step reads tables that are
         deferred; without `deferred` nothing is owed, and nothing changes."""
-        return (params, state) if self.deferred is False else _catching_up.flush(params, state)
+        return (params, state) if self.deferred is False else sync.flush(params, state)
 
     def _rows_from(self, state: Any) -> Any:
         if self.deferred is False:

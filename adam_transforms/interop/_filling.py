@@ -9,14 +9,14 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from adam_transforms import _trees
-from adam_transforms._accumulation import AccumulateState
-from adam_transforms._averaging import ParamsEmaState
-from adam_transforms._loss_scale import DynamicLossScaleState
-from adam_transforms._paths import ScaleByPathLearningRateState
+from adam_transforms._core import trees
+from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._embeddings.deferred.state import DeferredAdamState
+from adam_transforms._transforms.accumulation import AccumulateState
+from adam_transforms._transforms.ema import ParamsEmaState
+from adam_transforms._transforms.learning_rates import ScaleByPathLearningRateState
+from adam_transforms._transforms.loss_scaling import DynamicLossScaleState
 from adam_transforms.interop._slots import ACCUMULATIONS, ADAM, Contents, by_rows, has
-from adam_transforms.sparse._idle import DeferredAdamState
-from adam_transforms.sparse._rows import SparseRows
 
 
 def has_other_counts(state: Any) -> bool:
@@ -107,7 +107,7 @@ def _filled_adam(x: Any, contents: Contents, count: int) -> Any:
 
 def _filled_average(x: ParamsEmaState, contents: Contents, count: int | None) -> ParamsEmaState:
     """With the average that is brought; else it starts afresh."""
-    paths = [path for path, leaf in _trees.flatten_with_paths(x.ema)[0] if leaf is not None]
+    paths = [path for path, leaf in trees.flatten_with_paths(x.ema)[0] if leaf is not None]
     if not all("ema" in contents.slots.get(path, {}) for path in paths):
         return x
     weight = _placed(1.0, x.weight)
@@ -139,7 +139,7 @@ def _with_slot(tree: Any, slots: Mapping[str, Mapping[str, Any]], slot: str) -> 
             raise ValueError(by_rows(path))
         return _placed(slots[path][slot], leaf)
 
-    leaves, treedef = _trees.flatten_with_paths(tree)
+    leaves, treedef = trees.flatten_with_paths(tree)
     return treedef.unflatten([leaf_now(path, leaf) for path, leaf in leaves])
 
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adam_transforms import _trees
-from adam_transforms._accumulation import AccumulateState
-from adam_transforms._adam import ScheduledDecayState
-from adam_transforms._averaging import ParamsEmaState
-from adam_transforms._loss_scale import DynamicLossScaleState
-from adam_transforms.sparse._idle import DeferredAdamState
-from adam_transforms.sparse._rows import SparseRows
+from adam_transforms._core import trees
+from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._embeddings.deferred.state import DeferredAdamState
+from adam_transforms._transforms.accumulation import AccumulateState
+from adam_transforms._transforms.adam import ScheduledDecayState
+from adam_transforms._transforms.ema import ParamsEmaState
+from adam_transforms._transforms.loss_scaling import DynamicLossScaleState
 
 ADAM: Any = (optax.ScaleByAdamState, optax.ScaleByAmsgradState, DeferredAdamState)
 ACCUMULATIONS: Any = (AccumulateState, optax.MultiStepsState)
@@ -57,7 +57,7 @@ def slots_of(state: Any, *, ema: bool = False, acc: bool = False) -> dict[str, d
     """
     slots: dict[str, dict[str, Any]] = {}
     for slot, tree in _slot_trees(state, ema, acc):
-        for path, leaf in _trees.flatten_with_paths(tree)[0]:
+        for path, leaf in trees.flatten_with_paths(tree)[0]:
             if leaf is None:
                 continue
             if slots.setdefault(path, {}).setdefault(slot, leaf) is not leaf:
@@ -67,7 +67,7 @@ def slots_of(state: Any, *, ema: bool = False, acc: bool = False) -> dict[str, d
 
 def has(state: Any, kind: Any) -> bool:
     """Whether there is a state of this kind anywhere."""
-    return bool(_trees.find_states(state, kind))
+    return bool(trees.find_states(state, kind))
 
 
 def read(state: Any, params: Any) -> Contents:
@@ -83,13 +83,13 @@ def read(state: Any, params: Any) -> Contents:
         raise ValueError(f"the state's Adams have made different numbers of steps: {counts}")
     for adam in adams:
         _check_paid(adam)
-    for average in _trees.find_states(state, ParamsEmaState):
+    for average in trees.find_states(state, ParamsEmaState):
         if float(average.weight) != 1.0:
             raise ValueError(
                 "the state has an average with debias=True, which is kept nowhere else"
             )
     mini_step = 0
-    for found in _trees.find_states(state, ACCUMULATIONS):
+    for found in trees.find_states(state, ACCUMULATIONS):
         mini_step = int(found.mini_step)
         if mini_step and isinstance(found, optax.MultiStepsState):
             raise ValueError("a cycle of optax.MultiSteps is under way; at.accumulate can be read")
@@ -102,7 +102,7 @@ def read(state: Any, params: Any) -> Contents:
             raise ValueError(by_rows(path))
     arrays = {path: {s: np.array(x) for s, x in of.items()} for path, of in slots.items()}
     contents = Contents(counts[0], arrays, mini_step=mini_step)
-    for found in _trees.find_states(state, DynamicLossScaleState):
+    for found in trees.find_states(state, DynamicLossScaleState):
         contents = contents._replace(
             scale=np.array(found.scale), finite_steps=int(found.finite_steps)
         )
@@ -115,7 +115,7 @@ def _adam_states(state: Any) -> list[Any]:
             "tx has a schedule for b1 or b2, and so keeps a running product of their values, which "
             "is not known here: use numbers"
         )
-    found = _trees.find_states(state, ADAM)
+    found = trees.find_states(state, ADAM)
     if not found:
         raise ValueError(
             "the state of tx holds no Adam: none of optax.ScaleByAdamState, "
@@ -129,9 +129,9 @@ def _slot_trees(state: Any, ema: bool, acc: bool) -> Iterator[tuple[str, Any]]:
         for slot in ("mu", "nu", "nu_max"):
             if getattr(found, slot, None) is not None:
                 yield slot, getattr(found, slot)
-    for found in _trees.find_states(state, ParamsEmaState) if ema else ():
+    for found in trees.find_states(state, ParamsEmaState) if ema else ():
         yield "ema", found.ema
-    for found in _trees.find_states(state, AccumulateState) if acc else ():
+    for found in trees.find_states(state, AccumulateState) if acc else ():
         yield "acc", found.acc
 
 
@@ -153,7 +153,7 @@ def by_rows(path: str) -> str:
 
 
 def _check_params(slots: Mapping[str, Mapping[str, Any]], params: Any) -> None:
-    leaves = _trees.flatten_with_paths(params)[0]
+    leaves = trees.flatten_with_paths(params)[0]
     shapes = {path: jnp.shape(p) for path, p in leaves if p is not None}
     for path, of_path in slots.items():
         for slot, leaf in of_path.items():

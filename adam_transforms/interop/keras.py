@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adam_transforms import _arguments
-from adam_transforms._accumulation import AccumulateState
-from adam_transforms._averaging import ParamsEmaState
-from adam_transforms._loss_scale import DynamicLossScaleState
+from adam_transforms._core import arguments
+from adam_transforms._transforms.accumulation import AccumulateState
+from adam_transforms._transforms.ema import ParamsEmaState
+from adam_transforms._transforms.loss_scaling import DynamicLossScaleState
 from adam_transforms.interop import _filling, _matching, _slots, _stores
 
 # From our names for slots to Keras's.
@@ -219,7 +219,7 @@ def _layout(slots: _matching.Slots, state: Any, *, legacy: bool) -> Layout:
         acc=_slots.has(state, AccumulateState),
         amsgrad="nu_max" in kept,
         loss_scale=_slots.has(state, DynamicLossScaleState),
-        legacy=_arguments.flag("legacy", legacy),
+        legacy=arguments.flag("legacy", legacy),
     )
     if legacy and (layout.ema or layout.acc or layout.loss_scale):
         raise ValueError(
@@ -267,4 +267,4 @@ def _every(tx: Any, every: int | None) -> int:
         every = getattr(own, "gradient_accumulation_steps", None)
     if every is None:
         raise ValueError("the state accumulates gradients: pass every, gradient_accumulation_steps")
-    return _arguments.positive_int("every", every)
+    return arguments.positive_int("every", every)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from adam_transforms import _arguments
+from adam_transforms._core import arguments
 from adam_transforms.interop import _filling, _matching, _slots
 
 # Powers are multiplied this many at a time.
@@ -123,7 +123,7 @@ def state_to(
         arrays[f"{variable}/{name}"] = slots["mu"]
         arrays[f"{variable}/{name}_1"] = slots["nu"]
     for key, b in (("beta1_power", b1), ("beta2_power", b2)):
-        b = _arguments.scalar(key.replace("_power", ""), b, at_least=0.0, below=1.0)
+        b = arguments.scalar(key.replace("_power", ""), b, at_least=0.0, below=1.0)
         arrays[key] = _power(np.float32(b), contents.count)
     return arrays
 
@@ -144,7 +144,7 @@ def _slots_in(arrays: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]
 def _beta(tx: Any, number: str, given: float | None, default: float) -> float:
     own = getattr(tx, f"beta{number}", default)
     value = given if given is not None else own() if callable(own) else own
-    return float(_arguments.scalar(f"b{number}", value, at_least=0.0, below=1.0))
+    return float(arguments.scalar(f"b{number}", value, at_least=0.0, below=1.0))
 
 
 def _count(arrays: Mapping[str, Any], betas: list[float], *, schedules: bool) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from adam_transforms import _trees
+from adam_transforms._core import trees
 
 
 def zero_updates() -> optax.GradientTransformationExtraArgs:
@@ -34,7 +34,7 @@ def by_name(inner: optax.GradientTransformation) -> optax.GradientTransformation
         without_gradient: Collection[str] = (),
         **extra_args: Any,
     ):
-        leaves, treedef = _trees.flatten_with_paths(updates)
+        leaves, treedef = trees.flatten_with_paths(updates)
         updates = treedef.unflatten([None if path in without_gradient else g for path, g in leaves])
         return inner.update(updates, state, params, **extra_args)
 
@@ -57,7 +57,7 @@ def named(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
 
 def _complete(updates: Any, params: Any) -> tuple[Any, frozenset[str]]:
     """Zeros for what is None and a floating parameter, and the paths of these."""
-    rows, treedef = _trees.align(params, updates, names=("the parameters", "the gradients"))
+    rows, treedef = trees.align(params, updates, names=("the parameters", "the gradients"))
     absent = frozenset(
         path
         for path, p, u in rows

@@ -9,16 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adam_transforms import (
-    _accumulation,
-    _arguments,
-    _averaging,
-    _clipping,
-    _loss_scale,
-    _numerics,
-    _presets,
-    _trees,
-)
+from adam_transforms._core import arguments, dtypes, trees
+from adam_transforms._optimizers import adam
+from adam_transforms._transforms import accumulation, clipping, loss_scaling
+from adam_transforms._transforms.ema import track_params_ema
 from adam_transforms.compat import _optimizer
 from adam_transforms.compat._optimizer import present
 from adam_transforms.compat.keras import _absent, _adam_config, _config, _options
@@ -120,13 +114,13 @@ class Adam(KerasOptimizer):
         clips = [
             clip(limit)
             for clip, limit in (
-                (_clipping.clip_by_value, self.clipvalue),
-                (_clipping.clip_by_norm, self.clipnorm),
-                (_clipping.clip_by_global_norm, self.global_clipnorm),
+                (clipping.clip_by_value, self.clipvalue),
+                (clipping.clip_by_norm, self.clipnorm),
+                (clipping.clip_by_global_norm, self.global_clipnorm),
             )
             if limit
         ]
-        adam = _presets.adam(
+        tx = adam(
             lambda count: self.learning_rate_at(
                 count if every is None else count * every + every - 1
             ),
@@ -138,11 +132,11 @@ class Adam(KerasOptimizer):
             weight_decay=self.weight_decay,
             weight_decay_mask=mask,
         )
-        tx = optax.chain(*clips, adam) if clips else adam
+        tx = optax.chain(*clips, tx) if clips else tx
         if every is not None:
-            tx = _accumulation.accumulate(tx, every)
+            tx = accumulation.accumulate(tx, every)
         if self.loss_scale_factor is not None:
-            tx = _loss_scale.static_loss_scale(tx, self.loss_scale_factor)
+            tx = loss_scaling.static_loss_scale(tx, self.loss_scale_factor)
         return self._averaged(tx) if self.use_ema else tx
 
     def _averaged(self, tx: Any) -> optax.GradientTransformationExtraArgs:
@@ -156,10 +150,8 @@ class Adam(KerasOptimizer):
         # Without accumulation that is the first call alone, after which the average is a copy.
         momentum = self.ema_momentum if every == 1 else momentum_at
         if frequency is None:
-            return optax.chain(tx, _averaging.track_params_ema(momentum, None))
-        averaging = _averaging.track_params_ema(
-            momentum, lambda calls: (calls // every + 1) % frequency == 0
-        )
+            return optax.chain(tx, track_params_ema(momentum, None))
+        averaging = track_params_ema(momentum, lambda calls: (calls // every + 1) % frequency == 0)
         return _absent.by_name(optax.chain(tx, _absent.zero_updates(), averaging))
 
     def _present(self, field: str) -> Any:
@@ -170,19 +162,19 @@ class Adam(KerasOptimizer):
                 f"{field} must be a number or a function without arguments, got {value!r}"
             )
         limits = {"at_least": 0.0} if field == "epsilon" else {"at_least": 0.0, "below": 1.0}
-        return _arguments.scalar(field, value, **limits)
+        return arguments.scalar(field, value, **limits)
 
     def _decays(self, params: Any) -> Any:
         """True for each parameter that is not excluded from weight decay."""
         patterns = [re.compile(pattern) for pattern in self.excluded_from_weight_decay]
-        leaves, treedef = _trees.flatten_with_paths(params)
+        leaves, treedef = trees.flatten_with_paths(params)
         return treedef.unflatten(
             [not any(p.search(_variable_name(path)) for p in patterns) for path, _ in leaves]
         )
 
     def learning_rate_at(self, calls: Any) -> jax.Array:
         """The learning rate when apply has been called this many times."""
-        dtype = _numerics.scalar_dtype()
+        dtype = dtypes.scalar_dtype()
         rate = present(self.learning_rate)
         rate = jnp.asarray(rate(calls) if callable(rate) else rate).astype(dtype)
         if self.decay:
@@ -197,7 +189,7 @@ class Adam(KerasOptimizer):
         if self.loss_scale_factor is None:
             return loss
         # Scaled in float16 it would soon be infinite.
-        return loss.astype(_numerics.compute_dtype(loss.dtype)) * self.loss_scale_factor
+        return loss.astype(dtypes.compute_dtype(loss.dtype)) * self.loss_scale_factor
 
     def exclude_from_weight_decay(
         self,

@@ -8,14 +8,14 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from adam_transforms import _arguments
+from adam_transforms._core import arguments
 
 
 def number(name: str, value: Any, **limits: float) -> int | float:
     """`value`, a Python number within these limits, or one of NumPy's made one."""
     if isinstance(value, jax.Array | np.ndarray):
         raise TypeError(f"{name} must be a Python number, got {value!r}")
-    _arguments.scalar(name, value, **limits)
+    arguments.scalar(name, value, **limits)
     return value.item() if isinstance(value, np.generic) else value
 
 

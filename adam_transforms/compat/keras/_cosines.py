@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adam_transforms import _numerics
+from adam_transforms._core import dtypes
 from adam_transforms.compat.keras import _config
 from adam_transforms.compat.keras._schedule import (
     AT_LEAST_0,
@@ -143,5 +143,5 @@ class CosineDecayRestarts(LearningRateSchedule):
         bounds = jnp.asarray(bounds, step.dtype)
         i = jnp.searchsorted(bounds, step, side="right", method="scan_unrolled") - 1
         i = jnp.maximum(i, 0)
-        dtype = _numerics.scalar_dtype()
+        dtype = dtypes.scalar_dtype()
         return i.astype(dtype), jnp.asarray(starts, dtype)[i], jnp.asarray(lengths, dtype)[i]

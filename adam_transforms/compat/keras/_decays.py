@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adam_transforms import _numerics
+from adam_transforms._core import dtypes
 from adam_transforms.compat.keras import _config
 from adam_transforms.compat.keras._schedule import (
     AT_LEAST_0,
@@ -124,7 +124,7 @@ class PolynomialDecay(LearningRateSchedule):
         self.check(decay_steps=POSITIVE)
 
     def __call__(self, step: Any) -> jax.Array:
-        step, total = as_float(step), jnp.asarray(self.decay_steps, _numerics.scalar_dtype())
+        step, total = as_float(step), jnp.asarray(self.decay_steps, dtypes.scalar_dtype())
         if self.cycle:
             cycles = periods_at(step, float(self.decay_steps), whole=True)
             cycles = jnp.where(cycles * total < step, cycles + 1.0, cycles)
@@ -180,7 +180,7 @@ class PiecewiseConstantDecay(LearningRateSchedule):
 
     def __call__(self, step: Any) -> jax.Array:
         step = jnp.asarray(step)
-        rate = jnp.full(step.shape, self.values[0], _numerics.scalar_dtype())
+        rate = jnp.full(step.shape, self.values[0], dtypes.scalar_dtype())
         for boundary, value in zip(self.boundaries, self.values[1:], strict=True):
             if jnp.issubdtype(step.dtype, jnp.integer):
                 # As integers, which stay exact beyond 2^24.

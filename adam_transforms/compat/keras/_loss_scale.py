@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adam_transforms import _arguments, _loss_scale, _trees
+from adam_transforms._core import arguments, trees
+from adam_transforms._transforms import loss_scaling
 from adam_transforms.compat import _optimizer
 from adam_transforms.compat._optimizer import Variable
 from adam_transforms.compat.keras import _absent, _adam_config, _config
@@ -69,7 +70,7 @@ class LossScaleOptimizer(KerasOptimizer):
         if inner.loss_scale_factor is not None:
             inner = dataclasses.replace(inner, loss_scale_factor=None)
         scale = _config.number("initial_scale", self.initial_scale, above=0.0)
-        steps = _arguments.positive_int("dynamic_growth_steps", self.dynamic_growth_steps)
+        steps = arguments.positive_int("dynamic_growth_steps", self.dynamic_growth_steps)
         name = "loss_scale_optimizer" if self.name is None else self.name
         if not isinstance(name, str):
             raise TypeError(f"name must be a string, got {name!r}")
@@ -87,7 +88,7 @@ class LossScaleOptimizer(KerasOptimizer):
 
     def transform(self) -> optax.GradientTransformationExtraArgs:
         """The transformation underneath, for an Optax chain; it takes row gradients too."""
-        tx = _loss_scale.dynamic_loss_scale(
+        tx = loss_scaling.dynamic_loss_scale(
             self.inner_optimizer.dense_transform(),
             self.initial_scale,
             self.dynamic_growth_steps,
@@ -99,7 +100,7 @@ class LossScaleOptimizer(KerasOptimizer):
 
     def scale_loss(self, loss: Any, state: Any) -> jax.Array:
         """The loss times the present scale; differentiate this one."""
-        return _loss_scale.scale_loss(loss, state)
+        return loss_scaling.scale_loss(loss, state)
 
     def dynamic_scale(self, state: Any) -> jax.Array:
         """The present scale, float32 ()."""
@@ -145,17 +146,15 @@ class LossScaleOptimizer(KerasOptimizer):
         """
         if not isinstance(config, Mapping):
             raise TypeError(f"the config of {cls.__name__} must be a dictionary, got {config!r}")
-        arguments = {
+        fields = {
             key: value
             for key, value in config.items()
             if key not in _UNUSED or value != _UNUSED[key]
         }
-        if "inner_optimizer" in arguments:
-            inner = _adam_config.arguments_of_serialized(
-                arguments["inner_optimizer"], custom_objects
-            )
-            arguments["inner_optimizer"] = _config.construct(Adam, inner)
-        return _config.construct(cls, arguments)
+        if "inner_optimizer" in fields:
+            inner = _adam_config.arguments_of_serialized(fields["inner_optimizer"], custom_objects)
+            fields["inner_optimizer"] = _config.construct(Adam, inner)
+        return _config.construct(cls, fields)
 
     def scaled_loss(self, loss: Any, state: Any) -> Any:
         """The loss to differentiate."""
@@ -174,7 +173,7 @@ class LossScaleOptimizer(KerasOptimizer):
 
 
 def _state(state: Any) -> Any:
-    found = _trees.find_states(state, _loss_scale.DynamicLossScaleState)
+    found = trees.find_states(state, loss_scaling.DynamicLossScaleState)
     if len(found) != 1:
         raise ValueError(f"state must be one that init gave, found {len(found)} loss scales in it")
     return found[0]

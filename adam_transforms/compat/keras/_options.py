@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from adam_transforms import _arguments, _paths
+from adam_transforms._core import arguments
+from adam_transforms._core.patterns import compile_patterns
 from adam_transforms.compat.keras import _config
 
 # What r2.0's Adam has not, and what it is by default.
@@ -36,15 +37,15 @@ def checked(adam: Any) -> dict[str, Any]:
     """
     fields: dict[str, Any] = {}
     for field in ("legacy", "amsgrad", "use_ema"):
-        _arguments.flag(field, getattr(adam, field))
+        arguments.flag(field, getattr(adam, field))
     fields["name"] = _name(adam)
-    _arguments.scalar_or_schedule("learning_rate", adam.learning_rate)
-    _arguments.decay_rate("beta_1", adam.beta_1)
-    _arguments.decay_rate("beta_2", adam.beta_2)
+    arguments.scalar_or_schedule("learning_rate", adam.learning_rate)
+    arguments.decay_rate("beta_1", adam.beta_1)
+    arguments.decay_rate("beta_2", adam.beta_2)
     epsilon = adam.epsilon
     if adam.legacy and (epsilon is None or isinstance(epsilon, int | float) and epsilon == 0):
         fields["epsilon"] = epsilon = _LEGACY_EPSILON
-    _arguments.scalar_or_schedule("epsilon", epsilon, at_least=0.0)
+    arguments.scalar_or_schedule("epsilon", epsilon, at_least=0.0)
     for field, limits in _NUMBERS.items():
         value = getattr(adam, field)
         if value is not None:
@@ -53,13 +54,13 @@ def checked(adam: Any) -> dict[str, Any]:
         raise ValueError(f"ema_momentum must be in [0, 1], got {adam.ema_momentum!r}")
     for field, least in (("ema_overwrite_frequency", 1), ("gradient_accumulation_steps", 2)):
         steps = getattr(adam, field)
-        if steps is not None and _arguments.positive_int(field, steps) < least:
+        if steps is not None and arguments.positive_int(field, steps) < least:
             raise ValueError(f"{field} must be at least {least}, got {steps}")
-    patterns = adam.excluded_from_weight_decay
-    if patterns:
-        _paths.compile_patterns("excluded_from_weight_decay", patterns)
-    one = isinstance(patterns, str | re.Pattern)
-    fields["excluded_from_weight_decay"] = (patterns,) if one else tuple(patterns)
+    excluded = adam.excluded_from_weight_decay
+    if excluded:
+        compile_patterns("excluded_from_weight_decay", excluded)
+    one = isinstance(excluded, str | re.Pattern)
+    fields["excluded_from_weight_decay"] = (excluded,) if one else tuple(excluded)
     _check_together(adam)
     return fields
 

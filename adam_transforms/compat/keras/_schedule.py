@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adam_transforms import _arguments, _numerics
+from adam_transforms._core import arguments, dtypes
 from adam_transforms.compat.keras import _config
 
 # The largest step: JAX counts in 32 bits.
@@ -45,7 +45,7 @@ class LearningRateSchedule:
         for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
             value = getattr(self, field.name)
             if field.type is bool:
-                _arguments.flag(field.name, value)
+                arguments.flag(field.name, value)
             elif field.type is float:
                 value = _config.number(field.name, value, **limits.get(field.name, {}))
                 object.__setattr__(self, field.name, value)
@@ -53,7 +53,7 @@ class LearningRateSchedule:
 
 def as_float(step: Any) -> jax.Array:
     """The step in the float that rates are computed in: float32, or float64 in x64 mode."""
-    return jnp.asarray(step).astype(_numerics.scalar_dtype())
+    return jnp.asarray(step).astype(dtypes.scalar_dtype())
 
 
 def periods_at(step: Any, length: float, *, whole: bool) -> jax.Array:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from adam_transforms import _averaging
+from adam_transforms._transforms.ema import finalize
 from adam_transforms.compat import _optimizer
 from adam_transforms.compat._optimizer import Variable
 from adam_transforms.compat.keras import _variables
@@ -145,7 +145,7 @@ class KerasOptimizer(_optimizer.Optimizer):
 
     def finalize_variable_values(self, params: Any, state: Any) -> Any:
         """The parameters to keep: their averages with use_ema, else `params` as they are."""
-        return _averaging.finalize(params, state) if self.adam.use_ema else params
+        return finalize(params, state) if self.adam.use_ema else params
 
     # The state.
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adam_transforms import _trees
-from adam_transforms._accumulation import AccumulateState
+from adam_transforms._core import trees
+from adam_transforms._transforms.accumulation import AccumulateState
 from adam_transforms.compat._optimizer import Variable
 from adam_transforms.interop import _slots, keras as interop
 
@@ -18,7 +18,7 @@ _LEGACY_NAMES = {"mu": "m", "nu": "v", "nu_max": "vhat"}
 
 def adam_state(state: Any) -> Any:
     """Adam's own state, of which there is one."""
-    found = _trees.find_states(state, (optax.ScaleByAdamState, optax.ScaleByAmsgradState))
+    found = trees.find_states(state, (optax.ScaleByAdamState, optax.ScaleByAmsgradState))
     if len(found) != 1:
         raise ValueError(f"state must be one that init gave, found {len(found)} Adam states in it")
     return found[0]
@@ -27,7 +27,7 @@ def adam_state(state: Any) -> Any:
 def calls(adam: Any, state: Any) -> jax.Array:
     """Calls of apply so far, Keras's raw iterations."""
     made = adam_state(state).count * (adam.gradient_accumulation_steps or 1)
-    for found in _trees.find_states(state, AccumulateState):
+    for found in trees.find_states(state, AccumulateState):
         made = made + found.mini_step
     return made
 
@@ -53,7 +53,7 @@ def slots(adam: Any, state: Any) -> dict[str, dict[str, Any]]:
     """{path: {slot: array}}, the slots by Keras's names."""
     adam_state(state)
     found = _slots.slots_of(state, ema=True, acc=True)
-    for accumulation in _trees.find_states(state, AccumulateState):
+    for accumulation in trees.find_states(state, AccumulateState):
         # Once a cycle has ended, what is left there means nothing.
         over = accumulation.mini_step == 0
         for of_path in found.values():
@@ -113,7 +113,7 @@ def loaded(
         )
     adam = optimizer.adam
     if names is None:
-        names = [path for path, leaf in _trees.flatten_with_paths(params)[0] if leaf is not None]
+        names = [path for path, leaf in trees.flatten_with_paths(params)[0] if leaf is not None]
     moments = 3 * len(names) + 1
     if adam.legacy and not adam.amsgrad and len(store) == moments:
         # What Keras 1 saved has a vhat whether it is used or not, at the end.

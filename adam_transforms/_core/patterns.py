@@ -1,0 +1,106 @@
+"""Parameters selected by patterns in their path: masks, groups, learning rates."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from adam_transforms._core import trees
+
+Patterns = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
+"""One regular expression or several; a path matches when `re.search` finds any of them in it."""
+
+
+def compile_patterns(name: str, patterns: Any) -> tuple[re.Pattern[str], ...]:
+    """Compiled `patterns`; the errors name the argument and the pattern."""
+    patterns = [patterns] if isinstance(patterns, str | re.Pattern) else patterns
+    if not isinstance(patterns, Sequence) or not all(
+        isinstance(p, str | re.Pattern) for p in patterns
+    ):
+        raise TypeError(f"{name} must be a pattern or a list of patterns, got {patterns!r}")
+    if not patterns:
+        raise ValueError(f"{name} must hold at least one pattern, got none")
+    try:
+        return tuple(re.compile(p) for p in patterns)
+    except re.error as error:
+        raise ValueError(
+            f"{name} holds {error.pattern!r}, no regular expression: {error}"
+        ) from error
+
+
+class Rules(NamedTuple):
+    """Groups of patterns in order; a path belongs to the first group that matches it."""
+
+    groups: tuple[tuple[re.Pattern[str], ...], ...]
+
+    def index(self, path: str) -> int:
+        """The first group that matches `path`; ``len(groups)`` if none does."""
+        for i, group in enumerate(self.groups):
+            if any(pattern.search(path) for pattern in group):
+                return i
+        return len(self.groups)
+
+    def indices(self, tree: Any) -> Any:
+        """`tree` with each leaf (None included) replaced by its group's index.
+
+        Raises:
+          ValueError: the tree has leaves, and a group matches none of them.
+        """
+        leaves, treedef = trees.flatten_with_paths(tree)
+        paths = [path for path, _ in leaves]
+        for group in self.groups if paths else ():
+            if not any(pattern.search(path) for path in paths for pattern in group):
+                patterns = ", ".join(repr(pattern.pattern) for pattern in group)
+                raise ValueError(f"no parameter matches {patterns}; the paths are {_listed(paths)}")
+        return treedef.unflatten([self.index(path) for path in paths])
+
+
+def selector(name: str, selection: Any) -> Callable[[Sequence[tuple[str, Any]]], set[int]]:
+    """From (path, leaf) pairs to the positions of the selected ones, which may not be scalars.
+
+    Args:
+      name: what the selection is called in an error.
+      selection: one regular expression or several, each of which must match something, or a
+        predicate ``(path, leaf) -> bool``.
+    """
+    patterns = () if callable(selection) else compile_patterns(name, selection)
+
+    def select(leaves: Sequence[tuple[str, Any]]) -> set[int]:
+        chosen = set()
+        if callable(selection):
+            chosen = {i for i, leaf in enumerate(leaves) if selection(*leaf)}
+        for pattern in patterns:
+            hits = {i for i, (path, _) in enumerate(leaves) if pattern.search(path)}
+            if leaves and not hits:
+                paths = _listed([path for path, _ in leaves])
+                raise ValueError(
+                    f"no leaf matches {pattern.pattern!r} of {name}; the paths are {paths}"
+                )
+            chosen |= hits
+        for i in chosen:
+            path, leaf = leaves[i]
+            if jnp.ndim(leaf) == 0:
+                raise ValueError(f"{path!r} is selected by {name}, but is a scalar")
+        return chosen
+
+    return select
+
+
+def parse_rules(rules: Any) -> tuple[Rules, list[Any]]:
+    """Splits ``[(patterns, value), ...]`` into the compiled rules and their values."""
+    if not isinstance(rules, Sequence) or isinstance(rules, str):
+        raise TypeError(f"rules must be a list of (patterns, value) pairs, got {rules!r}")
+    groups, values = [], []
+    for i, rule in enumerate(rules):
+        if not isinstance(rule, tuple | list) or len(rule) != 2:
+            raise TypeError(f"rules[{i}] must be a (patterns, value) pair, got {rule!r}")
+        groups.append(compile_patterns(f"rules[{i}]", rule[0]))
+        values.append(rule[1])
+    return Rules(tuple(groups)), values
+
+
+def _listed(paths: Sequence[str], most: int = 8) -> str:
+    """The first paths, for an error message."""
+    shown = ", ".join(repr(path) for path in paths[:most])
+    return shown if len(paths) <= most else f"{shown} and {len(paths) - most} more"

@@ -1,0 +1,90 @@
+"""Row gradients of several devices added up."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from adam_transforms._core.sparse_rows import SparseRows, is_rows, on_values
+
+
+def all_reduce_rows(grads: Any, axis_name: Any, *, average: bool = False) -> Any:
+    r"""The sum of all devices' gradients, with row gradients kept as rows.
+
+    .. math:: G = \sum_{d} G_d \quad\text{or, with average,}\quad \frac{1}{N} \sum_{d=1}^{N} G_d
+
+    Takes the place of `jax.lax.psum` or `jax.lax.pmean` inside `jax.pmap` and `jax.shard_map`,
+    between the gradients and the optimizer.
+
+    Args:
+      grads: the device's gradients: a tree of `SparseRows`, arrays and None.
+      axis_name: the mapped axis, or several.
+      average: divide by the number N of devices along the axes.
+
+    Returns:
+      The tree with the same on every device. A `SparseRows` of n rows becomes one of N n rows, not
+      unique: all devices' rows one after the other, so that time and memory are O(N n), whatever V.
+      None stays None, and dtypes stay.
+
+    Raises:
+      NameError: no axis of that name is mapped.
+
+    With ``check_vma=True``, its default, `jax.shard_map` follows which values differ between
+    devices, and `jax.grad` itself sums the gradient of what does not: such leaves are the sum as
+    they come, and are only divided by N. What is returned does not differ by its type either.
+
+    >>> import jax.numpy as jnp
+    >>> from adam_transforms import SparseRows
+    >>> def reduced(indices):
+    ...     rows = all_reduce_rows(SparseRows(indices, jnp.ones((1, 1)), num_rows=4), "devices")
+    ...     return rows.to_dense()[:, 0]
+    >>> jax.vmap(reduced, axis_name="devices")(jnp.array([[3], [1], [3]]))[0].tolist()
+    [0.0, 1.0, 0.0, 2.0]
+    """
+    axes = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+    devices = jax.lax.axis_size(axes)
+    tracked = bool(varying_axes(jax.typeof(jax.lax.axis_index(axes))))
+
+    def reduce(x: Any) -> Any:
+        over = axes
+        if tracked:
+            varying = {a for leaf in jax.tree.leaves(x) for a in varying_axes(jax.typeof(leaf))}
+            over = tuple(axis for axis in axes if axis in varying)
+        if over and is_rows(x):
+            x = SparseRows(
+                _all_gather(x.indices, over, tracked),
+                _all_gather(x.values, over, tracked),
+                x.num_rows,
+            )
+        elif over:
+            x = jax.lax.psum(x, over)
+        return on_values(lambda values: values / devices, x) if average else x
+
+    return jax.tree.map(reduce, grads, is_leaf=is_rows)
+
+
+def _all_gather(x: jax.Array, axes: tuple[str, ...], tracked: bool) -> jax.Array:
+    """All devices' `x` along axis 0; where JAX follows what varies over the axes, this does not."""
+    if not tracked:
+        return jax.lax.all_gather(x, axes, tiled=True)
+    x = as_varying(x, axes)
+    if hasattr(jax.lax, "all_gather_invariant"):  # as it was called at first
+        return getattr(jax.lax, "all_gather_invariant")(x, axes, tiled=True)  # noqa: B009
+    return jax.lax.all_gather(x, axes, tiled=True, to="invarying")
+
+
+def varying_axes(aval: Any) -> tuple[str, ...]:
+    """The mesh axes over which an array of this type differs between devices, as far as known."""
+    if hasattr(aval, "vma"):  # as it was called at first
+        return tuple(aval.vma)
+    return tuple(aval.manual_axis_type.varying)
+
+
+def as_varying(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """`x` with a type that varies over `axes` too."""
+    axes = tuple(axis for axis in axes if axis not in varying_axes(jax.typeof(x)))
+    if not axes:
+        return x
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, axes, to="varying")
+    return getattr(jax.lax, "pvary")(x, axes)  # noqa: B009

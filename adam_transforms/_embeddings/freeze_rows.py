@@ -1,0 +1,263 @@
+"""Rows of tables that never move."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from adam_transforms._core import arguments, patterns, trees
+from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._embeddings.deferred.state import DeferredAdamState
+from adam_transforms._transforms.accumulation import AccumulateState
+
+
+class FreezeRowsState(NamedTuple):
+    """State of `freeze_rows`.
+
+    Attributes:
+      frozen: of each table with frozen rows, bool (V,), True at those; None in place of every other
+        parameter.
+      inner_state: the state of the inner transformation.
+    """
+
+    frozen: Any
+    inner_state: Any
+
+
+def freeze_rows(
+    inner: optax.GradientTransformation, rows: Mapping[str | re.Pattern[str], Any]
+) -> optax.GradientTransformationExtraArgs:
+    """Some rows of tables never move, and their slots stay as they are (PyTorch's padding_idx).
+
+    `inner` sees no gradient of a frozen row: zeros, or padding in a row gradient. So the row counts
+    for nothing in a norm. Whatever else would move it - momentum from before, weight decay, an
+    average that overwrites - is kept from it and from its slots.
+
+    Args:
+      inner: any transformation: all that moves the parameters, learning rate and decay included.
+      rows: for a regular expression, searched for in the path, what to freeze of the tables (V,
+        D...) that it finds: a row or several (integers in [0, V), a range), or a boolean mask (V,),
+        which may be shorter: what comes after moves. Of a table that several expressions find, the
+        rows of all.
+
+    Returns:
+      A transformation with `FreezeRowsState`; `update` needs `params`. It works around `lazy` and
+      inside it. With row gradients its time is O(rows touched), without an array of the table's
+      size; with a dense gradient the rows are selected in the same pass as the update. Wrappers
+      that hold steps back go around it: ``accumulate(freeze_rows(lazy(chain), rows), every)``.
+
+    Raises:
+      ValueError: an expression finds no parameter, or a scalar; a row lies outside the table;
+        update got no `params`; a state changes with the table's rows, but is not kept by row;
+        `deferred_adam` inside decays the table, which moves idle rows.
+      TypeError: rows are given as something else.
+
+    Rows of a table of `deferred_adam` are to be frozen from the start: one that has momentum left
+    goes on until it is spent.
+
+    >>> import jax.numpy as jnp, optax
+    >>> tx = freeze_rows(optax.adamw(0.1), {"embedding": 0})
+    >>> params = {"embedding": jnp.ones((3, 1))}
+    >>> updates, _ = tx.update(params, tx.init(params), params)
+    >>> optax.apply_updates(params, updates)["embedding"].round(2).tolist()
+    [[1.0], [0.89...], [0.89...]]
+    """
+    inner = arguments.transformation("inner", inner)
+    if not isinstance(rows, Mapping):
+        raise TypeError(f"rows must be a mapping from patterns to rows, got {rows!r}")
+    if not rows:
+        raise ValueError("rows must hold at least one pattern, got none")
+    selections = [(patterns.selector("rows", pattern), rows[pattern]) for pattern in rows]
+
+    def init(params: Any) -> FreezeRowsState:
+        leaves, treedef = trees.flatten_with_paths(params)
+        frozen: list[Any] = [None] * len(leaves)
+        for select, selected in selections:
+            for i in select(leaves):
+                path, table = leaves[i]
+                mask = _mask(path, selected, table.shape[0])
+                before = trees.zeros_per_row(table, bool) if frozen[i] is None else frozen[i]
+                frozen[i] = before | jnp.asarray(mask)
+        state = inner.init(params)
+        chosen = {path for (path, _), mask in zip(leaves, frozen, strict=True) if mask is not None}
+        _refuse_decayed(state, chosen)
+        return FreezeRowsState(treedef.unflatten(frozen), state)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        if params is None:
+            raise ValueError("freeze_rows keeps rows of params: update needs params, got None")
+        names = ("the updates", "the parameters")
+        aligned, treedef = trees.align(updates, params, names=names)
+        masks = _masks(treedef, state.frozen, aligned)
+        gradients = [
+            g if g is None or mask is None else _without(mask, _as_gradient(path, g))
+            for (path, g, _), mask in zip(aligned, masks, strict=True)
+        ]
+        updates, inner_state = inner.update(
+            treedef.unflatten(gradients), state.inner_state, params, **extra_args
+        )
+        deferred = {
+            path
+            for found in trees.find_states(inner_state, DeferredAdamState)
+            for path in _deferred_paths(found)
+        }
+        names = ("the parameters", "the updates of `inner`")
+        moved, treedef = trees.align(params, updates, names=names)
+        # A deferred row whose turn it is has missed nothing if it is frozen.
+        kept = [
+            u if u is None or mask is None or path in deferred else _without(mask, u)
+            for (path, _, u), mask in zip(moved, masks, strict=True)
+        ]
+        # Rows that are padding have touched no slot.
+        dense = {
+            i: mask
+            for i, (mask, u) in enumerate(zip(masks, kept, strict=True))
+            if mask is not None and u is not None and not isinstance(u, SparseRows)
+        }
+        if dense:
+            leaves = [p for _, p, _ in moved]
+            shapes = _kept_by_row(inner, treedef, leaves, list(dense))
+            inner_state = _with_rows(dense, shapes, state.inner_state, inner_state)
+        return treedef.unflatten(kept), FreezeRowsState(state.frozen, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _mask(path: str, selected: Any, num_rows: int) -> np.ndarray:
+    """bool (V,): the selected rows."""
+    if isinstance(selected, Tracer):
+        raise TypeError(f"the rows of {path!r} must be known when the step is traced")
+    chosen = np.asarray(selected)
+    mask = np.zeros(num_rows, bool)
+    if chosen.dtype == bool:
+        if chosen.ndim != 1 or chosen.size > num_rows:
+            raise ValueError(
+                f"a mask of the rows of {path!r} must have shape [{num_rows}], or be shorter, "
+                f"got {list(chosen.shape)}"
+            )
+        mask[: chosen.size] = chosen
+    elif chosen.size:
+        if chosen.dtype.kind not in "iu" or chosen.ndim > 1:
+            raise TypeError(
+                f"the rows of {path!r} must be integers or a boolean mask, got {selected!r}"
+            )
+        chosen = np.atleast_1d(chosen)
+        for row in chosen[(chosen < 0) | (chosen >= num_rows)]:
+            raise ValueError(f"the rows of {path!r} must be in [0, {num_rows}), got {row}")
+        mask[chosen] = True
+    return mask
+
+
+def _masks(treedef: Any, frozen: Any, aligned: list[tuple[Any, ...]]) -> list[Any]:
+    """The mask of each parameter, or None."""
+    try:
+        masks = treedef.flatten_up_to(frozen)
+    except (ValueError, TypeError):
+        raise ValueError(
+            "the state of freeze_rows was made for parameters of another structure"
+        ) from None
+    for (path, _, p), mask in zip(aligned, masks, strict=True):
+        if mask is not None and p is not None and mask.shape != jnp.shape(p)[:1]:
+            raise ValueError(
+                f"{path!r} has {jnp.shape(p)[0]} rows in the parameters, but {mask.shape[0]} in "
+                "the state of freeze_rows"
+            )
+    return masks
+
+
+def _as_gradient(path: str, g: Any) -> Any:
+    return g if isinstance(g, SparseRows) else trees.as_gradient(path, g)
+
+
+def _without(mask: jax.Array, x: Any) -> Any:
+    """A gradient or an update without the frozen rows."""
+    if not isinstance(x, SparseRows):
+        return jnp.where(_column(mask, x), jnp.zeros((), x.dtype), x)
+    indices = jnp.where(x.gather(mask), x.num_rows, x.indices)
+    return SparseRows(indices, x.values, x.num_rows, unique=x.unique)
+
+
+def _column(mask: jax.Array, x: Any) -> jax.Array:
+    """(V,) as (V, 1, ...)."""
+    return jnp.reshape(mask, (-1, *[1] * (jnp.ndim(x) - 1)))
+
+
+def _deferred_paths(state: DeferredAdamState, *groups: str) -> set[str]:
+    """The tables of these groups of a deferred state; of both without any."""
+    found = [getattr(state, group) for group in groups or ("idle", "idle_decayed")]
+    return {
+        path
+        for group in found
+        if group is not None
+        for path, _ in trees.flatten_with_paths(group.last_step)[0]
+    }
+
+
+def _refuse_decayed(state: Any, frozen: set[str]) -> None:
+    for found in trees.find_states(state, DeferredAdamState):
+        for path in sorted(frozen & _deferred_paths(found, "idle_decayed")):
+            raise ValueError(
+                f"freeze_rows cannot keep rows of {path!r} from the weight decay of deferred_adam, "
+                "which acts on rows while they are idle: exclude the table with weight_decay_mask, "
+                "or use lazy_adam"
+            )
+
+
+# ---- the slots of a table -----------------------------------------------------------------------
+
+
+def _kept_by_row(
+    inner: optax.GradientTransformationExtraArgs,
+    treedef: Any,
+    params: list[Any],
+    tables: list[int],
+) -> Any:
+    """The inner state with, for each leaf, the table whose rows it is kept by, or -1.
+
+    `inner.init` is asked for its shapes with the tables as they are, and taller, each by a number
+    of rows of its own: kept by row is what grows by as many.
+    """
+    shapes = [jax.eval_shape(lambda p=p: p) for p in params]
+    taller = [*shapes]
+    for more, i in enumerate(tables, start=1):
+        rows, *width = shapes[i].shape
+        taller[i] = jax.ShapeDtypeStruct((rows + more, *width), shapes[i].dtype)
+
+    def table_of(key_path: Any, now: Any, tall: Any) -> int:
+        if now.shape == tall.shape:
+            return -1
+        for more, i in enumerate(tables, start=1):
+            rows = shapes[i].shape[0]
+            if now.shape[:1] == (rows,) and tall.shape == (rows + more, *now.shape[1:]):
+                return i
+        raise ValueError(
+            f"freeze_rows needs a state that is kept by row, but {trees.path_str(key_path)!r}, of "
+            f"shape {list(now.shape)}, depends on the number of a table's rows otherwise"
+        )
+
+    states = (jax.eval_shape(inner.init, treedef.unflatten(x)) for x in (shapes, taller))
+    return jax.tree_util.tree_map_with_path(table_of, *states)
+
+
+def _with_rows(masks: Mapping[int, jax.Array], tables: Any, old: Any, new: Any) -> Any:
+    """`new` with the frozen rows of all slots as in `old`."""
+
+    def special(x: Any) -> bool:
+        return isinstance(x, DeferredAdamState | AccumulateState)
+
+    def keep(new: Any, old: Any, table: Any) -> Any:
+        if isinstance(new, DeferredAdamState):
+            return new  # up to date after every step, whatever its rows have missed
+        if isinstance(new, AccumulateState):  # its sum has zeros there
+            inner_state = _with_rows(masks, table.inner_state, old.inner_state, new.inner_state)
+            return new._replace(inner_state=inner_state)
+        if table < 0:
+            return new
+        return jnp.where(_column(masks[table], new), old, new)
+
+    return jax.tree.map(keep, new, old, tables, is_leaf=special)

@@ -1,0 +1,195 @@
+"""Where a program reads the rows of a table.
+
+A jaxpr is followed, equation by equation, from the tables among its inputs to the equations that
+read their rows. `_autodiff` runs the jaxpr again by the steps found here.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+
+from adam_transforms._xla.jaxprs import CALLS, CHECKPOINTS, open_jaxpr
+
+# Equations that give each operand back, its rows as they were; `stop_gradient` is not among them.
+_KEEP_ROWS = {
+    "copy",
+    "copy_p",
+    "mesh_cast",
+    "name",
+    "optimization_barrier",
+    "pcast",
+    "pvary",
+    "reshard",
+    "sharding_constraint",
+}
+
+
+class Read(NamedTuple):
+    """An equation that reads n rows of a table."""
+
+    table: int  # which leaf
+    aval: Any  # what is read
+    indices: Callable[..., jax.Array]  # from the equation's inputs to int32 (n,)
+    values: Callable[..., jax.Array]  # from an array like `aval`, and D's sharding, to (n, D...)
+    placed: Callable[[jax.Array], jax.Array]  # from (n, D...) to an array like `aval`
+
+
+# A jaxpr has a step for each equation: None to run it as it is, the `Read` that it is, what it
+# does to a table on the way to one, or the list of the steps of the body that it calls.
+CAST, KEPT = "cast", "kept"
+
+
+def follow(
+    jaxpr: Any, inputs: Sequence[int | None], others: dict[int, str]
+) -> tuple[list[Any], list[int | None]]:
+    """The steps of a jaxpr with tables among its `inputs`, and which of its outputs are tables."""
+    table_of: dict[Any, int] = {}
+
+    def mark(variables: Sequence[Any], tables: Sequence[int | None]) -> None:
+        for variable, table in zip(variables, tables, strict=True):
+            if table is not None:
+                table_of[variable] = table
+
+    def tables_in(atoms: Sequence[Any]) -> list[int | None]:
+        return [None if isinstance(x, jex.Literal) else table_of.get(x) for x in atoms]
+
+    mark(jaxpr.invars, inputs)
+    steps: list[Any] = []
+    for eqn in jaxpr.eqns:
+        tables = tables_in(eqn.invars)
+        name = eqn.primitive.name
+        step = None
+        if all(table is None for table in tables) or name == "stop_gradient":
+            pass
+        elif name in _KEEP_ROWS:
+            step = KEPT
+            mark(eqn.outvars, tables[: len(eqn.outvars)])
+        elif name == "convert_element_type" and _is_inexact(eqn.outvars[0].aval):
+            step = CAST
+            mark(eqn.outvars, tables)
+        elif name in CALLS | CHECKPOINTS:
+            step, outputs = follow(open_jaxpr(eqn.params["jaxpr"])[0], tables, others)
+            mark(eqn.outvars, outputs)
+        elif tables[0] is not None and not any(t is not None for t in tables[1:]):
+            step = _as_read(eqn, tables[0])
+            if step is None:
+                others.setdefault(tables[0], name)
+        else:
+            for table in tables:
+                if table is not None:
+                    others.setdefault(table, name)
+        steps.append(step)
+    return steps, tables_in(jaxpr.outvars)
+
+
+def _is_inexact(aval: Any) -> bool:
+    return jnp.issubdtype(aval.dtype, jnp.inexact)
+
+
+def all_reads(steps: Sequence[Any]) -> list[Read]:
+    """The reads, in the order they are made in."""
+    reads = []
+    for step in steps:
+        if isinstance(step, Read):
+            reads.append(step)
+        elif isinstance(step, list):
+            reads += all_reads(step)
+    return reads
+
+
+def _as_read(eqn: Any, table: int) -> Read | None:
+    """The equation as a read of whole rows of its first operand, if it is one."""
+    operand, out = eqn.invars[0].aval, eqn.outvars[0].aval
+    parse = {"gather": _gather, "dynamic_slice": _dynamic_slice, "slice": _slice}
+    parsed = parse.get(eqn.primitive.name, lambda eqn, shape: None)(eqn, operand.shape)
+    if parsed is None:
+        return None
+    indices, order = parsed
+    width = operand.shape[1:]
+    n = math.prod(out.shape[i] for i in order[: len(order) - len(width)])
+
+    def values(x: jax.Array, columns: Sequence[Any]) -> jax.Array:
+        axes = dict(zip(order[len(order) - len(columns) :], columns, strict=True))
+        x = replicated(x, [axes.get(i) for i in range(len(order))])
+        return jnp.reshape(jnp.transpose(x, order), (n, *width))
+
+    def placed(x: jax.Array) -> jax.Array:
+        x = jnp.reshape(x, [out.shape[i] for i in order])
+        x = jnp.transpose(x, [order.index(i) for i in range(len(order))])
+        return replicated(x, out.sharding.spec)
+
+    return Read(table, out, indices, values, placed)
+
+
+def _gather(eqn: Any, shape: Sequence[int]) -> Any:
+    """``table[ids]`` and what `jax.vmap` makes of a `dynamic_slice`."""
+    numbers, sizes, mode = (
+        eqn.params[name] for name in ("dimension_numbers", "slice_sizes", "mode")
+    )
+    fill = mode == jax.lax.GatherScatterMode.FILL_OR_DROP
+    if (
+        tuple(sizes) != (1, *shape[1:])
+        or tuple(numbers.collapsed_slice_dims) not in ((), (0,))
+        or numbers.operand_batching_dims
+        or 0 not in numbers.start_index_map
+        # A whole row starts at column 0. "fill" alone would take another start for a miss.
+        or (len(numbers.start_index_map) > 1 and fill)
+    ):
+        return None
+    row = numbers.start_index_map.index(0)
+    clip = mode == jax.lax.GatherScatterMode.CLIP
+    rank = len(eqn.outvars[0].aval.shape)
+    batch = [i for i in range(rank) if i not in numbers.offset_dims]
+
+    def indices(operand: Any, starts: jax.Array) -> jax.Array:
+        rows = replicated(starts)[..., row]
+        return _as_indices(jnp.reshape(rows, (rows.size,)), shape[0], clip)
+
+    return indices, (*batch, *numbers.offset_dims)
+
+
+def _dynamic_slice(eqn: Any, shape: Sequence[int]) -> Any:
+    """``table[id]`` of a scalar."""
+    if tuple(eqn.params["slice_sizes"]) != (1, *shape[1:]):
+        return None
+
+    def indices(operand: Any, row: jax.Array, *columns: Any) -> jax.Array:
+        return _as_indices(jnp.reshape(replicated(row), (1,)), shape[0], clip=True)
+
+    return indices, tuple(range(len(shape)))
+
+
+def _slice(eqn: Any, shape: Sequence[int]) -> Any:
+    """``table[3]``."""
+    start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * len(shape)
+    sizes = tuple(b - a for a, b in zip(start, limit, strict=True))
+    if sizes != (1, *shape[1:]) or any(stride != 1 for stride in strides[1:]):
+        return None
+    return lambda operand: jnp.full((1,), start[0], jnp.int32), tuple(range(len(shape)))
+
+
+def _as_indices(ids: jax.Array, num_rows: int, clip: bool) -> jax.Array:
+    """int32 indices, those outside the table clipped or made padding."""
+    if jnp.iinfo(ids.dtype).bits < 32:
+        ids = ids.astype(jnp.int32)
+    # Before the cast: a 64-bit id must not wrap into the table.
+    lowest = -1 if jnp.issubdtype(ids.dtype, jnp.signedinteger) else 0
+    ids = jnp.clip(ids, jnp.asarray(lowest, ids.dtype), jnp.asarray(num_rows, ids.dtype))
+    ids = ids.astype(jnp.int32)
+    if clip:
+        return jnp.clip(ids, jnp.int32(0), jnp.int32(num_rows - 1))
+    return jnp.where(ids < 0, jnp.int32(num_rows), ids)
+
+
+def replicated(x: jax.Array, spec: Sequence[Any] = ()) -> jax.Array:
+    """On every device but for `spec`, if a mesh is explicit: where the rows of several reads are
+    joined, their shardings must agree."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if jax.sharding.AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.reshard(x, jax.sharding.PartitionSpec(*spec))
+    return x

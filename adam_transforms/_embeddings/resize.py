@@ -1,0 +1,243 @@
+"""Tables that grow, with all that mirrors them."""
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+
+from adam_transforms._core import dtypes, state_layout, trees
+from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._embeddings.deferred.state import DeferredAdamState, IdleRows, turns_of
+from adam_transforms._embeddings.deferred.sync import catch_up
+from adam_transforms._transforms.ema import ParamsEmaState
+from adam_transforms._transforms.master_weights import MasterWeightsState
+
+# States of which some leaves' new rows are not zeros.
+_KNOWN = (ParamsEmaState, MasterWeightsState, DeferredAdamState)
+
+
+def resize(params: Any, state: Any, rows: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Tables with more rows, and the optimizer state that belongs to them: a vocabulary that grows.
+
+    The state is what ``tx.init`` makes for the larger parameters, with the old rows in it: a slot's
+    new rows are zeros, an average's and a master's are the table's. A new row of a table of
+    `deferred_adam` owes nothing, and the old ones go on owing what they owe (those whose turn to be
+    made up for would now come too late are brought up to date). Rows collected by `accumulate` stay
+    collected. All other leaves are the same arrays as before.
+
+    Args:
+      params: the parameters that `state` belongs to.
+      state: an optimizer state, of any chain and wrappers.
+      rows: for the path of each table to grow, the number of rows that it is to have, the new ones
+        zeros; or the rows to append, (k, D...), which are cast to the table's dtype.
+
+    Returns:
+      (params, state). Shapes have changed: a jitted step compiles once more, and a model that
+      states the size of its table is to be made anew. A table that is sharded stays so.
+
+    Raises:
+      ValueError: a path is of no table; fewer rows than there are (what they hold would be lost);
+        rows of another width; a leaf of the state that has the table's length, but is not
+        recognisably kept by its rows: it is named.
+      TypeError: neither a number nor an array; called while tracing.
+
+    A slot is known by its path, which ends in the table's, and its length. Zeros are how Adam's and
+    most other slots start; those that start otherwise (Adagrad's accumulator, at 0.1 in Optax) are
+    to be filled by the caller.
+
+    >>> import jax.numpy as jnp, optax
+    >>> tx = optax.adam(0.1)
+    >>> params = {"table": jnp.ones((2, 1))}
+    >>> _, state = tx.update(params, tx.init(params), params)
+    >>> params, state = resize(params, state, {"table": 3})
+    >>> params["table"].tolist(), state[0].mu["table"].round(3).tolist()
+    ([[1.0], [1.0], [0.0]], [[0.1...], [0.1...], [0.0]])
+    """
+    if not isinstance(rows, Mapping):
+        raise TypeError(f"rows must be a mapping from paths to numbers of rows, got {rows!r}")
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, state))):
+        raise TypeError("resize changes shapes: call it between steps, outside jit")
+    leaves, treedef = trees.flatten_with_paths(params)
+    tables = dict(leaves)
+    shapes = {path: jnp.shape(p) for path, p in leaves if p is not None}
+    new_rows = {}
+    for path, more in rows.items():
+        if not shapes.get(path):
+            known = ", ".join(repr(path) for path, shape in shapes.items() if shape)
+            raise ValueError(f"{path!r} is no table in params; these are: {known}")
+        appended = _rows_to_append(path, tables[path], more)
+        if appended.shape[0]:
+            new_rows[path] = appended
+    params, state = _overdue_caught_up(params, state, new_rows)
+    leaves, _ = trees.flatten_with_paths(params)
+    larger = [_append(path, p, new_rows[path]) if path in new_rows else p for path, p in leaves]
+    growth = _Growth(shapes, new_rows, state_layout.owners(params, state))
+    return treedef.unflatten(larger), _grown(growth, "", state)
+
+
+def _rows_to_append(path: str, table: Any, more: Any) -> jax.Array:
+    """(k, D...), in the table's dtype."""
+    (num_rows, *width), dtype = jnp.shape(table), jnp.result_type(table)
+    if not isinstance(more, bool | np.bool_) and np.ndim(more) == 0:
+        try:
+            size = operator.index(more)
+        except TypeError:
+            raise TypeError(
+                f"{path!r} must grow to a number of rows, or by an array of rows, got {more!r}"
+            ) from None
+        if size < num_rows:
+            raise ValueError(
+                f"{path!r} has {num_rows} rows and cannot go down to {size}: what the others hold "
+                "would be lost"
+            )
+        return jnp.zeros((size - num_rows, *width), dtype)
+    if not isinstance(more, jax.Array | np.ndarray):
+        raise TypeError(
+            f"{path!r} must grow to a number of rows, or by an array of rows, got {more!r}"
+        )
+    if [*more.shape[1:]] != width:
+        expected = ", ".join(["k", *map(str, width)])
+        raise ValueError(
+            f"the rows to append to {path!r} must have shape [{expected}], got {list(more.shape)}"
+        )
+    return dtypes.store(path, jnp.asarray(more), dtype)
+
+
+class _Growth(NamedTuple):
+    """What grows."""
+
+    shapes: dict[str, tuple[int, ...]]  # that each parameter had
+    new_rows: dict[str, jax.Array]  # to append to each table that grows
+    owners: dict[str, str]  # the parameter that the slot at a path in the state belongs to
+
+
+# From the rows appended to a table, and a leaf that mirrors it, to the rows to append to that.
+_Fill = Callable[[jax.Array, Any], jax.Array]
+
+
+def _zeros(appended: jax.Array, x: Any) -> jax.Array:
+    return jnp.zeros((appended.shape[0], *x.shape[1:]), x.dtype)
+
+
+def _grown(growth: _Growth, path: str, state: Any, fill: _Fill = _zeros) -> Any:
+    """A state, or a part or a leaf of one, which lies at `path`, with more rows."""
+
+    def below(name: str, tree: Any, fill: _Fill = fill) -> Any:
+        return _grown(growth, trees.joined(path, name), tree, fill)
+
+    def is_apart(x: Any) -> bool:
+        return x is not state and isinstance(x, (*_KNOWN, SparseRows))
+
+    if isinstance(state, ParamsEmaState):
+        return state._replace(ema=below("ema", state.ema, _weighted_by(state.weight)))
+    if isinstance(state, MasterWeightsState):
+        master = below("master", state.master, lambda appended, _: appended)
+        return MasterWeightsState(master, below("inner_state", state.inner_state))
+    if isinstance(state, DeferredAdamState):
+        return _grown_deferred(state, below)
+    if isinstance(state, SparseRows) or jax.tree_util.all_leaves([state]):
+        return _grown_leaf(growth, path, state, fill)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_apart)
+    return treedef.unflatten([below(trees.path_str(key_path), x) for key_path, x in leaves])
+
+
+def _weighted_by(weight: jax.Array) -> _Fill:
+    def fill(appended: jax.Array, _: Any) -> jax.Array:
+        dtype = dtypes.compute_dtype(appended.dtype)
+        return dtypes.scale(appended.astype(dtype), weight.astype(dtypes.real_dtype(dtype)))
+
+    return fill
+
+
+def _grown_deferred(state: DeferredAdamState, below: Callable[..., Any]) -> DeferredAdamState:
+    def up_to_date(appended: jax.Array, last: Any) -> jax.Array:
+        return jnp.full(appended.shape[:1], state.count, last.dtype)
+
+    def group(name: str, idle: IdleRows | None) -> IdleRows | None:
+        if idle is None:
+            return None
+        return idle._replace(last_step=below(f"{name}/last_step", idle.last_step, up_to_date))
+
+    return state._replace(
+        mu=below("mu", state.mu),
+        nu=below("nu", state.nu),
+        nu_max=below("nu_max", state.nu_max),
+        idle=group("idle", state.idle),
+        idle_decayed=group("idle_decayed", state.idle_decayed),
+    )
+
+
+def _grown_leaf(growth: _Growth, path: str, x: Any, fill: _Fill) -> Any:
+    shape, owner = jnp.shape(x), growth.owners.get(path)
+    if owner is None:
+        for table in growth.new_rows:
+            if growth.shapes[table][0] in shape:
+                raise _unrecognised(path, shape, table)
+    if owner not in growth.new_rows:
+        return x
+    (num_rows, *width), appended = growth.shapes[owner], growth.new_rows[owner]
+    is_like_table = shape == (num_rows, *width)
+    if isinstance(x, SparseRows) and is_like_table:
+        size = num_rows + appended.shape[0]
+        indices = jnp.where(x.is_row, x.indices, size)  # padding stays behind the last row
+        return SparseRows(indices, x.values, size, unique=x.unique)
+    if num_rows not in shape:
+        return x
+    is_by_row = shape[0] == num_rows and num_rows not in (*shape[1:], *width)
+    if not (is_like_table or is_by_row):
+        raise _unrecognised(path, shape, owner)
+    return _append(path, x, fill(appended, x))
+
+
+def _unrecognised(path: str, shape: tuple[int, ...], table: str) -> ValueError:
+    return ValueError(
+        f"{path!r} in the state, of shape {list(shape)}, has the length of {table!r}, but is "
+        "not recognisably kept by its rows"
+    )
+
+
+def _append(path: str, x: Any, appended: jax.Array) -> jax.Array:
+    """`x` with more rows, sharded as before."""
+    appended = appended.astype(x.dtype)
+    sharding = getattr(x, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return jnp.concatenate([jnp.asarray(x), appended])
+    # By way of the host: where the rows are sharded most of them change their device.
+    whole = np.concatenate([np.asarray(x), np.asarray(appended)])
+    try:
+        return jax.device_put(whole, sharding)
+    except ValueError as error:
+        raise ValueError(
+            f"{path!r} cannot have {whole.shape[0]} rows, sharded as it is: {error}"
+        ) from None
+
+
+def _overdue_caught_up(
+    params: Any, state: Any, new_rows: Mapping[str, jax.Array]
+) -> tuple[Any, Any]:
+    """(params, state) with the deferred rows up to date that would otherwise wait too long.
+
+    A step brings the rows up to date whose turn it is, which depends on the length of the table;
+    and the ring remembers a limited number of steps.
+    """
+    for found in trees.find_states(state, DeferredAdamState):
+        for group in (found.idle, found.idle_decayed):
+            if group is None:
+                continue
+            remembered = group.ring.weights.shape[0]
+            for path, last in trees.flatten_with_paths(group.last_step)[0]:
+                if path not in new_rows:
+                    continue
+                size = last.shape[0] + new_rows[path].shape[0]
+                turns, length = turns_of(size, remembered)
+                turn = np.arange(last.shape[0]) // length
+                due = int(found.count) + (turn - int(found.count)) % turns
+                overdue = np.flatnonzero(due - np.asarray(last) >= remembered)
+                if overdue.size:
+                    params, state = catch_up(params, state, {path: overdue})
+    return params, state

@@ -1,0 +1,460 @@
+"""Gradients of tables by the rows read, from functions that know nothing of it.
+
+The function is traced to a jaxpr (1), in which each table is followed to where its rows are read,
+by `_reads`, and the tables are chosen (2). The jaxpr is run again with a zero array, a *tap*, added
+to every read (3). What is differentiated are the taps, in place of the tables: the gradient of a
+tap is that of the rows read there. Together with the indices of the reads they make the row
+gradients (4). No (V, D) gradient ever exists.
+
+Whatever depends on how JAX represents programs is in this file, in `_reads` and in `_jaxprs`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+
+from adam_transforms._core import dtypes, patterns, trees
+from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._embeddings.collectives import as_varying, varying_axes
+from adam_transforms._embeddings.deferred.sync import current_rows
+from adam_transforms._embeddings.lookups import CAST, KEPT, Read, all_reads, follow, replicated
+from adam_transforms._xla.jaxprs import CHECKPOINTS, evaluate, open_jaxpr
+
+
+def value_and_grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    tables: Any = "auto",
+    rows_from: Any = None,
+) -> Callable[..., Any]:
+    r"""As `jax.value_and_grad`, but the gradient of a table is a `SparseRows`.
+
+    .. math:: G_{r} = \sum_{i:\, \mathrm{id}_i = r} \partial L / \partial\,\mathrm{read}_i
+
+    over all of the table's reads in the loss L, each row summed in at least float32. Time and
+    memory are O(rows read), whatever V. ``table[ids]``, ``table[3]``,
+    ``jnp.take(table, ids, axis=0)`` and the `Embed` of Flax linen and NNX are reads, also inside
+    `jax.jit`, `jax.vmap` and `jax.checkpoint` (which keeps its effect), and also of a table that
+    is cast to another dtype first.
+
+    Args:
+      fun: as for `jax.value_and_grad`: it returns a scalar, or (scalar, anything) with `has_aux`.
+        Unlike there it is traced: its Python code cannot branch on the values it differentiates.
+      argnums: which positional arguments to differentiate: one index, or several for a tuple of
+        gradients.
+      has_aux: whether `fun` returns a pair.
+      tables: which leaves, all (V, D...), get a row gradient. ``"auto"``: those that are read by
+        row and are not used in any other way (for an empty array of ids jnp reads nothing, and a
+        leaf that is not used stays dense). Or one regular expression or several, searched for in
+        the leaf's path within its argument; or a predicate ``(path, leaf) -> bool`` (what it
+        returns counts as true or false, as in an `if`).
+      rows_from: an optimizer state with a `DeferredAdamState` in it, however deep. Its tables are
+        found among the leaves by their paths, get row gradients (and, with ``tables="auto"``, no
+        others do), and are read as they would be if every row were up to date. One that is also
+        used in another way is brought up to date as a whole for it, in O(V), and its gradient is
+        dense.
+
+    Returns:
+      A function from `fun`'s arguments to (value, gradient), value being `fun`'s result, and
+      gradient in the structure of the argument. A table's is a `SparseRows` in the table's dtype
+      with unique indices, n being the number of rows read; a selected table that is never read has
+      n = 0. Every other leaf's is what JAX gives.
+
+    Raises:
+      ValueError: a pattern matches nothing, or a selected leaf is used in a way other than reading
+        rows; the error names its path and the operation. The bodies of `scan`, `while_loop`,
+        `cond`, `shard_map` and custom derivatives count as one operation each. `rows_from` has no
+        deferred state, two for one table, or one for a table that is no leaf here.
+      TypeError: a leaf is not floating or complex, as from JAX.
+
+    Negative ids are rows from the end where jnp reads them so. Indices outside of the table follow
+    the mode of the read: with ``"clip"`` the nearest row gets the gradient, with every other mode
+    it goes nowhere. Uses of a table behind `jax.lax.stop_gradient` are no uses. Inside `shard_map`
+    a row gradient is the share of the rows that this device read; `all_reduce_rows` makes it that
+    of all devices.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"table": jnp.ones((5, 2)), "scale": jnp.asarray(2.0)}
+    >>> def loss(params, ids):
+    ...     return params["scale"] * jnp.sum(params["table"][ids])
+    >>> value, grads = value_and_grad(loss)(params, jnp.array([3, 0, 3]))
+    >>> float(value), float(grads["scale"])
+    (12.0, 6.0)
+    >>> grads["table"].indices.tolist()  # 5 is padding
+    [3, 0, 5]
+    >>> grads["table"].values.tolist()
+    [[4.0, 4.0], [2.0, 2.0], [0.0, 0.0]]
+    """
+    auto = isinstance(tables, str) and tables == "auto"
+    select = None if auto else patterns.selector("tables", tables)
+    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    @functools.wraps(fun)
+    def value_and_grad_of(*args: Any, **kwargs: Any) -> Any:
+        if not _are_differentiable(args, positions):
+            # JAX's own error, in its own words.
+            return jax.value_and_grad(fun, argnums, has_aux)(*args, **kwargs)
+        leaves, treedef = _leaves(args, positions)
+        traced = _trace(fun, has_aux, args, kwargs, positions)
+        deferred = _deferred_leaves(rows_from, leaves)
+        steps, chosen = _choose(traced.jaxpr, leaves, select, set(deferred))
+        reads = all_reads(steps)
+
+        def tapped(dense: list[Any], taps: list[Any]) -> Any:
+            # Tables are not arguments here: no gradient of one is ever computed.
+            rest = iter(dense)
+            inputs = [
+                deferred.get(i, leaf.value) if i in chosen else next(rest)
+                for i, leaf in enumerate(leaves)
+            ]
+            outputs, indices = _run(traced.jaxpr, traced.consts, steps, inputs, taps)
+            result = traced.rebuild([_as_array(x) for x in outputs])
+            value, aux = result if has_aux else (result, None)
+            return value, (aux, indices)
+
+        dense = [
+            deferred[i].now() if i in deferred else leaf.value
+            for i, leaf in enumerate(leaves)
+            if i not in chosen
+        ]
+        taps = [_tap(read.aval) for read in reads]
+        differentiated = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
+        (value, (aux, indices)), (dense, taps) = differentiated(dense, taps)
+        rest = iter(dense)
+        grads = treedef.unflatten(
+            [
+                _assemble(i, leaf.value, reads, indices, taps) if i in chosen else next(rest)
+                for i, leaf in enumerate(leaves)
+            ]
+        )
+        grads = grads[0] if isinstance(argnums, int) else grads
+        return ((value, aux) if has_aux else value), grads
+
+    return value_and_grad_of
+
+
+def grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    tables: Any = "auto",
+    rows_from: Any = None,
+) -> Callable[..., Any]:
+    """As `jax.grad`, but the gradient of a table is a `SparseRows`: see `value_and_grad`.
+
+    Returns:
+      A function from `fun`'s arguments to its gradient, or to (gradient, aux) with `has_aux`.
+
+    >>> import jax.numpy as jnp
+    >>> rows = grad(lambda table: jnp.sum(table[1] ** 2))(jnp.ones((3, 2)))
+    >>> rows.indices.tolist(), rows.values.tolist()
+    ([1], [[2.0, 2.0]])
+    """
+    both = value_and_grad(fun, argnums, has_aux, tables=tables, rows_from=rows_from)
+
+    @functools.wraps(fun)
+    def grad_of(*args: Any, **kwargs: Any) -> Any:
+        value, grads = both(*args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return grad_of
+
+
+# ---- (1) the arguments, and the trace -----------------------------------------------------------
+
+
+class _Leaf(NamedTuple):
+    path: str
+    value: Any
+
+
+class _Traced(NamedTuple):
+    """`fun` as a jaxpr of the leaves of the arguments it is differentiated in; `rebuild` makes its
+    result from the jaxpr's outputs."""
+
+    jaxpr: Any
+    consts: Sequence[Any]
+    rebuild: Callable[[Sequence[Any]], Any]
+
+
+def _are_differentiable(args: Sequence[Any], positions: Sequence[int]) -> bool:
+    """Whether the arguments exist and hold nothing but floating and complex arrays."""
+    if not all(-len(args) <= i < len(args) for i in positions):
+        return False
+    leaves = jax.tree.leaves([args[i] for i in positions])
+    return all(
+        isinstance(x, jax.Array | np.ndarray | np.generic | float | complex)
+        and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+        for x in leaves
+    )
+
+
+def _leaves(args: Sequence[Any], positions: Sequence[int]) -> tuple[list[_Leaf], Any]:
+    """The leaves of the arguments at `positions`, and the structure of the tuple of these."""
+    leaves = []
+    for i in positions:
+        found, _ = jax.tree_util.tree_flatten_with_path(args[i])
+        leaves += [_Leaf(trees.path_str(path), x) for path, x in found]
+    return leaves, jax.tree.structure(tuple(args[i] for i in positions))
+
+
+def _trace(fun: Any, has_aux: bool, args: Any, kwargs: Any, positions: Sequence[int]) -> _Traced:
+    """Traces `fun`; all but the arguments at `positions` stays as it is and is closed over."""
+    inputs, treedef = jax.tree.flatten([args[i] for i in positions])
+    static: list[Any] = []
+
+    def flat(*inputs: Any) -> list[Any]:
+        all_args = list(args)
+        for i, x in zip(positions, treedef.unflatten(inputs), strict=True):
+            all_args[i] = x
+        result = fun(*all_args, **kwargs)
+        if has_aux and not (isinstance(result, tuple | list) and len(result) == 2):
+            raise TypeError(
+                "expected function with aux output to return a two-element tuple, "
+                f"but got type {type(result)} with value {result!r}"
+            )
+        outputs, out_tree = jax.tree.flatten(result)
+        traced = [isinstance(x, jax.Array) for x in outputs]
+        # What is no JAX array, a string in the auxiliary output say, goes around the jaxpr.
+        others = [None if is_array else x for x, is_array in zip(outputs, traced, strict=True)]
+        static[:] = [out_tree, traced, others]
+        return [x for x, is_array in zip(outputs, traced, strict=True) if is_array]
+
+    jaxpr, consts = open_jaxpr(jax.make_jaxpr(flat)(*inputs))
+    out_tree, traced, others = static
+
+    def rebuild(outputs: Sequence[Any]) -> Any:
+        rest = iter(outputs)
+        return out_tree.unflatten(
+            [next(rest) if t else x for t, x in zip(traced, others, strict=True)]
+        )
+
+    return _Traced(jaxpr, consts, rebuild)
+
+
+def _deferred_leaves(state: Any, leaves: Sequence[_Leaf]) -> dict[int, "_Table"]:
+    """The leaves that are deferred tables, each with what brings the rows read up to date."""
+    if state is None:
+        return {}
+    deferred = {}
+    for path, read_now in current_rows(state).items():
+        found = [i for i, leaf in enumerate(leaves) if leaf.path == path]
+        if len(found) != 1:
+            paths = ", ".join(repr(leaf.path) for leaf in leaves)
+            raise ValueError(
+                f"rows_from has a table at {path!r}, of which there must be one among the leaves "
+                f"that are differentiated; these are {paths}"
+            )
+        deferred[found[0]] = _Table(leaves[found[0]].value, read_now)
+    return deferred
+
+
+# ---- (2) the choice of tables -------------------------------------------------------------------
+
+
+def _choose(
+    jaxpr: Any, leaves: Sequence[_Leaf], select: Any, deferred: set[int]
+) -> tuple[list[Any], set[int]]:
+    """The steps of `jaxpr`, and which of the leaves are tables.
+
+    Args:
+      select: from the leaves to the selected ones, which have to be tables; None for "auto".
+      deferred: leaves that are tables if they can be; "auto" stands for these, if there are any.
+
+    Raises:
+      ValueError: a selected leaf is no table.
+    """
+    selected = set() if select is None else select(leaves)
+    any_table = select is None and not deferred
+    candidates = set(range(len(leaves))) if any_table else selected | deferred
+    steps, others = _plan(jaxpr, candidates)
+    for i in sorted(selected & set(others)):
+        raise ValueError(
+            f"{leaves[i].path!r} is selected by tables, but is not only read by row: "
+            f"the operation {others[i]!r} uses it too. Leave it out of tables for a dense gradient"
+        )
+    tables = candidates - set(others)
+    if any_table:
+        tables &= {read.table for read in all_reads(steps)}
+    if tables != candidates:
+        # Without what is left dense, so that the calls that only touch that stay as they are.
+        steps, _ = _plan(jaxpr, tables)
+    return steps, tables
+
+
+def _plan(jaxpr: Any, candidates: set[int]) -> tuple[list[Any], dict[int, str]]:
+    """The steps, and for each candidate used otherwise the first such operation."""
+    others: dict[int, str] = {}
+    inputs = [i if i in candidates else None for i in range(len(jaxpr.invars))]
+    steps, _ = follow(jaxpr, inputs, others)
+    return steps, others
+
+
+# ---- (3) running with taps ----------------------------------------------------------------------
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["table", "read_now"],
+    meta_fields=["casts"],
+)
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """A table on its way to where its rows are read, and what is to be done to these rows then.
+
+    Attributes:
+      table: the array.
+      read_now: of a deferred table, the function of `current_rows`; None of any other.
+      casts: what to cast the rows to, one dtype after the other. XLA would store the whole table
+        once more, were it cast and then read twice.
+    """
+
+    table: Any
+    read_now: Any = None
+    casts: tuple[Any, ...] = ()
+
+    def cast(self, x: jax.Array) -> jax.Array:
+        for dtype in self.casts:
+            x = jax.lax.convert_element_type(x, dtype)
+        return x
+
+    def now(self) -> jax.Array:
+        """All of the table, as it should be read."""
+        return self.table if self.read_now is None else self.read_now(self.table, None)
+
+    def up_to_date(self, read: Read, x: jax.Array, indices: jax.Array) -> jax.Array:
+        """`x`, which was read from the table, as it should have been read."""
+        if self.read_now is None:
+            return x
+        rows = SparseRows(indices, jnp.zeros((indices.size, 0)), self.table.shape[0])
+        now = jax.tree.map(_in_this_mesh, self.read_now)(self.table, rows)
+        exists = jnp.reshape(rows.is_row, (-1, *[1] * (now.ndim - 1)))
+        return jnp.where(read.placed(jnp.broadcast_to(exists, now.shape)), read.placed(now), x)
+
+
+def _as_table(x: Any) -> _Table:
+    return x if isinstance(x, _Table) else _Table(x)
+
+
+def _as_array(x: Any) -> Any:
+    return x.cast(x.now()) if isinstance(x, _Table) else x
+
+
+def _tap(aval: Any) -> jax.Array:
+    """Zeros to add to a read. Negative ones: x + -0.0 is x, even if that is -0.0."""
+    with _mesh_of(aval):
+        zeros = jax.lax.full(aval.shape, -0.0, aval.dtype, sharding=aval.sharding)
+    return as_varying(zeros, varying_axes(aval))
+
+
+def _mesh_of(aval: Any) -> Any:
+    """The context of an array's mesh: ``.at[ids].get(out_sharding=...)`` reads under another one
+    than it is called in."""
+    mesh = aval.sharding.mesh
+    if mesh == jax.sharding.get_abstract_mesh():
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def _in_this_mesh(x: jax.Array) -> jax.Array:
+    """`x` as an array of the context's mesh, which differs where part of a program leaves sharding
+    to XLA."""
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    if mesh.empty or getattr(jax.typeof(x).sharding, "mesh", mesh) == mesh:
+        return x
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+
+def _run(
+    jaxpr: Any, consts: Sequence[Any], steps: Sequence[Any], inputs: Sequence[Any], taps: list[Any]
+) -> tuple[list[Any], list[jax.Array]]:
+    """Runs a jaxpr, adding the first of `taps` to its first read and so on.
+
+    Returns:
+      Its outputs, and the indices of each of its reads.
+    """
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, inputs, strict=True))
+
+    def value(atom: Any) -> Any:
+        return atom.val if isinstance(atom, jex.Literal) else env[atom]
+
+    indices: list[jax.Array] = []
+    for eqn, step in zip(jaxpr.eqns, steps, strict=True):
+        values = [value(x) for x in eqn.invars]
+        if step is None:
+            outputs = evaluate(jaxpr, eqn, [_as_array(x) for x in values])
+        elif step is CAST:
+            table = _as_table(values[0])
+            casts = (*table.casts, eqn.outvars[0].aval.dtype)
+            outputs = [dataclasses.replace(table, casts=casts)]
+        elif step is KEPT:
+            tables = [_as_table(x) for x in values]
+            kept = evaluate(jaxpr, eqn, [table.table for table in tables])
+            outputs = [
+                dataclasses.replace(table, table=x) for x, table in zip(kept, tables, strict=False)
+            ]
+        elif isinstance(step, Read):
+            table, *ids = [_as_table(values[0]), *values[1:]]
+            (read,) = evaluate(jaxpr, eqn, [table.table, *ids])
+            with _mesh_of(step.aval):
+                rows = step.indices(table.table, *ids)
+                read = table.up_to_date(step, read, rows)
+                outputs = [table.cast(read) + taps[len(indices)]]
+            indices.append(replicated(rows))
+        else:
+            outputs, found = _call(eqn, step, values, taps[len(indices) :])
+            indices += found
+        env.update(zip(eqn.outvars, outputs, strict=True))
+    return [value(x) for x in jaxpr.outvars], indices
+
+
+def _call(eqn: Any, steps: Sequence[Any], values: Sequence[Any], taps: list[Any]) -> Any:
+    """The body of a call with reads in it; a checkpointed body stays checkpointed."""
+    body, consts = open_jaxpr(eqn.params["jaxpr"])
+
+    def run(values: Sequence[Any], taps: list[Any]) -> Any:
+        return _run(body, consts, steps, values, taps)
+
+    if eqn.primitive.name in CHECKPOINTS:
+        params = eqn.params
+        run = jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])
+    return run(values, taps[: len(all_reads(steps))])
+
+
+# ---- (4) row gradients --------------------------------------------------------------------------
+
+
+def _assemble(
+    i: int, table: Any, reads: Sequence[Read], indices: Sequence[Any], taps: Sequence[Any]
+) -> SparseRows:
+    """The row gradient of leaf `i` from the indices of all reads and the gradients of the taps."""
+    dtype = jnp.result_type(table)
+    wide = dtypes.compute_dtype(dtype)
+    num_rows, *width = jnp.shape(table)
+    _, *columns = jax.typeof(table).sharding.spec
+    of_table = [k for k, read in enumerate(reads) if read.table == i]
+    values = [_as_dtype(reads[k].values(taps[k], columns), wide) for k in of_table]
+    rows = SparseRows(
+        jnp.concatenate([indices[k] for k in of_table] or [jnp.zeros((0,), jnp.int32)]),
+        jnp.concatenate(values or [jnp.zeros((0, *width), wide)]),
+        num_rows=num_rows,
+    ).sum_duplicates()
+    return rows.with_values(rows.values.astype(dtype))
+
+
+def _as_dtype(x: jax.Array, dtype: Any) -> jax.Array:
+    """The cotangent of a cast: of a real array made complex, the real part."""
+    if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        x = x.real
+    return x.astype(dtype)

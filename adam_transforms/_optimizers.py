@@ -1,0 +1,277 @@
+"""Whole optimizers in one call: chains of the pieces, in Keras's order of operations."""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from adam_transforms._core import arguments
+from adam_transforms._embeddings.lazy import lazy
+from adam_transforms._transforms import accumulation, clipping, loss_scaling
+from adam_transforms._transforms.adam import scale_by_adam, scale_by_amsgrad
+from adam_transforms._transforms.ema import params_ema
+
+
+def adam(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    *,
+    eps_hat: bool = False,
+    amsgrad: bool = False,
+    max_of: str = "raw",
+    nesterov: bool = False,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    weight_decay_mask: Any = None,
+    clip_value: float | jax.Array | None = None,
+    clip_norm: float | jax.Array | None = None,
+    clip_global_norm: float | jax.Array | None = None,
+    ema: optax.ScalarOrSchedule | None = None,
+    ema_overwrite_every: int | None = None,
+    accumulate_every: int | None = None,
+    loss_scale: float | jax.Array | str | None = None,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam with every option of the Keras constructor, in Keras's order.
+
+    Unscale, accumulate, clip, decay, Adam, average: nothing but this chain, without the parts whose
+    option is None::
+
+        dynamic_loss_scale(                      # loss_scale="dynamic"; static_loss_scale: a number
+            accumulate(                          # accumulate_every
+                optax.chain(
+                    clip_by_global_norm(...),    # or clip_by_norm, or clip_by_value
+                    scale_by_adam(...),          # or scale_by_amsgrad
+                    optax.add_decayed_weights(weight_decay, weight_decay_mask),
+                    optax.scale_by_learning_rate(learning_rate),
+                    params_ema(ema, overwrite_every=ema_overwrite_every),
+                ),
+                accumulate_every,
+            )
+        )
+
+    The average sits inside accumulation: it averages the parameters after each real update.
+
+    Args:
+      learning_rate: a number, a scalar array, or a schedule ``count -> value``; under accumulation
+        `count` is the number of real updates before this one.
+      b1, b2, eps, eps_hat, nesterov, mu_dtype, nu_dtype: as in `scale_by_adam`.
+      amsgrad, max_of: use `scale_by_amsgrad`, with this maximum.
+      weight_decay: decoupled (AdamW): each update moves p by ``-learning_rate * weight_decay * p``.
+      weight_decay_mask: what decays: a tree of booleans or a function from the parameters to one,
+        e.g. `path_mask`; None for everything.
+      clip_value, clip_norm, clip_global_norm: at most one of them.
+      ema, ema_overwrite_every: as in `params_ema`; read with `ema_params` or `finalize`.
+      accumulate_every: gradients averaged to one update.
+      loss_scale: a number, or "dynamic" for the defaults of `dynamic_loss_scale`; scale the loss
+        with `scale_loss`.
+
+    Returns:
+      A transformation; its state is that of the chain shown.
+
+    Raises:
+      ValueError: an argument is out of range, or options exclude each other.
+      TypeError: an argument has the wrong type.
+
+    References:
+      Kingma & Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2015; Loshchilov & Hutter, `Decoupled
+      Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_, 2019.
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> tx = adam(learning_rate=0.1, clip_global_norm=1.0)
+    >>> params = jnp.array([3.0, -2.0])
+    >>> state = tx.init(params)
+    >>> for _ in range(100):
+    ...     grads = jax.grad(lambda p: jnp.sum(p**2))(params)
+    ...     updates, state = tx.update(grads, state, params)
+    ...     params = optax.apply_updates(params, updates)
+    >>> bool(jnp.abs(params).max() < 0.2)
+    True
+    """
+    options = _Options(**locals())
+    return _wrapped(_chain(options), options)
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    *,
+    eps_hat: bool = False,
+    amsgrad: bool = False,
+    max_of: str = "raw",
+    nesterov: bool = False,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    weight_decay_mask: Any = None,
+    clip_value: float | jax.Array | None = None,
+    clip_norm: float | jax.Array | None = None,
+    clip_global_norm: float | jax.Array | None = None,
+    ema: optax.ScalarOrSchedule | None = None,
+    ema_overwrite_every: int | None = None,
+    accumulate_every: int | None = None,
+    loss_scale: float | jax.Array | str | None = None,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """`adam` with decoupled weight decay on: 1e-4, as in Optax (PyTorch's default is 1e-2).
+
+    Args, returns and errors are those of `adam`.
+
+    >>> import jax.numpy as jnp
+    >>> tx = adamw(learning_rate=0.1, weight_decay=0.5)
+    >>> params = jnp.array([2.0])
+    >>> tx.update(jnp.zeros(1), tx.init(params), params)[0].round(3).tolist()
+    [-0.1...]
+    """
+    options = _Options(**locals())
+    return _wrapped(_chain(options), options)
+
+
+def lazy_adam(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    *,
+    eps_hat: bool = False,
+    amsgrad: bool = False,
+    max_of: str = "raw",
+    nesterov: bool = False,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    weight_decay_mask: Any = None,
+    clip_value: float | jax.Array | None = None,
+    clip_norm: float | jax.Array | None = None,
+    clip_global_norm: float | jax.Array | None = None,
+    accumulate_every: int | None = None,
+    accumulate_like: Any = None,
+    loss_scale: float | jax.Array | str | None = None,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """`adam` that updates only the touched rows of a table with a row gradient.
+
+    The chain of `adam` inside `lazy`, and the wrappers around it::
+
+        dynamic_loss_scale(accumulate(lazy(chain), accumulate_every, like=accumulate_like))
+
+    Args are those of `adam` (an average of all parameters is not to be had lazily), and:
+      accumulate_like: with `accumulate_every`, what the gradients are like (`accumulate`).
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adam_transforms import SparseRows
+    >>> tx = lazy_adam(learning_rate=0.1)
+    >>> params = {"table": jnp.zeros((4, 1))}
+    >>> rows = SparseRows(jnp.array([2]), jnp.array([[3.0]]), num_rows=4)
+    >>> updates, _ = tx.update({"table": rows}, tx.init(params), params)
+    >>> optax.apply_updates(params, updates)["table"].round(3).tolist()
+    [[0.0], [0.0], [-0.1...], [0.0]]
+    """
+    arguments = dict(locals())
+    if accumulate_like is not None and accumulate_every is None:
+        raise ValueError("accumulate_like needs accumulate_every, got None")
+    like = arguments.pop("accumulate_like")
+    options = _Options(**arguments, ema=None, ema_overwrite_every=None)
+    return _wrapped(lazy(_chain(options)), options, like)
+
+
+class _Options(NamedTuple):
+    """What a preset was called with."""
+
+    learning_rate: Any
+    b1: Any
+    b2: Any
+    eps: Any
+    eps_hat: bool
+    amsgrad: bool
+    max_of: str
+    nesterov: bool
+    weight_decay: Any
+    weight_decay_mask: Any
+    clip_value: Any
+    clip_norm: Any
+    clip_global_norm: Any
+    ema: Any
+    ema_overwrite_every: Any
+    accumulate_every: Any
+    loss_scale: Any
+    mu_dtype: Any
+    nu_dtype: Any
+
+
+def _chain(options: _Options) -> optax.GradientTransformationExtraArgs:
+    """Clip, Adam, decay, learning rate, average: what is there of them."""
+    o = options
+    arguments.scalar_or_schedule("learning_rate", o.learning_rate)
+    chain: list[Any] = [*_clips(o), _moments(o)]
+    if o.weight_decay is not None:
+        arguments.scalar_or_schedule("weight_decay", o.weight_decay)
+        _check_mask(o.weight_decay_mask)
+        chain.append(optax.add_decayed_weights(o.weight_decay, o.weight_decay_mask))
+    elif o.weight_decay_mask is not None:
+        raise ValueError("weight_decay_mask needs weight_decay, got None")
+    chain.append(optax.scale_by_learning_rate(o.learning_rate))
+    if o.ema is not None:
+        arguments.decay_rate("ema", o.ema)
+        if o.ema_overwrite_every is not None:
+            arguments.positive_int("ema_overwrite_every", o.ema_overwrite_every)
+        chain.append(params_ema(o.ema, overwrite_every=o.ema_overwrite_every))
+    elif o.ema_overwrite_every is not None:
+        raise ValueError("ema_overwrite_every needs ema, got None")
+    return optax.chain(*chain)
+
+
+def _clips(options: _Options) -> list[Any]:
+    """The clipping asked for, of which there is one kind at most."""
+    clips = {
+        name: clip(arguments.scalar(name, limit, above=0.0))
+        for name, clip, limit in (
+            ("clip_value", clipping.clip_by_value, options.clip_value),
+            ("clip_norm", clipping.clip_by_norm, options.clip_norm),
+            ("clip_global_norm", clipping.clip_by_global_norm, options.clip_global_norm),
+        )
+        if limit is not None
+    }
+    if len(clips) > 1:
+        raise ValueError(f"at most one kind of clipping may be given, got {' and '.join(clips)}")
+    return [*clips.values()]
+
+
+def _moments(options: _Options) -> optax.GradientTransformationExtraArgs:
+    """Adam or AMSGrad."""
+    o = options
+    if arguments.flag("amsgrad", o.amsgrad) and arguments.flag("nesterov", o.nesterov):
+        raise ValueError("amsgrad and nesterov exclude each other, got both")
+    shared = {"mu_dtype": o.mu_dtype, "nu_dtype": o.nu_dtype, "eps_hat": o.eps_hat}
+    if o.amsgrad:
+        return scale_by_amsgrad(o.b1, o.b2, o.eps, max_of=o.max_of, **shared)
+    arguments.choice("max_of", o.max_of, ("corrected", "raw"))
+    return scale_by_adam(o.b1, o.b2, o.eps, nesterov=o.nesterov, **shared)
+
+
+def _check_mask(mask: Any) -> None:
+    """Refuses what `optax.masked` would take for true."""
+    if not callable(mask) and not all(isinstance(leaf, bool) for leaf in jax.tree.leaves(mask)):
+        raise TypeError(
+            "weight_decay_mask must be a tree of booleans or a function from the parameters to one "
+            f"(path_mask makes it from patterns), got {mask!r}"
+        )
+
+
+def _wrapped(
+    tx: optax.GradientTransformationExtraArgs, options: _Options, like: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """Accumulation and the loss scale around a chain, if they are asked for."""
+    every, scale = options.accumulate_every, options.loss_scale
+    if every is not None:
+        every = arguments.positive_int("accumulate_every", every)
+        tx = accumulation.accumulate(tx, every, like=like)
+    if scale is None:
+        return tx
+    if isinstance(scale, str):
+        if scale != "dynamic":
+            raise ValueError(f'loss_scale must be a number or "dynamic", got {scale!r}')
+        return loss_scaling.dynamic_loss_scale(tx)
+    return loss_scaling.static_loss_scale(tx, arguments.scalar("loss_scale", scale, above=0.0))

@@ -1,0 +1,290 @@
+"""What an optimizer keeps for each parameter, as a table."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+
+from adam_transforms._core import arguments, state_layout, trees
+from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._embeddings.deferred import sync
+from adam_transforms._embeddings.deferred.missed_updates import Ring
+from adam_transforms._embeddings.deferred.state import DeferredAdamState
+from adam_transforms._embeddings.lazy import LazyState
+from adam_transforms._tools.metrics import scalars_of
+
+
+class Summary(str):
+    """Text that prints as it is, also as the result of a notebook's cell."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def summary(params: Any, state: Any, *, rows: bool = True) -> Summary:
+    """A table of the parameters and of what the optimizer keeps for each.
+
+    A line for each parameter tells
+
+    - its path, dtype and shape;
+    - its kind: *deferred*, a table of `deferred_adam`; *lazy*, inside `lazy`; *dense*, with any
+      other slots; *masked*, left out by a mask or a group whose states have slots for others
+      (frozen, say); *no slots*;
+    - the label of its group, if there are groups (`by_path` numbers them, the default last);
+    - its slots, the arrays of the state that mirror it, their dtypes, and the shape where it is not
+      the parameter's;
+    - the bytes of the parameter and of its slots, over all devices;
+    - if anything is sharded, the spec of the parameter, and of slots that have another;
+    - its rows: of a deferred table how many owe steps, and the longest idle gap; of a lazy
+      parameter, how many are untouched: nu is zero all along the row.
+
+    Below are the totals, the scalars in the state by their names in `metrics`, and under *other*
+    all the rest of it.
+
+    Args:
+      params: the parameters, a tree of arrays, a Flax NNX module or state.
+      state: the optimizer state, to any depth of wrappers; slots are found by the parameters'
+        paths. Of arrays without values (`jax.ShapeDtypeStruct`, tracers) all but the values is
+        told.
+      rows: whether to tell of rows. It reads tables and slots where they are, O(V D) time; only
+        counts reach the host. With several processes all of them must call it then.
+
+    Returns:
+      A string that displays as it prints.
+
+    >>> import jax.numpy as jnp, optax
+    >>> params = {"bias": jnp.zeros(256), "kernel": jnp.zeros((1024, 256))}
+    >>> summary(params, optax.adam(1e-3).init(params))
+    parameter  type               kind   slots              bytes  slot bytes
+    ---------  -----------------  -----  ---------------  -------  ----------
+    bias       float32[256]       dense  mu, nu: float32  1.0 KiB     2.0 KiB
+    kernel     float32[1024,256]  dense  mu, nu: float32  1.0 MiB     2.0 MiB
+    <BLANKLINE>
+    total  2 parameters, 262,400 elements, 1.0 MiB
+    state  2.0 MiB: mu 1.0 MiB, nu 1.0 MiB, other 4 B
+    count  0
+    """
+    rows = arguments.flag("rows", rows)
+    params, state = trees.unwrapped(params), trees.unwrapped(state)
+    parameters, rest = state_layout.match(params, state)
+    told = _told_of_rows(parameters, state) if rows else {}
+    scalars = scalars_of(state)
+    named = {scalar.place.keys for scalar in scalars}
+    other = [(place, node) for place, node in rest if place.keys not in named]
+    facts = [*_totals(parameters, rest), *((s.name, _value(s.value)) for s in scalars)]
+    blocks = [_table(parameters, told), _listed(facts)]
+    if other:
+        blocks.append(["other", *_listed([(f"  {place}", _other(x)) for place, x in other])])
+    return Summary("\n\n".join("\n".join(lines) for lines in blocks if lines))
+
+
+def _kind(parameter: state_layout.Parameter) -> str:
+    slots = parameter.slots
+    if any(slot.name == "last_step" for slot in slots):
+        return "deferred"
+    if any(LazyState in slot.place.states for slot in slots):
+        return "lazy"
+    return "dense" if slots else "masked" if parameter.is_masked else "no slots"
+
+
+# ---- what the rows are like ---------------------------------------------------------------------
+
+
+def _told_of_rows(parameters: Sequence[state_layout.Parameter], state: Any) -> dict[str, str]:
+    """{path: what is to tell of its rows}, of parameters that have values."""
+    told = {}
+    states = trees.find_states(state, DeferredAdamState)
+    tables = {p.path: p.leaf for p in parameters if _kind(p) == "deferred"}
+    if tables and _has_values((tables, states)):
+        for path, owed in jax.device_get(_owed(tables, states)).items():
+            told[path] = f"{int(owed.rows):,} owe, gap up to {int(owed.longest_gap):,}"
+    nus = {
+        p.path: slot.leaf
+        for p in parameters
+        for slot in p.slots
+        if _kind(p) == "lazy"
+        and slot.place.field == "nu"
+        and len(state_layout.shape_of(slot.leaf)) > 1
+    }
+    if nus and _has_values(nus):
+        for path, untouched in jax.device_get(_untouched(nus)).items():
+            if untouched:
+                told[path] = f"{int(untouched):,} untouched"
+    return told
+
+
+_owed = jax.jit(sync.owed)  # fused, for fewer temporaries of the size of a table
+
+
+@jax.jit
+def _untouched(nus: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """For each nu how many of its rows are zero."""
+
+    def count(nu: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.all(nu == 0, axis=tuple(range(1, nu.ndim))), dtype=jnp.int32)
+
+    return jax.tree.map(count, nus)
+
+
+# ---- text ---------------------------------------------------------------------------------------
+
+
+def _table(parameters: Sequence[state_layout.Parameter], told: dict[str, str]) -> list[str]:
+    """The lines for the parameters; columns without content are left out."""
+    columns = {
+        "parameter": [p.path or "(the parameter)" for p in parameters],
+        "type": [_type(p.leaf) for p in parameters],
+        "kind": [_kind(p) for p in parameters],
+        "group": [_groups(p) for p in parameters],
+        "slots": [_slots(p) for p in parameters],
+        "bytes": [_bytes(_size(p.leaf)) for p in parameters],
+        "slot bytes": [
+            _bytes(_size([s.leaf for s in p.slots])) * bool(p.slots) for p in parameters
+        ],
+        "sharding": [_shardings(p) for p in parameters],
+        "rows": [told.get(p.path, "") for p in parameters],
+    }
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    if not columns:
+        return []
+    lines = []
+    widths = {name: max(map(len, (name, *cells))) for name, cells in columns.items()}
+    rule = ["-" * width for width in widths.values()]
+    for cells in (list(columns), rule, *zip(*columns.values(), strict=True)):
+        padded = [
+            cell.rjust(width) if name.endswith("bytes") else cell.ljust(width)
+            for cell, (name, width) in zip(cells, widths.items(), strict=True)
+        ]
+        lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def _listed(facts: Sequence[tuple[str, str]]) -> list[str]:
+    width = max(len(name) for name, _ in facts)
+    return [f"{name.ljust(width)}  {value}" for name, value in facts]
+
+
+def _totals(
+    parameters: Sequence[state_layout.Parameter], rest: Sequence[tuple[state_layout.Place, Any]]
+) -> list[tuple[str, str]]:
+    leaves = [p.leaf for p in parameters]
+    by_slot: dict[str, list[Any]] = {}
+    for slot in (slot for p in parameters for slot in p.slots):
+        by_slot.setdefault(slot.place.field or slot.name, []).append(slot.leaf)
+    other = [node for _, node in rest]
+    if other:
+        by_slot["other"] = other
+    state = list(by_slot.values())
+    elements = sum(math.prod(state_layout.shape_of(leaf)) for leaf in leaves)
+    parts = ", ".join(f"{name} {_bytes(_size(x))}" for name, x in by_slot.items())
+    counted = f"{_number(len(leaves), 'parameter')}, {_number(elements, 'element')}"
+    totals = [
+        ("total", f"{counted}, {_bytes(_size(leaves))}"),
+        ("state", _bytes(_size(state)) + (f": {parts}" if parts else "")),
+    ]
+    here = [_size(x, on_one_device=True) for x in (leaves, state)]
+    if here != [_size(leaves), _size(state)]:
+        parameters_here, state_here = map(_bytes, here)
+        totals.append(("per device", f"{parameters_here} of parameters, {state_here} of state"))
+    return totals
+
+
+def _groups(parameter: state_layout.Parameter) -> str:
+    groups = ("/".join(slot.place.groups) for slot in parameter.slots)
+    return ", ".join(dict.fromkeys(group for group in groups if group))
+
+
+def _slots(parameter: state_layout.Parameter) -> str:
+    """Names by dtype: "mu, nu: float32; ema: bfloat16"."""
+    names: dict[str, list[str]] = {}
+    for slot in parameter.slots:
+        kind = str(state_layout.dtype_of(slot.leaf))
+        if isinstance(slot.leaf, SparseRows):
+            kind += f", {slot.leaf.values.shape[0]:,} rows"
+        elif state_layout.shape_of(slot.leaf) != state_layout.shape_of(parameter.leaf):
+            kind = _type(slot.leaf)
+        names.setdefault(kind, []).append(slot.name)
+    return "; ".join(f"{', '.join(slots)}: {kind}" for kind, slots in names.items())
+
+
+def _shardings(parameter: state_layout.Parameter) -> str:
+    """The parameter's, and those of slots of its rank that have another."""
+    own, rank = _spec(parameter.leaf), len(state_layout.shape_of(parameter.leaf))
+    others: dict[str, list[str]] = {}
+    for slot in parameter.slots:
+        if len(state_layout.shape_of(slot.leaf)) == rank and _spec(slot.leaf) != own:
+            others.setdefault(_spec(slot.leaf) or "replicated", []).append(slot.name)
+    parts = [own] * bool(own)
+    return "; ".join(parts + [f"{', '.join(names)}: {spec}" for spec, names in others.items()])
+
+
+def _spec(x: Any) -> str:
+    """How it is sharded; empty if it is not, or not known."""
+    x = x.values if isinstance(x, SparseRows) else x
+    sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
+    if sharding is None or sharding.is_fully_replicated:
+        return ""
+    return str(tuple(sharding.spec)) if isinstance(sharding, NamedSharding) else str(sharding)
+
+
+def _other(node: Any) -> str:
+    if isinstance(node, Ring):
+        return f"{_bytes(_size(node))}, what steps have done to idle rows"
+    return (
+        _value(node)
+        if state_layout.shape_of(node) == ()
+        else f"{_type(node)}, {_bytes(_size(node))}"
+    )
+
+
+def _value(x: Any) -> str:
+    """Of a scalar."""
+    if not _has_values(x) or jnp.issubdtype(state_layout.dtype_of(x), jax.dtypes.extended):
+        return _type(x)
+    value = np.asarray(x)[()]
+    if jnp.issubdtype(value.dtype, jnp.integer):
+        return f"{int(value):,}"
+    return f"{float(value):.6g}" if jnp.issubdtype(value.dtype, jnp.floating) else str(value)
+
+
+def _type(x: Any) -> str:
+    return f"{state_layout.dtype_of(x)}[{','.join(map(str, state_layout.shape_of(x)))}]"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _number(count: int, of: str) -> str:
+    return f"{count:,} {of}{'s' * (count != 1)}"
+
+
+# ---- arrays, with values or without -------------------------------------------------------------
+
+
+def _has_values(tree: Any) -> bool:
+    leaves = jax.tree.leaves(tree)
+    return not any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in leaves)
+
+
+def _size(tree: Any, *, on_one_device: bool = False) -> int:
+    """Bytes, on all devices together (what is replicated counts once), or on one of them."""
+    total = 0
+    for x in jax.tree.leaves(tree):
+        shape = state_layout.shape_of(x)
+        sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
+        if on_one_device and sharding is not None:
+            shape = sharding.shard_shape(shape)
+        total += math.prod(shape) * state_layout.dtype_of(x).itemsize
+    return total

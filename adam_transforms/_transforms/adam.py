@@ -1,0 +1,348 @@
+"""Adam and AMSGrad: gradients rescaled by their moments.
+
+Both bias corrections are folded into scalars of the step (`Coefficients`), so that the work on an
+element is two moving averages and one ``alpha * m / (sqrt(v + eps_root) + eps)``.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adam_transforms._core import arguments, dtypes, trees
+from adam_transforms._transforms import numerics
+from adam_transforms._xla import scheduling
+
+
+class ScheduledDecayState(NamedTuple):
+    """State of Adam or AMSGrad when a decay rate is a schedule.
+
+    With ``b(0), b(1), ...`` the scheduled values, the bias corrections are one minus their running
+    product, ``1 - b(0) b(1) ... b(t-1)``: what the moving average of ones has reached.
+
+    Attributes:
+      corrections: (for mu, for nu), scalars in float32 (float64 in x64 mode).
+      inner_state: Optax's ScaleByAdamState or ScaleByAmsgradState.
+    """
+
+    corrections: tuple[jax.Array, jax.Array]
+    inner_state: Any
+
+
+class Coefficients(NamedTuple):
+    """The scalars of one step, for ``alpha * m / (sqrt(v + eps_root) + eps)``."""
+
+    b1: Any
+    b2: Any
+    alpha: Any
+    eps: Any
+    eps_root: Any
+    # Nesterov: m in the formula is `momentum * mu + gradient * g`; None without it.
+    nesterov: tuple[Any, Any] | None
+    # "corrected" AMSGrad: nu is divided by this before its maximum is taken; None otherwise.
+    nu_correction: Any
+
+
+class Hyperparameters(NamedTuple):
+    """What `scale_by_adam` (``max_of=None``) or `scale_by_amsgrad` was called with."""
+
+    b1: Any
+    b2: Any
+    eps: Any
+    eps_root: Any
+    mu_dtype: Any
+    nu_dtype: Any
+    eps_hat: bool
+    nesterov: bool = False
+    max_of: str | None = None
+    bias_correction_mu: bool = True
+    bias_correction_nu: bool = True
+
+    def checked(self) -> "Hyperparameters":
+        """The same, every argument checked."""
+        hp = self._replace(
+            b1=arguments.decay_rate("b1", self.b1),
+            b2=arguments.decay_rate("b2", self.b2),
+            eps=arguments.scalar_or_schedule("eps", self.eps, at_least=0.0),
+            eps_root=arguments.scalar_or_schedule("eps_root", self.eps_root, at_least=0.0),
+            mu_dtype=arguments.float_dtype("mu_dtype", self.mu_dtype),
+            nu_dtype=arguments.float_dtype("nu_dtype", self.nu_dtype),
+        )
+        for name in ("eps_hat", "nesterov", "bias_correction_mu", "bias_correction_nu"):
+            arguments.flag(name, getattr(hp, name))
+        if hp.eps_hat and hp.max_of == "corrected":
+            raise ValueError('eps_hat=True goes with max_of="raw", got max_of="corrected"')
+        return hp
+
+
+def direction(m: jax.Array, v: jax.Array, c: Coefficients) -> jax.Array:
+    """``alpha * m / (sqrt(v + eps_root) + eps)``, elementwise, in the dtype of `m`."""
+    if not (isinstance(c.eps_root, float) and c.eps_root == 0.0):
+        v = v + dtypes.as_scalar(c.eps_root, v.dtype)
+    denominator = jnp.sqrt(v) + dtypes.as_scalar(c.eps, v.dtype)
+    return dtypes.scale(m, dtypes.as_scalar(c.alpha, v.dtype) / denominator)
+
+
+def scale_by_adam(
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    eps_root: optax.ScalarOrSchedule = 0.0,
+    mu_dtype: Any = None,
+    *,
+    nesterov: bool = False,
+    eps_hat: bool = False,
+    nu_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescales gradients by Adam's rule.
+
+    .. math::
+      m_t &= b_1 m_{t-1} + (1-b_1) g_t, \qquad \hat m_t = m_t / (1-b_1^t) \\
+      v_t &= b_2 v_{t-1} + (1-b_2) |g_t|^2, \qquad \hat v_t = v_t / (1-b_2^t) \\
+      u_t &= \hat m_t / (\sqrt{\hat v_t + \epsilon_{root}} + \epsilon)
+
+    With `eps_hat`, TensorFlow's and Keras's form, epsilon joins the uncorrected root:
+
+    .. math::
+      u_t = \frac{\sqrt{1-b_2^t}}{1-b_1^t}\,
+            \frac{m_t}{\sqrt{v_t + \epsilon_{root}} + \hat\epsilon}
+
+    With `nesterov`, :math:`\hat m_t = b_1 m_t / (1-b_1^{t+1}) + (1-b_1) g_t / (1-b_1^t)`.
+
+    Args:
+      b1, b2: decay rates in [0, 1). Python floats are the most accurate; a schedule ``count ->
+        value`` is bias-corrected by the running product of its values (`ScheduledDecayState`); an
+        array by ``1 - b**t`` at its present value.
+      eps: added to the root, >= 0.
+      eps_root: added inside the root, >= 0.
+      mu_dtype: dtype that mu is kept in; None for the parameter's.
+      nesterov: look one step ahead with the momentum.
+      eps_hat: epsilon as in the formula just before Section 2.1 of the paper.
+      nu_dtype: dtype that nu is kept in; None for the parameter's real dtype, but at least float32,
+        because a bfloat16 nu stops moving at b2 = 0.999.
+
+    Returns:
+      A transformation with `optax.ScaleByAdamState`: count int32 (), mu and nu like the parameters.
+      Updates come back in the promotion of the gradient's dtype and the parameter's; the state
+      keeps the dtypes it came with. Where a gradient is None, so is the update, and the slots stay.
+
+    Raises:
+      ValueError: a rate or epsilon out of range; in update, a shape or structure that differs.
+      TypeError: an argument of the wrong type; in update, a gradient neither floating nor complex.
+
+    References:
+      Kingma & Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2015; Dozat, `Incorporating Nesterov
+      Momentum into Adam <https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ>`_, 2016.
+
+    >>> import jax.numpy as jnp
+    >>> tx = scale_by_adam()
+    >>> params = {"w": jnp.array([1.0, 2.0])}
+    >>> updates, state = tx.update({"w": jnp.array([10.0, -0.1])}, tx.init(params), params)
+    >>> updates["w"].round(4).tolist()  # the first step is the gradient's sign
+    [1.0, -1.0]
+    """
+    return _moment_transformation(
+        Hyperparameters(b1, b2, eps, eps_root, mu_dtype, nu_dtype, eps_hat, nesterov=nesterov)
+    )
+
+
+def scale_by_amsgrad(
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    eps_root: optax.ScalarOrSchedule = 0.0,
+    mu_dtype: Any = None,
+    bias_correction_mu: bool = True,
+    bias_correction_nu: bool = True,
+    *,
+    eps_hat: bool = False,
+    nu_dtype: Any = None,
+    max_of: str = "corrected",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescales gradients by the AMSGrad rule: Adam with the largest second moment seen so far.
+
+    With m and v as in `scale_by_adam`, ``max_of="corrected"`` is Optax's rule,
+
+    .. math::
+      \bar v_t = \max(\bar v_{t-1},\, v_t / (1-b_2^t)), \qquad
+      u_t = \hat m_t / (\sqrt{\bar v_t + \epsilon_{root}} + \epsilon)
+
+    and ``max_of="raw"`` that of Keras and PyTorch, where the maximum is corrected afterwards:
+
+    .. math::
+      \bar v_t = \max(\bar v_{t-1},\, v_t), \qquad
+      u_t = \hat m_t / (\sqrt{\bar v_t / (1-b_2^t) + \epsilon_{root}} + \epsilon)
+
+    Args:
+      b1, b2, eps, eps_root, mu_dtype, eps_hat, nu_dtype: as in `scale_by_adam`. `eps_hat` needs
+        ``max_of="raw"``: no system combines it with the other.
+      bias_correction_mu, bias_correction_nu: False leaves out that correction, as the AMSGrad paper
+        does.
+      max_of: "corrected" or "raw".
+
+    Returns:
+      A transformation with `optax.ScaleByAmsgradState`: count int32 (), mu, nu and nu_max like the
+      parameters; nu_max has nu's dtype and holds what the maximum was taken of.
+
+    Raises:
+      ValueError, TypeError: as `scale_by_adam`.
+
+    References:
+      Reddi et al., `On the Convergence of Adam and Beyond
+      <https://arxiv.org/abs/1904.09237>`_, 2018.
+
+    >>> import jax.numpy as jnp
+    >>> tx = scale_by_amsgrad(b1=0.0, b2=0.5, max_of="raw")
+    >>> params = jnp.array([1.0])
+    >>> _, state = tx.update(jnp.array([4.0]), tx.init(params), params)
+    >>> _, state = tx.update(jnp.array([0.0]), state, params)
+    >>> state.nu.tolist(), state.nu_max.tolist()
+    ([4.0], [8.0])
+    """
+    max_of = arguments.choice("max_of", max_of, ("corrected", "raw"))
+    return _moment_transformation(
+        Hyperparameters(
+            b1,
+            b2,
+            eps,
+            eps_root,
+            mu_dtype,
+            nu_dtype,
+            eps_hat,
+            max_of=max_of,
+            bias_correction_mu=bias_correction_mu,
+            bias_correction_nu=bias_correction_nu,
+        )
+    )
+
+
+def _moment_transformation(hp: Hyperparameters) -> optax.GradientTransformationExtraArgs:
+    """The transformation that `scale_by_adam` and `scale_by_amsgrad` share."""
+    hp = hp.checked()
+    scheduled = callable(hp.b1) or callable(hp.b2)
+
+    def init(params: Any) -> Any:
+        def nu() -> Any:
+            return trees.zeros_like(params, lambda p: hp.nu_dtype or least_nu_dtype(p))
+
+        count = jnp.zeros((), jnp.int32)
+        mu = trees.zeros_like(params, lambda p: hp.mu_dtype or p)
+        if hp.max_of is None:
+            state = optax.ScaleByAdamState(count, mu, nu())
+        else:
+            state = optax.ScaleByAmsgradState(count, mu, nu(), nu())
+        if not scheduled:
+            return state
+        dtype = dtypes.scalar_dtype()
+        return ScheduledDecayState((jnp.zeros((), dtype), jnp.zeros((), dtype)), state)
+
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
+        if not scheduled:
+            b1, b2 = hp.b1, hp.b2
+            count = numerics.increment(state.count)
+            corrections = [numerics.bias_correction(b, count) for b in (b1, b2)]
+            coefficients = coefficients_of(hp, state.count, b1, b2, corrections)
+            return update_leaves(hp, coefficients, updates, state, params)
+        b1, b2 = (arguments.at_count(b, state.inner_state.count) for b in (hp.b1, hp.b2))
+        corrections = [
+            numerics.moving_average(c, 1.0, b)
+            for c, b in zip(state.corrections, (b1, b2), strict=True)
+        ]
+        coefficients = coefficients_of(hp, state.inner_state.count, b1, b2, corrections)
+        updates, inner = update_leaves(hp, coefficients, updates, state.inner_state, params)
+        return updates, ScheduledDecayState((corrections[0], corrections[1]), inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def least_nu_dtype(param_dtype: Any) -> Any:
+    return dtypes.real_dtype(dtypes.compute_dtype(param_dtype))
+
+
+def coefficients_of(
+    hp: Hyperparameters, count: jax.Array, b1: Any, b2: Any, corrections: list[jax.Array]
+) -> Coefficients:
+    """The scalars of the step that follows `count` others, the bias corrections folded in."""
+    eps, eps_root = (
+        dtypes.as_scalar(arguments.at_count(value, count)) for value in (hp.eps, hp.eps_root)
+    )
+    mu_correction = corrections[0] if hp.bias_correction_mu else 1.0
+    nu_correction = corrections[1] if hp.bias_correction_nu else 1.0
+
+    nesterov = None
+    mu_factor = 1.0 / mu_correction
+    if hp.nesterov:
+        b1_next = arguments.at_count(hp.b1, count + 1)
+        next_correction = numerics.moving_average(corrections[0], 1.0, b1_next)
+        nesterov = (
+            dtypes.as_scalar(b1_next) / next_correction,
+            (1.0 - dtypes.as_scalar(b1)) / mu_correction,
+        )
+        mu_factor = 1.0
+
+    if hp.max_of == "corrected":
+        return Coefficients(b1, b2, mu_factor, eps, eps_root, nesterov, nu_correction)
+    # sqrt(v / c + root) + eps is (sqrt(v + root * c) + eps * sqrt(c)) / sqrt(c).
+    root_correction = jnp.sqrt(nu_correction)
+    if not hp.eps_hat:
+        eps = eps * root_correction
+        eps_root = eps_root if _is_zero(eps_root) else eps_root * nu_correction
+    return Coefficients(b1, b2, mu_factor * root_correction, eps, eps_root, nesterov, None)
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, float) and value == 0.0
+
+
+def update_leaves(
+    hp: Hyperparameters, c: Coefficients, updates: Any, state: Any, params: Any
+) -> tuple[Any, Any]:
+    """Moves the moments and rescales, leaf by leaf."""
+    slots = {name: slot for name, slot in state._asdict().items() if name != "count"}
+    step: Callable[..., Any] = functools.partial(update_leaf, hp, c)
+    # A parameter says no more than the dtype of its update; without parameters mu stands in.
+    likes = slots["mu"] if params is None else params
+    updates, *slots_now = trees.map_leaves(
+        step,
+        updates,
+        *slots.values(),
+        likes,
+        names=(*(f"the state's {name}" for name in slots), "the parameters"),
+        outputs=1 + len(slots),
+    )
+    count = numerics.increment(state.count)
+    return updates, type(state)(count, *slots_now)
+
+
+def update_leaf(
+    hp: Hyperparameters, c: Coefficients, path: str, g: jax.Array, *slots_and_like: jax.Array
+) -> tuple[jax.Array, ...]:
+    """One leaf's update and its new slots, in the dtypes that the slots came in."""
+    mu_was, nu_was, *nu_max_was, like = slots_and_like
+    dtype = dtypes.compute_dtype(g.dtype, mu_was.dtype)
+    real = dtypes.real_dtype(dtype)
+    out_dtype = dtypes.promote(g.dtype, jnp.result_type(like))
+
+    g = g.astype(dtype)
+    mu = numerics.moving_average(mu_was.astype(dtype), g, c.b1)
+    nu_before = dtypes.real(nu_was).astype(real)
+    nu = numerics.moving_average(nu_before, dtypes.abs_sq(g), c.b2)
+    mu, nu = (scheduling.computed_once(x, instructions=6) for x in (mu, nu))
+    slots = [dtypes.store(path, mu, mu_was.dtype), dtypes.store(path, nu, nu_was.dtype)]
+
+    v = nu
+    for was in nu_max_was:
+        if c.nu_correction is not None:
+            v = nu / dtypes.as_scalar(c.nu_correction, real)
+        v = jnp.maximum(dtypes.real(was).astype(real), v)
+        v = scheduling.computed_once(v, instructions=6)
+        slots.append(dtypes.store(path, v, was.dtype))
+
+    m = mu
+    if c.nesterov is not None:
+        on_mu, on_g = (dtypes.as_scalar(x, real) for x in c.nesterov)
+        m = dtypes.scale(mu, on_mu) + dtypes.scale(g, on_g)
+    return direction(m, v, c).astype(out_dtype), *slots

@@ -1,0 +1,113 @@
+"""Gradient clipping: by value, by the norm of a leaf, by the norm of all leaves."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adam_transforms._core import arguments, dtypes, trees
+from adam_transforms._transforms import numerics
+
+
+def clip_by_value(limit: float | jax.Array) -> optax.GradientTransformationExtraArgs:
+    r"""Clips each element to [-limit, limit].
+
+    Args:
+      limit: > 0.
+
+    Returns:
+      A stateless transformation; updates keep their dtype. Of a complex gradient the real and the
+      imaginary part are clipped each.
+
+    >>> import jax.numpy as jnp
+    >>> tx = clip_by_value(1.0)
+    >>> tx.update(jnp.array([-3.0, 0.5]), tx.init(jnp.zeros(2)))[0].tolist()
+    [-1.0, 0.5]
+    """
+    limit = arguments.scalar("limit", limit, above=0.0)
+
+    def clip(g: jax.Array) -> jax.Array:
+        if jnp.iscomplexobj(g):
+            return jax.lax.complex(clip(g.real), clip(g.imag))
+        at = jnp.asarray(limit).astype(g.dtype)
+        return jnp.clip(g, -at, at)
+
+    return _stateless(lambda updates: trees.map_leaves(lambda path, g: clip(g), updates))
+
+
+def clip_by_norm(max_norm: float | jax.Array) -> optax.GradientTransformationExtraArgs:
+    r"""Scales each leaf down to the norm `max_norm` if its own is larger (Keras's clipnorm).
+
+    .. math:: g_i \, \max(1, \|g_i\|_2 / c)^{-1}
+
+    Args:
+      max_norm: c > 0.
+
+    Returns:
+      A stateless transformation; updates keep their dtype, norms are computed in at least float32.
+
+    >>> import jax.numpy as jnp
+    >>> tx = clip_by_norm(1.0)
+    >>> updates, _ = tx.update({"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.5])}, tx.init({}))
+    >>> updates["a"].round(3).tolist(), updates["b"].tolist()
+    ([0.6..., 0.8...], [0.5])
+    """
+    max_norm = arguments.scalar("max_norm", max_norm, above=0.0)
+
+    def clip(path: str, g: jax.Array) -> jax.Array:
+        return _scaled_down(g, numerics.global_norm(g), max_norm)
+
+    return _stateless(lambda updates: trees.map_leaves(clip, updates))
+
+
+def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransformationExtraArgs:
+    r"""Scales all leaves by one factor if their `global_norm` exceeds `max_norm`.
+
+    .. math:: g_i \, \max\big(1, \sqrt{\textstyle\sum_j \|g_j\|_2^2} / c\big)^{-1}
+
+    Args:
+      max_norm: c > 0.
+
+    Returns:
+      A stateless transformation; updates keep their dtype. The norm is computed in at least
+      float32: in float16, the norm of 70,000 ones is already infinite.
+
+    References:
+      Pascanu et al., `On the difficulty of training Recurrent Neural Networks
+      <https://arxiv.org/abs/1211.5063>`_, 2012.
+
+    >>> import jax.numpy as jnp
+    >>> tx = clip_by_global_norm(1.0)
+    >>> updates, _ = tx.update({"a": jnp.array([3.0]), "b": jnp.array([4.0])}, tx.init({}))
+    >>> updates["a"].round(3).tolist(), updates["b"].round(3).tolist()
+    ([0.6...], [0.8...])
+    """
+    max_norm = arguments.scalar("max_norm", max_norm, above=0.0)
+
+    def clip_all(updates: Any) -> Any:
+        updates = trees.map_leaves(lambda path, g: g, updates)
+        norm = numerics.global_norm(updates)
+        return trees.map_leaves(lambda path, g: _scaled_down(g, norm, max_norm), updates)
+
+    return _stateless(clip_all)
+
+
+def _scaled_down(g: jax.Array, norm: jax.Array, max_norm: Any) -> jax.Array:
+    """`g` times max_norm / norm if that is below one; exactly `g` if it is not."""
+    limit = dtypes.as_scalar(max_norm, norm.dtype)
+    factor = limit / jnp.maximum(norm, limit)
+    dtype = dtypes.compute_dtype(g.dtype)
+    factor = factor.astype(dtypes.real_dtype(dtype))
+    return dtypes.scale(g.astype(dtype), factor).astype(g.dtype)
+
+
+def _stateless(clip: Callable[[Any], Any]) -> optax.GradientTransformationExtraArgs:
+    """A transformation without state from a function of the updates."""
+
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
+        del params
+        return clip(updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

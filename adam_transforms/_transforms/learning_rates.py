@@ -1,0 +1,159 @@
+"""Masks, groups and learning rates by path."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adam_transforms._core import arguments, dtypes, trees
+from adam_transforms._core.patterns import Patterns, Rules, compile_patterns, parse_rules
+from adam_transforms._transforms import numerics
+
+
+def path_mask(patterns: Patterns, *, exclude: bool = False) -> Callable[[Any], Any]:
+    """A mask by path, for `optax.masked`, `optax.add_decayed_weights` or `adamw`.
+
+    Args:
+      patterns: one regular expression or several, searched for in each leaf's path.
+      exclude: select the leaves that match none of them instead.
+
+    Returns:
+      A function from a tree to booleans in its structure: True where the leaf is selected.
+
+    Raises:
+      ValueError: a pattern is no regular expression; when called, no leaf matches.
+
+    >>> mask = path_mask(["bias$", "norm/"], exclude=True)
+    >>> mask({"kernel": 1.0, "bias": 2.0, "norm": {"scale": 1.0}})
+    {'bias': False, 'kernel': True, 'norm': {'scale': False}}
+    """
+    rules = Rules((compile_patterns("patterns", patterns),))
+    exclude = arguments.flag("exclude", exclude)
+
+    def mask(tree: Any) -> Any:
+        return jax.tree.map(lambda index: (index == 0) != exclude, rules.indices(tree))
+
+    return mask
+
+
+def by_path(
+    rules: Sequence[tuple[Patterns, optax.GradientTransformation]],
+    default: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Parameter groups: a transformation for each group of paths.
+
+    Args:
+      rules: (patterns, transformation) pairs; a parameter gets the first whose patterns match its
+        path.
+      default: for the parameters that no rule matches.
+
+    Returns:
+      `optax.multi_transform` over these groups, with its state.
+
+    Raises:
+      ValueError: a rule matches no parameter.
+
+    >>> import jax.numpy as jnp, optax
+    >>> tx = by_path([("bias", optax.set_to_zero())], default=optax.scale(-1.0))
+    >>> params = {"bias": jnp.ones(2), "kernel": jnp.ones(2)}
+    >>> updates, _ = tx.update(params, tx.init(params))
+    >>> updates["bias"].tolist(), updates["kernel"].tolist()
+    ([0.0, 0.0], [-1.0, -1.0])
+    """
+    compiled, transformations = parse_rules(rules)
+    groups: dict[Any, Any] = {
+        i: arguments.transformation(f"rules[{i}]", inner) for i, inner in enumerate(transformations)
+    }
+    groups[len(groups)] = arguments.transformation("default", default)
+    return optax.multi_transform(groups, compiled.indices)
+
+
+class ScaleByPathLearningRateState(NamedTuple):
+    """State of `scale_by_path_learning_rate`.
+
+    Attributes:
+      count: int32 (), the number of steps taken.
+      rates: the learning rates of the last step, before it those of the first: a scalar of the
+        widest float (`jnp.result_type(float)`) for each rule in order, and the default's.
+    """
+
+    count: jax.Array
+    rates: tuple[jax.Array, ...]
+
+
+def scale_by_path_learning_rate(
+    rules: Sequence[tuple[Patterns, optax.ScalarOrSchedule]],
+    default: optax.ScalarOrSchedule,
+) -> optax.GradientTransformationExtraArgs:
+    """Multiplies each update by minus the learning rate of its path.
+
+    Args:
+      rules: (patterns, learning rate) pairs; a parameter gets the first whose patterns match its
+        path. A learning rate is a number, a scalar array, or a schedule ``count -> value`` read at
+        the number of steps taken before this one.
+      default: the learning rate where no rule matches.
+
+    Returns:
+      A transformation with `ScaleByPathLearningRateState`, from which `metrics` tells the rates;
+      updates keep their dtype. Like `optax.scale_by_learning_rate` it flips the sign, so it comes
+      where that one would.
+
+    Raises:
+      ValueError: a rule matches no parameter.
+
+    >>> import jax.numpy as jnp
+    >>> tx = scale_by_path_learning_rate([("embed", 0.5)], default=0.25)
+    >>> params = {"embed": jnp.ones(1), "head": jnp.ones(1)}
+    >>> updates, _ = tx.update(params, tx.init(params))
+    >>> updates["embed"].tolist(), updates["head"].tolist()
+    ([-0.5], [-0.25])
+    """
+    compiled, rates = parse_rules(rules)
+    rates = [
+        arguments.scalar_or_schedule(name, rate)
+        for name, rate in zip(
+            [f"rules[{i}]" for i in range(len(rates))] + ["default"], [*rates, default], strict=True
+        )
+    ]
+
+    scale = scale_by_chosen_rate(compiled.index, rates)
+
+    def init(params: Any) -> Any:
+        compiled.indices(params)  # a rule that matches nothing is an error from the start
+        return scale.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, scale.update)
+
+
+def scale_by_chosen_rate(
+    choose: Callable[[str], int], rates: Sequence[Any]
+) -> optax.GradientTransformationExtraArgs:
+    """Each leaf times minus the learning rate, a number or a schedule, that its path chooses."""
+
+    def rates_at(count: jax.Array) -> list[Any]:
+        return [dtypes.as_scalar(arguments.at_count(rate, count)) for rate in rates]
+
+    def kept(values: Sequence[Any]) -> tuple[jax.Array, ...]:
+        # Copies: whoever donates the state must not delete the caller's arrays.
+        return tuple(jnp.array(value, dtypes.scalar_dtype()) for value in values)
+
+    def init(params: Any) -> ScaleByPathLearningRateState:
+        del params
+        count = jnp.zeros((), jnp.int32)
+        return ScaleByPathLearningRateState(count, kept(rates_at(count)))
+
+    def update(updates: Any, state: Any, params: Any = None, **_: Any):
+        del params
+        now = rates_at(state.count)
+
+        def scale(path: str, g: jax.Array) -> jax.Array:
+            dtype = dtypes.real_dtype(g.dtype)
+            return dtypes.scale(g, dtypes.as_scalar(-now[choose(path)], dtype))
+
+        updates = trees.map_leaves(scale, updates)
+        count = numerics.increment(state.count)
+        return updates, ScaleByPathLearningRateState(count, kept(now))
+
+    return optax.GradientTransformationExtraArgs(init, update)
