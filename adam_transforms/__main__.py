@@ -11,7 +11,7 @@ def main(arguments: Sequence[str] | None = None, *, max_files: int | None = None
     """Runs the demonstration and returns its exit status.
 
     Args:
-      arguments: those of the command line, which is where they come from if this is None.
+      arguments: the arguments; None for those of the command line.
       max_files: see `compare`.
 
     Raises:
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None, *, max_files: int | None = None
     """
     options = parse_options(arguments)
     try:
-        try:  # only here, because it is slow and needs more packages than the library does
+        try:  # a late import: it is slow, and needs the packages of the "demo" extra
             from adam_transforms._demo.comparison import compare
         except ImportError as error:
             return _fail(f"error: {error}; needs pip install 'adam_transforms[demo]'", 1)

@@ -1,8 +1,8 @@
-"""The demonstration behind `python -m adam_transforms`: learning to predict Python's own source."""
+"""The demonstration, `python -m adam_transforms`: a next-word model of Python's own source."""
 
-CONTEXT = 4  # words the model sees before the one it predicts
-NEGATIVES = 1024  # words drawn for the sampled softmax of one step
+CONTEXT = 4  # words before the predicted one
+NEGATIVES = 1024  # negative samples of one step
 
 
 class DemoError(Exception):
-    """What keeps the demonstration from going on, told to its user in one line."""
+    """An expected failure of the demonstration, reported to the user in one line."""

@@ -1,4 +1,4 @@
-"""The demonstration from beginning to end."""
+"""The whole demonstration: corpus, training, table and plot."""
 
 from rich.console import Console
 
@@ -13,8 +13,8 @@ def compare(options: Options, *, max_files: int | None = None) -> None:
     """Trains with each optimizer, prints the table and writes the plot.
 
     Args:
-      options: what the command line says.
-      max_files: read no more than this many files of the standard library; None for all of them.
+      options: the parsed command line.
+      max_files: the number of files of the standard library to read; None for all.
     """
     console = Console(highlight=False, markup=False)
     problem = Problem(

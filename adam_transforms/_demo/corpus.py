@@ -1,8 +1,7 @@
-"""A corpus of real, Zipf-distributed text that every machine with Python already has.
+"""A Zipf-distributed corpus that every Python installation includes: the standard library's source.
 
-The text is the standard library's own source, reduced to what people wrote for people: the words of
-its comments and docstrings, and its identifiers, in the order in which they stand. Keywords,
-numbers and other strings are left out.
+It consists of the words of comments and docstrings, and of the identifiers, in source order.
+Keywords, numbers and other strings are left out.
 """
 
 import keyword
@@ -18,18 +17,18 @@ import numpy as np
 
 from adam_transforms._demo import CONTEXT, DemoError
 
-# Tests and other people's packages are not on every machine, and these two packages are generated
-# tables rather than text.
+# Tests and third-party packages are not on every machine. `encodings` and `pydoc_data` hold
+# generated tables, not text.
 _SKIPPED = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests"})
 _SKIPPED |= {"idle_test", "encodings", "pydoc_data"}
 
 RARE = "<rare>"
 MIN_COUNT = 2  # a word seen less often in the training files is RARE
-HELD_OUT = 10  # one file in so many
+HELD_OUT = 10  # one file in HELD_OUT is held out
 
-# A scan by regular expression takes a second where `tokenize` takes several, and reads any file, of
-# any version of Python. Of the alternatives the first to match wins: a docstring is a triple-quoted
-# string that begins its line; other strings and numbers match without a name and are passed over.
+# A regular expression takes a second where `tokenize` takes several, and reads any file, of any
+# version of Python. The first alternative that matches wins. A docstring is a triple-quoted string
+# at the start of a line; other strings and numbers match without a group name and are skipped.
 _SOURCE = re.compile(
     r'''
       ^[ \t]* [rRuU]? (?P<docstring>
@@ -52,13 +51,13 @@ _KEYWORDS = frozenset(keyword.kwlist)
 
 @dataclass(frozen=True)
 class Corpus:
-    """Word ids and the vocabulary behind them.
+    """Word ids and the vocabulary that they index.
 
-    A stream is the ids of its files, one after the other, each led by CONTEXT times the id `pad`:
-    the ids before any word are its context, and no context reaches into another file.
+    A stream concatenates the ids of its files. CONTEXT ids `pad` precede each file, so that the
+    CONTEXT ids before a word are its context and no context crosses a file boundary.
     """
 
-    words: list[str]  # the vocabulary: an id is an index into it; the most frequent word first
+    words: list[str]  # the vocabulary, indexed by id; the most frequent word first
     counts: np.ndarray  # (vocabulary,) int64, occurrences in the training files
     train: np.ndarray  # int32 stream of the training files
     held_out: np.ndarray  # int32 stream of the held-out files
@@ -67,16 +66,16 @@ class Corpus:
 
     @property
     def pad(self) -> int:
-        """The id before the beginning of a file. No word has it, and it is never predicted."""
+        """The padding id before each file; no word has it, and it is never predicted."""
         return len(self.words)
 
     def positions(self, stream: np.ndarray) -> np.ndarray:
-        """The indices of a stream at which there is a word to predict."""
+        """The indices of the words in a stream, all but the padding."""
         return np.flatnonzero(stream != self.pad)
 
 
 def read_words(source: str) -> list[str]:
-    """The words of the comments, docstrings and identifiers of Python source, in order."""
+    """The words of comments and docstrings, and the identifiers, of Python source, in order."""
     words: list[str] = []
     for match in _SOURCE.finditer(source):
         kind = match.lastgroup
@@ -89,26 +88,30 @@ def read_words(source: str) -> list[str]:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a file is kept from training, by its name alone: the same split on every machine."""
+    """Whether a file is held out. Depends on its name alone: the split is the same everywhere."""
     return zlib.crc32(name.encode(errors="surrogateescape")) % HELD_OUT == 0
 
 
 def source_files(root: Path) -> Iterator[tuple[str, str]]:
-    """Names, relative to `root` and sorted, and texts of the source files of a standard library."""
+    """(name, text) of each source file below `root`, sorted; names are relative to `root`."""
     files = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
     for name, path in sorted(files.items()):
         if _SKIPPED.isdisjoint(name.split("/")):
             try:
                 yield name, path.read_bytes().decode("utf-8", errors="replace")
-            except OSError:  # a file that cannot be read is no reason to give up the others
+            except OSError:  # skip unreadable files
                 continue
 
 
 def build_corpus(root: Path | None = None, *, max_files: int | None = None) -> Corpus:
-    """Reads the standard library, or the Python files in `root`, or the first `max_files` of them.
+    """Builds a corpus from the Python files in `root`, by default the standard library.
+
+    Args:
+      root: a folder.
+      max_files: the number of files to read, in the order of their names; None for all.
 
     Raises:
-      DemoError: too few source files to train on some and hold out others.
+      DemoError: there are too few source files for a training and a held-out part.
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
     train: list[list[str]] = []
@@ -136,7 +139,7 @@ def build_corpus(root: Path | None = None, *, max_files: int | None = None) -> C
 
 
 def _vocabulary(texts: list[list[str]]) -> tuple[list[str], np.ndarray]:
-    """The words that are not rare, and RARE for the others, by falling count."""
+    """Words and their counts, most frequent first; RARE stands for all rare words."""
     every = Counter(word for text in texts for word in text)
     kept = {word: count for word, count in every.items() if count >= MIN_COUNT}
     kept[RARE] = every.total() - sum(kept.values())

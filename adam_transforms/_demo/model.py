@@ -1,4 +1,4 @@
-"""The model: scores of the next word from the hashed n-grams of the words before it."""
+"""The model: logits of the next word from the hashed n-grams of the preceding words."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from adam_transforms._demo import ngrams, softmax
 
 HIDDEN = 128
 OUTPUT_DIM = 64
-TABLE_STDDEV = 0.1  # of 0.1, 0.3 and 1.0 the one with the lowest held-out loss
+TABLE_STDDEV = 0.1  # lowest held-out loss among 0.1, 0.3 and 1.0
 
 
 class NextWord(nn.Module):
@@ -17,8 +17,8 @@ class NextWord(nn.Module):
 
     Attributes:
       rows, dim: the shape of the n-gram table.
-      frequency: (vocabulary,) unigram probabilities. Their logarithm is the initial output bias, so
-        that training starts from the unigram model and all it gains comes from the context.
+      frequency: (vocabulary,) unigram probabilities. Their logarithm is the initial output bias:
+        training starts from the unigram model, and every improvement comes from the context.
     """
 
     rows: int
@@ -39,19 +39,19 @@ class NextWord(nn.Module):
         )
 
     def word_vectors(self, rows: jax.Array) -> jax.Array:
-        """(..., dim) means of the n-gram vectors of words, given as (..., MAX_NGRAMS) rows."""
-        present = (rows != ngrams.PADDING)[..., None]
-        total = jnp.where(present, self.ngram_table(rows), 0.0).sum(axis=-2)
-        return total / jnp.maximum(present.sum(axis=-2), 1).astype(total.dtype)
+        """(..., dim): the mean n-gram vector of each word, given (..., MAX_NGRAMS) row ids."""
+        is_ngram = (rows != ngrams.PADDING)[..., None]
+        total = jnp.where(is_ngram, self.ngram_table(rows), 0.0).sum(axis=-2)
+        return total / jnp.maximum(is_ngram.sum(axis=-2), 1).astype(total.dtype)
 
     def queries(self, vectors: jax.Array) -> jax.Array:
-        """(batch, OUTPUT_DIM) of (batch, CONTEXT, dim) word vectors."""
-        # Smooth on purpose. At the kink of a relu a rounding error flips a unit, and the losses of
-        # two equivalent optimizers part by 1e-3 in 200 steps; with tanh they stay within 1e-5.
+        """(batch, OUTPUT_DIM) query vectors, given (batch, CONTEXT, dim) word vectors."""
+        # tanh because it is smooth. A rounding error at the kink of a relu flips a unit: the losses
+        # of two equivalent optimizers then differ by 1e-3 after 200 steps, with tanh by 1e-5.
         return self.query(nn.tanh(self.hidden(vectors.reshape(vectors.shape[0], -1))))
 
     def logits(self, vectors: jax.Array) -> jax.Array:
-        """(batch, vocabulary) scores of every word after (batch, CONTEXT, dim) word vectors."""
+        """(batch, vocabulary) logits, given (batch, CONTEXT, dim) word vectors."""
         return self.output_table.attend(self.queries(vectors)) + self.output_bias[None, :]
 
     def __call__(
@@ -60,7 +60,7 @@ class NextWord(nn.Module):
         """The mean sampled-softmax loss of a batch in nats.
 
         Args:
-          context_rows: (batch, CONTEXT, MAX_NGRAMS) rows of the words before the targets.
+          context_rows: (batch, CONTEXT, MAX_NGRAMS) row ids of the words before the targets.
           targets: (batch,) ids of the words to predict.
           negatives: (samples,) ids drawn by `softmax.draw_log_uniform`, shared by the batch.
         """

@@ -8,18 +8,18 @@ import optax
 
 import adam_transforms as at
 
-REFERENCE = "optax"  # the one whose parameters all others' are compared with
+REFERENCE = "optax"  # the parameters of all others are compared with its own
 
 
 class Optimizer(NamedTuple):
     """One way to train the model.
 
     Fields:
-      description: a few words for the help and below the closing table.
-      make: from the learning rate to the transformation.
-      value_and_grad: from the loss and the optimizer's state to what computes loss and gradient.
-      settle: what is left to do when training ends, from (params, state) to (params, state).
-      finalize: from these to the parameters to evaluate.
+      description: a few words for the help text and the legend of the table.
+      make: maps the learning rate to the transformation.
+      value_and_grad: maps (loss, optimizer state) to a function that computes loss and gradient.
+      settle: maps (params, state) to (params, state) after the last step.
+      finalize: maps the settled (params, state) to the parameters to evaluate.
     """
 
     description: str
@@ -32,10 +32,10 @@ class Optimizer(NamedTuple):
 def _adam_with_options(learning_rate: float) -> optax.GradientTransformation:
     return at.adam(
         learning_rate,
-        clip_global_norm=0.1,  # the norm grows from 0.07 to 0.2 and more
+        clip_global_norm=0.1,  # in training the norm grows from 0.07 to above 0.2
         weight_decay=1e-2,
         weight_decay_mask=at.path_mask("bias", exclude=True),
-        ema=0.98,  # averages over the last 50 steps or so: short, as the training is
+        ema=0.98,  # averages about the last 50 steps, for training is short
     )
 
 

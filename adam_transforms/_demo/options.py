@@ -1,4 +1,4 @@
-"""The command line: its options, and the checks that come before any work."""
+"""The command line: its options and their checks, before any work."""
 
 import argparse
 import math
@@ -17,7 +17,7 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for, checked."""
+    """The validated options."""
 
     optimizers: tuple[str, ...]
     rows: int
@@ -30,19 +30,19 @@ class Options:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports an error in exactly one line, without the usage."""
+    """Prints an error in exactly one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
-    """Parses `arguments`, or the command line; exits with status 2 if they make no sense."""
+    """Parses `arguments`, by default the command line; exits with status 2 if one is invalid."""
     parser = _make_parser()
     values = vars(parser.parse_args(arguments))
     name = values.pop("optimizer")
     options = Options(optimizers=tuple(OPTIMIZERS) if name == ALL else (name,), **values)
-    problem = _cannot_write(options.output)
+    problem = _write_problem(options.output)
     if problem:
         parser.error(f"argument --output: cannot write {str(options.output)!r}: {problem}")
     needed, memory = _needed_bytes(options), _memory_bytes()
@@ -74,7 +74,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "--optimizer",
         choices=(*OPTIMIZERS, ALL),
         default=ALL,
-        help=f"what to train with: {names}; {ALL}: every one in turn (default: %(default)s)",
+        help=f"optimizer to train with: {names}; {ALL}: each in turn (default: %(default)s)",
     )
     add("--rows", _integer(2, 2**31 - 1), 2**20, "rows of the hashed n-gram table")
     add("--dim", _integer(1, 2**16), 32, "numbers in a row of the table")
@@ -117,8 +117,8 @@ def _png_path(text: str) -> Path:
     return path
 
 
-def _cannot_write(path: Path) -> str | None:
-    """Why a file cannot be written, found by opening it; leaves no new file behind."""
+def _write_problem(path: Path) -> str | None:
+    """Why a file cannot be written, or None. Opens the file, and removes it if it is new."""
     try:
         existed = path.exists()
         with path.open("ab"):
@@ -131,10 +131,10 @@ def _cannot_write(path: Path) -> str | None:
 
 
 def _needed_bytes(options: Options) -> int:
-    """About the memory that training takes at its peak.
+    """An estimate of the peak memory of training.
 
-    Seven tables: parameters, gradient, two moments, average, one for temporaries, and the
-    reference's. Forwards and backwards, a batch reads n-gram vectors and scores the negatives.
+    Seven tables: parameters, gradient, two moments, average, temporaries, and the reference's
+    parameters. A batch: n-gram vectors and logits of the negatives, and their gradients.
     """
     table = 7 * options.rows * options.dim
     batch = 2 * options.batch * (CONTEXT * MAX_NGRAMS * options.dim + NEGATIVES)
@@ -142,7 +142,7 @@ def _needed_bytes(options: Options) -> int:
 
 
 def _memory_bytes() -> float:
-    """The machine's memory, or infinity where the system does not say."""
+    """The machine's memory; infinity if it is unknown."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

@@ -1,4 +1,4 @@
-"""What the demonstration shows: its plan, its progress, a table and a plot."""
+"""The output of the demonstration: plan, progress, table and plot."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from adam_transforms._demo.training import Problem, Result, largest_difference
 
 
 def print_plan(console: Console, problem: Problem, options: Options) -> None:
-    """Says what is about to be done, to what, and where."""
+    """Prints corpus, model, training settings, optimizers and device."""
     corpus, device = problem.corpus, jax.devices()[0]
     shapes = jax.eval_shape(problem.init_params)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
@@ -42,9 +42,9 @@ def print_plan(console: Console, problem: Problem, options: Options) -> None:
 def show_progress(
     console: Console, name: str, steps: int
 ) -> Iterator[Callable[[float, float], None]]:
-    """A progress bar with loss and time of a step; without a terminal, one line at the end.
+    """A progress bar with loss and step time; without a terminal, one line at the end.
 
-    Yields what to call with the loss and the milliseconds of each step.
+    Yields a function to call at each step with its loss and its milliseconds.
     """
     loss = time = float("nan")
     columns = (
@@ -69,12 +69,12 @@ def show_progress(
 
 
 def _smooth(average: float, new: float) -> float:
-    """The average over the last twenty values or so: those of one batch are noisy."""
+    """An exponential average over about twenty steps; single batches are noisy."""
     return new if np.isnan(average) else 0.95 * average + 0.05 * new
 
 
 def print_table(console: Console, problem: Problem, results: Mapping[str, Result]) -> None:
-    """The closing table: a line for the unigram model, and one for each optimizer."""
+    """Prints the results: one line for the unigram model and one for each optimizer."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("optimizer")
     headings = ["held-out loss\nnats/word", "step\nmedian ms", "state\nMiB"]
@@ -100,21 +100,21 @@ def print_table(console: Console, problem: Problem, results: Mapping[str, Result
         console.print(f"{name:9} {OPTIMIZERS[name].description}")
     console.print(
         f"Held-out loss: over the full vocabulary, at {len(problem.evaluated):,} of the words held"
-        " out;\n(unigram) knows nothing but how frequent each word is. Step: without compilation"
+        " out;\n(unigram) knows only the frequency of each word. Step: without compilation"
         f"\n({', '.join(f'{result.compile_seconds:.1f} s' for result in results.values())})."
     )
     if reference is not None:
         console.print(
             "Differences: of the training losses, and of the parameters after training."
-            "\nAdam makes whole steps of gradients near zero, and so of their rounding."
+            "\nAdam normalizes gradients: near zero, rounding errors become whole steps."
         )
 
 
 def save_plot(path: Path, problem: Problem, results: Mapping[str, Result]) -> None:
-    """Writes a PNG of the smoothed training losses and of the held-out losses at the end."""
+    """Writes a PNG of the smoothed training losses and the final held-out losses."""
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    # Trajectories that coincide stay visible: each line is thinner than the one beneath it.
+    # Each line is thinner than the one beneath it, so that equal trajectories stay visible.
     widths = np.linspace(2.0 + len(results), 1.5, len(results))
     axes.plot([], [], " ", label=f"{problem.unigram_loss():.3f}  (unigram)")
     for (name, result), width in zip(results.items(), widths, strict=True):

@@ -1,4 +1,4 @@
-"""Training with one optimizer, and what the closing table says about it."""
+"""Trains with one optimizer and measures loss, time and memory."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import adam_transforms as at
+from adam_transforms._core.types import Params, State
 from adam_transforms._demo import CONTEXT, NEGATIVES
 from adam_transforms._demo.corpus import Corpus
 from adam_transforms._demo.model import NextWord
@@ -18,7 +19,7 @@ from adam_transforms._demo.optimizers import Optimizer
 from adam_transforms._demo.softmax import draw_log_uniform, full_softmax_loss
 
 EVALUATED = 4096  # held-out words, evenly spaced
-CHUNK = 512  # words evaluated at a time, which bounds the (CHUNK, vocabulary) logits
+CHUNK = 512  # words evaluated at once; bounds the (CHUNK, vocabulary) logits
 
 
 class Batch(NamedTuple):
@@ -31,18 +32,18 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """One optimizer's training, measured."""
+    """The measurements of one optimizer's training."""
 
     losses: np.ndarray  # (steps,) sampled-softmax training losses in nats
-    milliseconds: np.ndarray  # (steps,) of each step alone
+    milliseconds: np.ndarray  # (steps,), without compilation
     compile_seconds: float
     state_bytes: int
     held_out_loss: float  # nats a word, over the full vocabulary
-    params: Any  # at the end of training, settled
+    params: Params  # after training and `settle`
 
 
 class Problem:
-    """What every optimizer is given: the model, its initial parameters, and the same batches."""
+    """The task of every optimizer: the model, its initial parameters and the batches."""
 
     def __init__(self, corpus: Corpus, *, rows: int, dim: int, batch: int, seed: int) -> None:
         self.corpus = corpus
@@ -56,8 +57,8 @@ class Problem:
         spread = np.linspace(0, len(positions) - 1, min(EVALUATED, len(positions)))
         self.evaluated = positions[spread.astype(np.int64)]
 
-    def init_params(self) -> Any:
-        """The initial parameters, anew at each call, for a training that will donate them."""
+    def init_params(self) -> Params:
+        """The initial parameters. Each call returns new arrays, because training donates them."""
         return jax.jit(self.model.init)(jax.random.key(self.seed), *next(self.batches()))
 
     def batches(self) -> Iterator[Batch]:
@@ -73,12 +74,12 @@ class Problem:
                 draw_log_uniform(generator, NEGATIVES, len(self.corpus.words)),
             )
 
-    def held_out_loss(self, params: Any) -> float:
-        """The mean cross entropy in nats of held-out words, over the full vocabulary."""
+    def held_out_loss(self, params: Params) -> float:
+        """The mean cross entropy of the held-out words over the full vocabulary, in nats."""
         model, stream = self.model, self.corpus.held_out
 
         @jax.jit
-        def losses(params: Any, vectors: jax.Array, ids: jax.Array, targets: jax.Array):
+        def losses(params: Params, vectors: jax.Array, ids: jax.Array, targets: jax.Array):
             logits: Any = model.apply(params, vectors[ids], method="logits")
             return full_softmax_loss(logits, targets)
 
@@ -93,7 +94,7 @@ class Problem:
         )
 
     def unigram_loss(self) -> float:
-        """`held_out_loss` of the model that knows the words' frequencies and no context."""
+        """`held_out_loss` of the unigram model, which ignores the context."""
         return float(-np.log(self.frequency[self.corpus.held_out[self.evaluated]]).mean())
 
 
@@ -104,10 +105,10 @@ def train(
     steps: int,
     on_step: Callable[[float, float], None] = lambda loss, milliseconds: None,
 ) -> Result:
-    """Trains from the problem's initial parameters; `on_step` hears of every step."""
+    """Trains from the initial parameters; calls ``on_step(loss, milliseconds)`` at each step."""
     transform = optimizer.make(learning_rate)
 
-    def step(params: Any, state: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
+    def step(params: Params, state: State, batch: Batch) -> tuple[Params, State, jax.Array]:
         value_and_grad = optimizer.value_and_grad(problem.model.apply, state)
         loss, gradients = value_and_grad(params, *batch)
         updates, state = transform.update(gradients, state, params)
@@ -118,7 +119,7 @@ def train(
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     batches = problem.batches()
     start = perf_counter()
-    # Compiled ahead of time, so that no step's time has compilation in it.
+    # Ahead of time, so that step times contain no compilation.
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, next(batches)).compile()
     compile_seconds = perf_counter() - start
 
@@ -135,12 +136,12 @@ def train(
 
 
 @jax.jit
-def largest_difference(params: Any, others: Any) -> jax.Array:
+def largest_difference(params: Params, others: Params) -> jax.Array:
     """The largest absolute difference between two trees of parameters."""
     differences = jax.tree.map(lambda p, q: jnp.abs(p - q).max(), params, others)
     return jnp.stack(jax.tree.leaves(differences)).max()
 
 
 def _contexts(stream: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """(positions, CONTEXT) ids of the words before these positions of a stream."""
+    """(positions, CONTEXT): the ids before each of these positions of a stream."""
     return stream[positions[:, None] + np.arange(-CONTEXT, 0)[None, :]]
