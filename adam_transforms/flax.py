@@ -1,6 +1,6 @@
-"""Row gradients of Flax NNX modules, and in Flax's own serialization.
+"""Row gradients of Flax NNX modules, and Flax serialization of `SparseRows`.
 
-Not imported with the package: ``import adam_transforms.flax`` needs Flax.
+``import adam_transforms`` does not import this module, because it needs Flax.
 """
 
 import functools
@@ -26,27 +26,27 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     r"""As `flax.nnx.value_and_grad`, but the gradient of a table is a `SparseRows`.
 
-    What `adam_transforms.value_and_grad` does for trees of arrays this does for modules: `f` may
-    draw from their `nnx.Rngs` and change what is not differentiated (batch statistics, counts,
-    metrics), and afterwards these have changed.
+    The equivalent of `adam_transforms.value_and_grad` for modules. `f` may draw from their
+    `nnx.Rngs` and change variables that are not differentiated (batch statistics, counts, metrics);
+    the modules passed in keep these changes.
 
     Args:
-      f: returns a scalar, or (scalar, anything) with `has_aux`; of arguments that are modules or
-        anything else.
-      argnums: which positional arguments to differentiate, of a module its `nnx.Param`;
-        ``nnx.DiffState(i, filter)`` chooses other variables. Several give a tuple of gradients.
+      f: a function of modules and any other arguments; returns a scalar, or with `has_aux`
+        (scalar, aux).
+      argnums: the positions of the arguments to differentiate. Of a module, its `nnx.Param` are
+        differentiated; ``nnx.DiffState(i, filter)`` selects other variables. For a sequence, the
+        gradient is a tuple.
       has_aux: whether `f` returns a pair.
-      tables, rows_from: as for `adam_transforms.value_and_grad`; the paths are those within the
-        module, and `rows_from` is the ``opt_state`` of an `nnx.Optimizer`.
+      tables, rows_from: as for `adam_transforms.value_and_grad`. Paths are relative to the module;
+        `rows_from` is the ``opt_state`` of an `nnx.Optimizer`.
 
     Returns:
-      A function from `f`'s arguments to (value, gradient), value being `f`'s result, and gradient
-      an `nnx.State` of the variables differentiated, which ``optimizer.update(model, gradient)``
-      takes.
+      A function from `f`'s arguments to (value, gradient). The value is `f`'s result. The gradient
+      is an `nnx.State` of the differentiated variables, for ``optimizer.update(model, gradient)``.
 
     Raises:
-      TypeError: a differentiated argument is not given by position.
-      ValueError: `f` changes a variable that is differentiated; and as for
+      TypeError: a differentiated argument is not passed by position.
+      ValueError: `f` changes a differentiated variable; or an error of
         `adam_transforms.value_and_grad`.
 
     >>> import jax.numpy as jnp
@@ -66,31 +66,31 @@ def value_and_grad(
     >>> bool(step(model, optimizer, ids) < before)
     True
     """
-    is_one = isinstance(argnums, int | nnx.DiffState)
-    several = [argnums] if is_one else argnums
-    wanted = [x if isinstance(x, nnx.DiffState) else nnx.DiffState(x, nnx.Param) for x in several]
+    is_single = isinstance(argnums, int | nnx.DiffState)
+    sequence = [argnums] if is_single else argnums
+    wanted = [x if isinstance(x, nnx.DiffState) else nnx.DiffState(x, nnx.Param) for x in sequence]
 
     @functools.wraps(f)
     def value_and_grad_of(*args: Any, **kwargs: Any) -> Any:
         filters = {_position(x.argnum, args): nnx.filterlib.to_predicate(x.filter) for x in wanted}
 
         def is_chosen(path: tuple[Any, ...], x: Any) -> bool:
-            of_args, position, *rest = path
-            return of_args == 0 and position in filters and filters[position](tuple(rest), x)
+            is_keyword, position, *rest = path
+            return not is_keyword and position in filters and filters[position](tuple(rest), x)
 
-        # Together, for arguments may share variables.
+        # One split for all arguments, because they may share variables.
         graphdef, chosen, rest = nnx.split((args, kwargs), is_chosen, ...)
         modules = filters.keys() & _positions_of_variables(chosen, rest)
-        parts = [_part(chosen, i) if i in modules else args[i] for i in filters]
+        inputs = [_state_at(chosen, i) if i in modules else args[i] for i in filters]
 
-        def of_parts(*parts: Any) -> Any:
-            of_position = dict(zip(filters, parts, strict=True))
-            states = nnx.State({0: {i: of_position[i] for i in modules}})
+        def pure(*inputs: Any) -> Any:
+            by_position = dict(zip(filters, inputs, strict=True))
+            states = nnx.State({0: {i: by_position[i] for i in modules}})
             before = jax.tree.leaves_with_path(states)
-            # New variables, which can be changed where the function is traced.
+            # Merged into new variables, which belong to this trace and may change in it.
             inner_args, inner_kwargs = nnx.merge(graphdef, states, jax.tree.map(lambda x: x, rest))
             result = f(
-                *(x if i in modules else of_position.get(i, x) for i, x in enumerate(inner_args)),
+                *(x if i in modules else by_position.get(i, x) for i, x in enumerate(inner_args)),
                 **inner_kwargs,
             )
             value, aux = result if has_aux else (result, None)
@@ -100,11 +100,11 @@ def value_and_grad(
             return value, (aux, changed)
 
         differentiated = _row_gradients.value_and_grad(
-            of_parts, range(len(parts)), has_aux=True, tables=tables, rows_from=rows_from
+            pure, range(len(inputs)), has_aux=True, tables=tables, rows_from=rows_from
         )
-        (value, (aux, changed)), grads = differentiated(*parts)
+        (value, (aux, changed)), grads = differentiated(*inputs)
         nnx.update((args, kwargs), changed)
-        return ((value, aux) if has_aux else value), (grads[0] if is_one else grads)
+        return ((value, aux) if has_aux else value), (grads[0] if is_single else grads)
 
     return value_and_grad_of
 
@@ -120,8 +120,8 @@ def grad(
     """As `flax.nnx.grad`, but the gradient of a table is a `SparseRows`: see `value_and_grad`.
 
     Returns:
-      A function from `f`'s arguments to its gradient, or to (gradient, aux) with `has_aux`. What
-      `nnx.eval_shape` says of the gradient is what `accumulate` takes for `like`.
+      A function from `f`'s arguments to its gradient, or with `has_aux` to (gradient, aux). The
+      `nnx.eval_shape` of the gradient can be the `like` of `accumulate`.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -150,7 +150,7 @@ def _position(argnum: int, args: Sequence[Any]) -> int:
 
 
 def _positions_of_variables(*states: Any) -> set[Any]:
-    """Which arguments have variables in them, and are no plain trees of arrays."""
+    """The positions of arguments that contain NNX variables, not only plain arrays."""
     return {
         path[1]
         for state in states
@@ -159,13 +159,13 @@ def _positions_of_variables(*states: Any) -> set[Any]:
     }
 
 
-def _part(chosen: Any, position: int) -> Any:
-    """What is chosen of one argument."""
+def _state_at(chosen: Any, position: int) -> Any:
+    """The differentiated variables of one argument."""
     return chosen.get(0, {}).get(position, nnx.State({}))
 
 
 def _refuse_changes(before: Sequence[Any], after: Sequence[Any]) -> None:
-    """Refuses a function that has changed what it is differentiated in."""
+    """Raises ValueError if the function has assigned to a differentiated variable."""
     arrays = dict(before)
     for path, x in after:
         if arrays.get(path) is not x:
