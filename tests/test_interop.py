@@ -135,7 +135,7 @@ def test_a_sharded_parameters_slots_are_sharded_alike():
     np.testing.assert_array_equal(back["state"][0]["exp_avg"], state_dict["state"][0]["exp_avg"])
 
 
-def test_one_trace_serves_fresh_and_brought_states():
+def test_one_trace_serves_fresh_and_imported_states():
     tx = at.adam()
     traces = []
 
@@ -229,16 +229,16 @@ def test_a_rename_that_gives_no_name_is_refused(answer):
 def test_axes_that_fit_no_array_are_refused(axes):
     params = {"w": jnp.zeros((2, 3))}
     state = at.adam().init(params)
-    with pytest.raises(ValueError, match="of which .* are not the axes"):
+    with pytest.raises(ValueError, match="do not permute its dimensions"):
         torch.state_to(state, params, ["w"], rename=lambda _: ("w", axes))
     state_dict = torch.state_to(state, params, ["w"])
-    with pytest.raises(ValueError, match="of which .* are not the axes"):
+    with pytest.raises(ValueError, match="do not permute its dimensions"):
         torch.state_from(state_dict, params, at.adam(), rename=lambda _: ("w", axes))
 
 
 def test_two_paths_of_one_name_are_refused_on_the_way_out():
     state = at.adam().init(PARAMS)
-    with pytest.raises(ValueError, match="'head/bias' and 'head/kernel' are all to be 'w' there"):
+    with pytest.raises(ValueError, match="'head/bias' and 'head/kernel' all map to 'w'"):
         torch.state_to(state, PARAMS, ["w", "t"], rename=lambda path: "tw"["head" in path])
 
 
@@ -253,7 +253,7 @@ def test_values_that_the_slot_cannot_hold_are_refused_and_others_pass():
     narrow = at.adam(mu_dtype=jnp.bfloat16)
     state: Any = torch.state_from(state_dict([1.0, -0.0, 0.5], np.float32), params, narrow)
     assert np.signbit(np.asarray(state[0].mu["w"], np.float32)[1])
-    message = "exp_avg of 'w', for 'w', has float32 values that bfloat16, .* does not hold"
+    message = "exp_avg of 'w', for 'w', has float32 values that bfloat16, .* cannot represent"
     with pytest.raises(ValueError, match=message):
         torch.state_from(state_dict([1.0, 0.1, 0.5], np.float32), params, narrow)
     with pytest.raises(ValueError, match="has float64 values that float32"):

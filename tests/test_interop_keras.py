@@ -351,7 +351,7 @@ def test_the_legacy_optimizer_has_no_average():
 def test_a_masked_parameter_cannot_be_written():
     params = dict(zip(("a", "b"), PARAMS, strict=True))
     tx = at.by_path([("b", optax.set_to_zero())], default=at.adam())
-    with pytest.raises(ValueError, match="the state keeps no momentum of 'b'"):
+    with pytest.raises(ValueError, match="the state has no momentum of 'b'"):
         keras.state_to(tx.init(params), params, ["a", "b"])
 
 

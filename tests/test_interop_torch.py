@@ -181,7 +181,7 @@ def test_order_is_never_guessed():
     params = {"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}
     with pytest.raises(ValueError, match="pass names, in the order of the optimizer's parameters"):
         torch.state_to(at.adam().init(params), params)
-    with pytest.raises(ValueError, match="'w' is to be 'w' there, which is missing"):
+    with pytest.raises(ValueError, match="'w' needs the parameter 'w', which is missing"):
         torch.state_from(make_state(SHAPES), params, at.adam())
 
 
@@ -223,9 +223,9 @@ def test_all_that_does_not_match_is_listed_at_once():
     for part in (
         "exp_avg of 'fc.weight', for 'fc/kernel', has shape [2, 3], expected [3, 2]; if it is the",
         "exp_avg_sq of 'fc.bias', for 'fc/bias', has shape [4], expected [2]",
-        "'gone' is to be 'gone' there, which is missing",
+        "'gone' needs the parameter 'gone', which is missing",
         "'x' is left over",
-        "'also/y' and 'y' are all to be 'y' there",
+        "'also/y' and 'y' all map to 'y'",
         "'fc/bias' needs max_exp_avg_sq of 'fc.bias', which is missing",
     ):
         assert part in message
@@ -233,7 +233,7 @@ def test_all_that_does_not_match_is_listed_at_once():
 
 def test_a_maximum_that_the_transformation_lacks_is_left_over():
     state_dict = make_state([(3,)], amsgrad=True)
-    with pytest.raises(ValueError, match="max_exp_avg_sq of '0' is left over: '0' keeps no nu_max"):
+    with pytest.raises(ValueError, match="exp_avg_sq of '0' is left over: '0' has no slot nu_max"):
         torch.state_from(state_dict, zeros((3,)), at.adam())
 
 

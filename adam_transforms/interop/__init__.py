@@ -1,7 +1,7 @@
-"""The state of a running optimizer, in from PyTorch, Keras and TensorFlow 1 and back out.
+"""Imports optimizer states from PyTorch, Keras and TensorFlow 1, and exports them again.
 
-Arrays come and go by name, as NumPy arrays, and none of the other systems is imported. Optax's
-states need nothing of the kind: they are the ones that this package's transformations keep.
+Arrays are NumPy arrays matched by name; none of the other systems is imported. Optax states need
+no conversion: the transformations of this package use the same state classes.
 """
 
 from adam_transforms.interop import keras, tf1, torch

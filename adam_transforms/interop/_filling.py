@@ -19,13 +19,13 @@ from adam_transforms._transforms.loss_scaling import DynamicLossScaleState
 from adam_transforms.interop._slots import ACCUMULATIONS, ADAM, Contents, by_rows, has
 
 
-def has_other_counts(state: Any) -> bool:
+def has_step_counters(state: Any) -> bool:
     """Whether anything but Adam goes by the number of steps."""
     found = jax.tree.leaves(state, is_leaf=_counts)
     return any(_counts(x) and not isinstance(x, (*ADAM, ParamsEmaState)) for x in found)
 
 
-def fill(state: Any, contents: Contents) -> Any:
+def fill_state(state: Any, contents: Contents) -> Any:
     """A fresh state with the contents in their places.
 
     Whatever counts steps goes on from where they were: Adam's, those of schedules and of

@@ -1,6 +1,6 @@
-"""Parameters of two systems matched by name, and the transposes between them.
+"""Matches the parameters of two systems by name, and transposes their slots.
 
-A state is written here as ``{parameter: {slot: array}}``, with our names of the slots.
+Slots are held as ``{parameter: {slot: array}}`` with this package's names of the slots.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,96 +9,103 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-Rename = Callable[[str], Any]
-"""From the path of a parameter to its name there, or to (name, axes): with
-``their_array.transpose(axes)`` the array is ours."""
+from adam_transforms._core.types import Path
+
+Rename = Callable[[Path], Any]
+"""Maps the path of a parameter to its name in the other system, or to (name, axes), where
+``other_array.transpose(axes)`` has the layout of the parameter."""
 
 Slots = Mapping[str, Mapping[str, Any]]
 
 
 class Name(NamedTuple):
-    """What a parameter is called there, and how its arrays are transposed on the way here."""
+    """A parameter's name in the other system, and the axes that transpose its arrays to ours."""
 
     name: str
     axes: tuple[int, ...] | None
 
 
-def bring(
-    theirs: Slots, ours: Slots, rename: Rename | None, label: Callable[[str, str], str]
-) -> dict[str, dict[str, np.ndarray]]:
-    """Their arrays under our paths, transposed, in our dtypes. The arrays are fresh copies.
+def import_slots(
+    source: Slots, target: Slots, rename: Rename | None, label: Callable[[str, str], str]
+) -> dict[Path, dict[str, np.ndarray]]:
+    """The arrays of `source` by path, transposed, cast to the dtypes of `target`, and copied.
 
     Args:
-      theirs: what they have; a parameter may be there without slots.
-      ours: what is needed, leaves that tell shape and dtype.
-      rename: None if the paths are the names.
-      label: what they call a slot of a parameter, for errors.
+      source: the slots of the other system; a parameter may have none.
+      target: {path: {slot: leaf}}, the expected slots; a leaf gives shape and dtype.
+      rename: None if each path is the name.
+      label: maps (name, slot) to the other system's name of the slot, for errors.
 
     Raises:
-      ValueError: lists all that is missing, left over, of another shape, named twice, or of values
-        that our dtype does not hold.
+      ValueError: lists all slots that are missing, left over, of another shape or not representable
+        in the dtype of `target`, and names that several paths share.
     """
-    names = _names(ours, rename)
-    problems = _named_twice(names)
-    brought: dict[str, dict[str, np.ndarray]] = {path: {} for path in ours}
-    for path, slots in ours.items():
+    names = _names(target, rename)
+    problems = _shared_names(names)
+    imported: dict[Path, dict[str, np.ndarray]] = {path: {} for path in target}
+    for path, slots in target.items():
         name, axes = names[path]
-        if name not in theirs:
-            problems.append(f"{path!r} is to be {name!r} there, which is missing")
+        if name not in source:
+            problems.append(f"{path!r} needs the parameter {name!r}, which is missing")
             continue
         for slot, like in slots.items():
-            if slot not in theirs[name]:
+            if slot not in source[name]:
                 problems.append(f"{path!r} needs {label(name, slot)}, which is missing")
                 continue
-            array = as_array(label(name, slot), theirs[name][slot])
-            fitted = _fitted(array, axes, like)
-            if isinstance(fitted, str):
-                problems.append(f"{label(name, slot)}, for {path!r}, {fitted}")
+            array = as_array(label(name, slot), source[name][slot])
+            converted = _convert(array, axes, like)
+            if isinstance(converted, str):
+                problems.append(f"{label(name, slot)}, for {path!r}, {converted}")
             else:
-                brought[path][slot] = fitted
-        for slot in theirs[name].keys() - slots.keys():
-            problems.append(f"{label(name, slot)} is left over: {path!r} keeps no {slot}")
+                imported[path][slot] = converted
+        for slot in source[name].keys() - slots.keys():
+            problems.append(f"{label(name, slot)} is left over: {path!r} has no slot {slot}")
     known = {name for name, _ in names.values()}
     problems += [
-        f"{name!r} is left over: it is no parameter's name"
-        for name, slots in theirs.items()
+        f"{name!r} is left over: no path maps to it"
+        for name, slots in source.items()
         if name not in known and slots
     ]
     if problems:
-        raise ValueError(_listed("the two states do not match", problems))
-    return brought
+        raise ValueError(_bullet_list("the two states do not match", problems))
+    return imported
 
 
-def send(ours: Slots, rename: Rename | None) -> dict[str, dict[str, np.ndarray]]:
-    """Our arrays under their names, transposed back. The arrays are fresh copies.
+def export_slots(slots: Slots, rename: Rename | None) -> dict[str, dict[str, np.ndarray]]:
+    """The arrays of `slots` by the other system's names, transposed to its layout and copied.
 
     Raises:
-      ValueError: lists the names that are given twice, and axes that fit no array.
+      ValueError: lists names that several paths share, and axes that are no permutation.
     """
-    names = _names(ours, rename)
-    problems = _named_twice(names)
-    sent: dict[str, dict[str, np.ndarray]] = {}
-    for path, slots in ours.items():
+    names = _names(slots, rename)
+    problems = _shared_names(names)
+    exported: dict[str, dict[str, np.ndarray]] = {}
+    for path, arrays in slots.items():
         name, axes = names[path]
-        sent[name] = {}
-        for slot, array in slots.items():
+        exported[name] = {}
+        for slot, array in arrays.items():
             array = np.asarray(array)
             if axes is not None:
-                if sorted(axes) != list(range(array.ndim)):
-                    problems.append(_no_axes(path, axes, array))
+                if not _is_permutation(axes, array.ndim):
+                    problems.append(f"{path!r} {_axes_problem(array, axes)}")
                     break
                 array = array.transpose(np.argsort(axes))
-            sent[name][slot] = np.array(array, order="C")
+            exported[name][slot] = np.array(array, order="C")
     if problems:
-        raise ValueError(_listed("the parameters cannot be named", problems))
-    return sent
+        raise ValueError(_bullet_list("rename does not fit the parameters", problems))
+    return exported
 
 
 def checked_names(names: Any, expected: int, where: str) -> list[str]:
-    """The names of all parameters there, in their order.
+    """`names` as a list of `expected` different strings.
+
+    Args:
+      names: the names of all parameters in the order of the other system.
+      expected: their number.
+      where: what they name, for errors.
 
     Raises:
-      TypeError, ValueError: they are no strings, not `expected` of them, or not all different.
+      TypeError, ValueError: they are no strings, have another number, or are not distinct.
     """
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise TypeError(f"names must be a list of strings, got {names!r}")
@@ -106,49 +113,51 @@ def checked_names(names: Any, expected: int, where: str) -> list[str]:
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"names must be a list of strings, got {names!r}")
     if len(names) != expected:
-        raise ValueError(f"names must be as many as {where}, {expected}, got {len(names)}: {names}")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"names must be different, got more than one of {twice}")
+        raise ValueError(
+            f"names must be {expected}, one for each of {where}, got {len(names)}: {names}"
+        )
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"names must be distinct, got more than one of {repeated}")
     return names
 
 
 def positions(count: int) -> list[str]:
-    """The names of parameters that are known by position alone."""
+    """The names "0", "1", ... of parameters that only have a position."""
     return [str(i) for i in range(count)]
 
 
-def in_order(sent: Iterable[str], names: Any, where: str) -> list[str]:
-    """The names in their order there; without `names` they must be positions.
+def in_order(exported: Iterable[str], names: Any, where: str) -> list[str]:
+    """`names`, checked to contain all exported ones; for None, the exported ones if positions.
 
     Raises:
-      ValueError: they are no positions, or not among `names`.
+      ValueError: `names` is None and the exported names are no positions; or `names` lacks some.
     """
-    sent = list(sent)
+    exported = list(exported)
     if names is None:
-        if set(sent) != set(positions(len(sent))):
+        if set(exported) != set(positions(len(exported))):
             raise ValueError(
-                f"pass names, in the order of {where}, which goes by position; "
-                f"the parameters are {sent}"
+                f"pass names, in the order of {where}, which have positions but no names; "
+                f"the parameters are {exported}"
             )
-        return positions(len(sent))
+        return positions(len(exported))
     names = list(names)
     names = checked_names(names, len(names), where)
-    unknown = [name for name in sent if name not in names]
-    if unknown:
-        raise ValueError(f"names lack {unknown}; they are {names}")
+    missing = [name for name in exported if name not in names]
+    if missing:
+        raise ValueError(f"names lack {missing}; they are {names}")
     return names
 
 
 def as_array(label: str, value: Any) -> np.ndarray:
-    """A NumPy array of whatever holds numbers: a JAX array, a tensor, an HDF5 data set."""
-    if hasattr(value, "detach"):  # a tensor of PyTorch, which NumPy cannot read off a device
+    """`value` as a NumPy array: a JAX array, a tensor, an HDF5 data set, a number."""
+    if hasattr(value, "detach"):  # a PyTorch tensor: NumPy cannot read device memory
         value = value.detach().cpu()
         if str(value.dtype) == "torch.bfloat16":
             value = value.float().numpy().astype(jnp.bfloat16)
     stored = getattr(value, "attrs", {}).get("dtype")
     array = np.asarray(value)
-    if stored == "bfloat16":  # HDF5 knows it as two bytes
+    if stored == "bfloat16":  # HDF5 stores two bytes without a type
         array = array.view(jnp.bfloat16) if array.dtype.kind == "V" else array.astype(jnp.bfloat16)
     if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
         raise TypeError(f"{label} must be an array of numbers, got {value!r:.80}")
@@ -156,7 +165,7 @@ def as_array(label: str, value: Any) -> np.ndarray:
 
 
 def as_count(label: str, value: Any) -> int:
-    """A number of steps, kept as a scalar of whatever dtype."""
+    """A number of steps from a scalar of any real dtype."""
     array = as_array(label, value)
     if array.shape != () or np.iscomplexobj(array):
         raise ValueError(f"{label} must be a scalar, got {array.dtype}{list(array.shape)}")
@@ -166,57 +175,57 @@ def as_count(label: str, value: Any) -> int:
     return int(number)
 
 
-def _names(paths: Iterable[str], rename: Rename | None) -> dict[str, Name]:
-    """What each path is called there."""
+def _names(paths: Iterable[Path], rename: Rename | None) -> dict[Path, Name]:
     return {path: Name(path, None) if rename is None else _name(path, rename) for path in paths}
 
 
-def _name(path: str, rename: Rename) -> Name:
-    given = rename(path)
-    if isinstance(given, str):
-        return Name(given, None)
-    if isinstance(given, Sequence) and len(given) == 2:
-        name, axes = given
+def _name(path: Path, rename: Rename) -> Name:
+    result = rename(path)
+    if isinstance(result, str):
+        return Name(result, None)
+    if isinstance(result, Sequence) and len(result) == 2:
+        name, axes = result
         if isinstance(name, str) and isinstance(axes, Sequence):
             if all(isinstance(axis, int) for axis in axes):
                 return Name(name, tuple(axes))
-    raise TypeError(f"rename must return a name or (name, axes), got {given!r} for {path!r}")
+    raise TypeError(f"rename must return a name or (name, axes), got {result!r} for {path!r}")
 
 
-def _named_twice(names: Mapping[str, Name]) -> list[str]:
+def _shared_names(names: Mapping[Path, Name]) -> list[str]:
+    """An error message for each name that several paths map to."""
     by_name: dict[str, list[str]] = {}
     for path, (name, _) in names.items():
         by_name.setdefault(name, []).append(path)
     return [
-        f"{' and '.join(map(repr, paths))} are all to be {name!r} there"
+        f"{' and '.join(map(repr, paths))} all map to {name!r}"
         for name, paths in by_name.items()
         if len(paths) > 1
     ]
 
 
-def _fitted(array: np.ndarray, axes: tuple[int, ...] | None, like: Any) -> np.ndarray | str:
-    """The array transposed and in the dtype of `like`, or why that cannot be."""
+def _convert(array: np.ndarray, axes: tuple[int, ...] | None, like: Any) -> np.ndarray | str:
+    """The array, transposed and cast to the dtype of `like`; or an error message."""
     if axes is not None:
-        if sorted(axes) != list(range(array.ndim)):
-            return f"has shape {list(array.shape)}, of which {axes} are not the axes"
+        if not _is_permutation(axes, array.ndim):
+            return _axes_problem(array, axes)
         array = array.transpose(axes)
     if array.shape != like.shape:
-        turned = "" if axes is None else " once transposed"
+        transposed = "" if axes is None else " after the transpose"
         hint = ""
         if axes is None and array.ndim > 1 and sorted(array.shape) == sorted(like.shape):
-            hint = "; if it is the same transposed, rename can return (name, axes)"
-        return f"has shape {list(array.shape)}{turned}, expected {list(like.shape)}{hint}"
+            hint = "; if it is the transpose, let rename return (name, axes)"
+        return f"has shape {list(array.shape)}{transposed}, expected {list(like.shape)}{hint}"
     cast = _cast(array, like.dtype)
     if cast is None:
         return (
-            f"has {array.dtype} values that {like.dtype}, in which the state keeps them, does not "
-            "hold; round the array first if that is meant"
+            f"has {array.dtype} values that {like.dtype}, the dtype of the slot, cannot represent; "
+            "round the array first if that is intended"
         )
     return cast
 
 
 def _cast(array: np.ndarray, dtype: Any) -> np.ndarray | None:
-    """A copy in `dtype`; None if that would lose anything."""
+    """A copy in `dtype`; None if the cast is not exact. NaN counts as exact."""
     if np.iscomplexobj(array) and not jnp.issubdtype(dtype, jnp.complexfloating):
         return None
     with np.errstate(all="ignore"):
@@ -225,9 +234,13 @@ def _cast(array: np.ndarray, dtype: Any) -> np.ndarray | None:
     return cast if np.all((back == array) | (array != array)) else None
 
 
-def _no_axes(path: str, axes: tuple[int, ...], array: np.ndarray) -> str:
-    return f"{path!r} has shape {list(array.shape)}, of which {axes} are not the axes"
+def _is_permutation(axes: tuple[int, ...], ndim: int) -> bool:
+    return sorted(axes) == list(range(ndim))
 
 
-def _listed(what: str, problems: Sequence[str]) -> str:
-    return f"{what}:\n" + "\n".join(f"  {problem}" for problem in problems)
+def _axes_problem(array: np.ndarray, axes: tuple[int, ...]) -> str:
+    return f"has shape {list(array.shape)}, but axes {axes} do not permute its dimensions"
+
+
+def _bullet_list(heading: str, problems: Sequence[str]) -> str:
+    return f"{heading}:\n" + "\n".join(f"  {problem}" for problem in problems)

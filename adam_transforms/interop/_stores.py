@@ -1,19 +1,21 @@
-"""Where Keras leaves an optimizer's arrays: a mapping, a list, or a file."""
+"""Reads the arrays of a Keras optimizer from a mapping, a list or a file."""
 
 import importlib
 import io
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from adam_transforms.interop import _matching
 
+Store: TypeAlias = Mapping[str, Any] | Sequence[Any] | str | os.PathLike[str]
 
-def arrays_of(store: Any) -> list[Any]:
-    """The arrays of a store in their order."""
+
+def arrays_of(store: Store) -> list[Any]:
+    """The arrays of a store in the order of their keys."""
     if isinstance(store, str | os.PathLike):
         return _read(os.fspath(store))
     if isinstance(store, Sequence):
@@ -43,6 +45,6 @@ def _read(path: str) -> list[np.ndarray]:
         if group is None:
             raise ValueError(
                 f"{path} has no optimizer/vars: the model was saved without its optimizer, or "
-                f"before a step; it has {sorted(weights)}"
+                f"before the first step; the file has {sorted(weights)}"
             )
         return [_matching.as_array(key, group[key]) for key in _matching.positions(len(group))]

@@ -1,10 +1,11 @@
-"""The state of PyTorch's Adam, AdamW and SparseAdam, as `optimizer.state_dict()` has it."""
+"""Imports and exports the `state_dict()` of PyTorch's Adam, AdamW and SparseAdam."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from adam_transforms._core.types import Params, State
 from adam_transforms.interop import _filling, _matching, _slots
 
 _LABELS = {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}
@@ -13,37 +14,40 @@ _SLOTS = {label: slot for slot, label in _LABELS.items()}
 
 def state_from(
     state_dict: Mapping[str, Any],
-    params: Any,
+    params: Params,
     tx: Any,
     names: Sequence[str] | None = None,
     *,
     rename: _matching.Rename | None = None,
-) -> Any:
-    """The state with which `tx` goes on where a PyTorch optimizer stands.
+) -> State:
+    """Imports the state of a PyTorch optimizer into a state of `tx`.
 
-    The moments and the number of steps are brought, to schedules too; the hyperparameters are those
-    of `tx`. Under ``amsgrad`` it must take the maximum as PyTorch does, ``max_of="raw"``. An
-    average of the parameters starts afresh.
+    Imported are the moments and the number of steps, the latter into schedules too. The
+    hyperparameters are those of `tx`. With ``amsgrad``, `tx` must take the maximum as PyTorch does
+    (``max_of="raw"``). An average of the parameters restarts from the current ones.
 
     Args:
-      state_dict: of Adam, AdamW (with ``amsgrad`` or not) or SparseAdam. Its arrays may be tensors.
-      params: the parameters, as they are there now.
-      tx: any transformation or optimizer with Adam's moments in its state. Slots take the dtype
-        that it keeps them in.
-      names: what the parameters are called, in the order in which the optimizer got them:
+      state_dict: the state of Adam, AdamW (with or without ``amsgrad``) or SparseAdam, in tensors
+        or arrays.
+      params: the current parameters.
+      tx: any transformation or optimizer whose state has Adam's moments. Slots are cast to the
+        dtypes of that state.
+      names: the names of the parameters in the order of the optimizer,
         ``[name for name, _ in model.named_parameters()]``. None for the ``param_names`` of the
-        groups, or without those for "0", "1", ...
-      rename: from a path of ours to the name there, or to (name, axes) such that
-        ``their_array.transpose(axes)`` is ours. None if the paths are the names. A Flax kernel is
-        ``("fc.weight", (1, 0))`` of a Linear, ``("conv.weight", (2, 3, 1, 0))`` of a Conv2d.
+        groups if present, else for "0", "1", ...
+      rename: maps a path in `params` to the PyTorch name, or to (name, axes), where
+        ``torch_array.transpose(axes)`` has the layout of the parameter. None if each path is the
+        name. For a Flax kernel: ``("fc.weight", (1, 0))`` of a Linear, ``("conv.weight",
+        (2, 3, 1, 0))`` of a Conv2d.
 
     Returns:
       A state like ``tx.init(params)``.
 
     Raises:
       TypeError: an argument is of the wrong type.
-      ValueError: it is no state of Adam; parameters have made different numbers of steps; or a list
-        of all that is missing, left over, of another shape, or not held by the slot's dtype.
+      ValueError: the state is not Adam's; step counts differ between parameters; or slots do not
+        match: lists all that are missing, left over, of another shape, or not representable in
+        the slot's dtype.
 
     >>> import numpy as np, optax
     >>> one = {"step": 7.0, "exp_avg": np.ones((2, 3)), "exp_avg_sq": np.ones((2, 3))}
@@ -60,44 +64,44 @@ def state_from(
     names = _names(names, groups, len(ids))
     unknown = [key for key in states if key not in ids]
     if unknown:
-        raise ValueError(f"state_dict has a state of {unknown}, which are in no parameter group")
-    theirs = {name: _slots_of(name, states.get(i, {})) for name, i in zip(names, ids, strict=True)}
+        raise ValueError(f"state_dict has states for {unknown}, which are in no parameter group")
+    source = {name: _slots_of(name, states.get(i, {})) for name, i in zip(names, ids, strict=True)}
     state = _slots.fresh(tx, params)
     if not states:  # before the first step
         return state
     count = _count({name: states[i] for name, i in zip(names, ids, strict=True) if i in states})
-    brought = _matching.bring(theirs, _slots.slots_of(state), rename, _label)
-    return _filling.fill(state, _slots.Contents(count, brought))
+    slots = _matching.import_slots(source, _slots.slots_of(state), rename, _label)
+    return _filling.fill_state(state, _slots.Contents(count, slots))
 
 
 def state_to(
-    state: Any,
-    params: Any,
+    state: State,
+    params: Params,
     names: Sequence[str] | None = None,
     *,
     rename: _matching.Rename | None = None,
     param_groups: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """The reverse of `state_from`: the `state_dict` with which PyTorch goes on.
+    """Exports a state as a PyTorch `state_dict`; the inverse of `state_from`.
 
     Args:
-      state: an optimizer state with Adam's moments; one that owes steps is first to be flushed.
-      params: the parameters that it belongs to.
-      names: as for `state_from`; None for the ``param_names`` of `param_groups`, or without those
+      state: an optimizer state with Adam's moments and without pending updates (see `flush`).
+      params: the parameters of that state.
+      names: as for `state_from`; None for the ``param_names`` of `param_groups` if present, else
         for "0", "1", ...
-      rename: as for `state_from`; the transposes are undone.
-      param_groups: ``optimizer.state_dict()["param_groups"]`` of the optimizer that is to go on,
-        which PyTorch takes its hyperparameters from. None for one group without any.
+      rename: as for `state_from`; the transposes are inverted.
+      param_groups: ``optimizer.state_dict()["param_groups"]`` of the optimizer that will load the
+        result; PyTorch reads the hyperparameters from it. None for one group without any.
 
     Returns:
-      A dictionary of fresh NumPy arrays, in the dtypes of the slots; the step is a float32 array,
-      or for SparseAdam an int. PyTorch loads it as tensors::
+      A dictionary of new NumPy arrays in the dtypes of the slots. The step is a float32 array, for
+      SparseAdam an int. To load it into PyTorch::
 
           as_tensor = lambda x: torch.from_numpy(x) if isinstance(x, np.ndarray) else x
           optimizer.load_state_dict(jax.tree.map(as_tensor, state_dict))
 
-      It casts slots to the parameter's dtype. Of bfloat16 `from_numpy` knows nothing; float32
-      holds it.
+      PyTorch casts slots to the parameter's dtype. `from_numpy` does not accept bfloat16: cast such
+      arrays to float32, which is exact.
 
     Raises:
       TypeError, ValueError: the names, groups or state do not match.
@@ -109,28 +113,32 @@ def state_to(
     """
     contents = _slots.read(state, params)
     moments = {path: _moments(slots) for path, slots in contents.slots.items()}
-    sent = _matching.send({path: slots for path, slots in moments.items() if slots}, rename)
+    exported = _matching.export_slots(
+        {path: slots for path, slots in moments.items() if slots}, rename
+    )
     if param_groups is None:
-        names = _matching.in_order(sent, names, "the optimizer's parameters")
+        names = _matching.in_order(exported, names, "the optimizer's parameters")
         groups: list[dict[str, Any]] = [{"params": list(range(len(names))), "param_names": names}]
     else:
         groups = [dict(group) for group in _checked_groups(param_groups)]
         ids = _ids(groups)
-        names = _matching.in_order(sent, _names(names, groups, len(ids)), "the parameter groups")
+        names = _matching.in_order(
+            exported, _names(names, groups, len(ids)), "the parameter groups"
+        )
     states = {}
     for name, i, group in zip(names, _ids(groups), _groups_by_id(groups), strict=True):
-        if name in sent:
-            _check_amsgrad(name, sent[name], group)
-            slots = {_LABELS[slot]: array for slot, array in sent[name].items()}
+        if name in exported:
+            _check_amsgrad(name, exported[name], group)
+            slots = {_LABELS[slot]: array for slot, array in exported[name].items()}
             states[i] = {"step": _step(contents.count, group), **slots}
     return {"state": states, "param_groups": groups}
 
 
 def _parts(state_dict: Any) -> tuple[list[Mapping[str, Any]], Mapping[Any, Any]]:
-    """The parameter groups, and the states by parameter."""
+    """(parameter groups, {parameter id: its state})."""
     if hasattr(state_dict, "state_dict"):
         kind = type(state_dict).__name__
-        raise TypeError(f"state_dict must be a mapping, got a {kind}: call its state_dict()")
+        raise TypeError(f"state_dict must be a mapping, got a {kind}: call its state_dict() first")
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a mapping, got {state_dict!r:.80}")
     missing = [key for key in ("state", "param_groups") if key not in state_dict]
@@ -162,7 +170,7 @@ def _groups_by_id(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]
 
 
 def _names(names: Any, groups: Sequence[Mapping[str, Any]], count: int) -> list[str]:
-    """The parameters' names, given or known."""
+    """`names`, or else the names in the groups, or else positions; checked."""
     if names is None and all("param_names" in group for group in groups):
         names = [name for group in groups for name in group["param_names"]]
     if names is None:
@@ -171,7 +179,7 @@ def _names(names: Any, groups: Sequence[Mapping[str, Any]], count: int) -> list[
 
 
 def _slots_of(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """One parameter's slots under our names."""
+    """The slots of one parameter: {mu, nu, nu_max: array}."""
     unknown = [key for key in entry if key != "step" and key not in _SLOTS]
     missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if entry and key not in entry]
     if unknown or missing:
@@ -183,13 +191,13 @@ def _slots_of(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _count(entries: Mapping[str, Mapping[str, Any]]) -> int:
-    """The steps that all parameters have made."""
+    """The number of steps, the same for all parameters."""
     steps = {
         name: _matching.as_count(f"step of {name!r}", x["step"]) for name, x in entries.items()
     }
     if len(set(steps.values())) > 1:
         raise ValueError(
-            f"the parameters have made different numbers of steps, but tx has one count: {steps}"
+            f"the step counts of the parameters differ, but tx has a single count: {steps}"
         )
     return next(iter(steps.values()))
 
@@ -203,7 +211,7 @@ def _moments(slots: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _step(count: int, group: Mapping[str, Any]) -> Any:
-    """SparseAdam, whose groups know no amsgrad, counts in a Python integer."""
+    """The step as PyTorch stores it: an int for SparseAdam, whose groups have no amsgrad."""
     sparse = len(group) > 2 and "amsgrad" not in group
     return count if sparse else np.array(count, np.float32)
 
