@@ -133,7 +133,7 @@ def test_the_methods_of_keras_are_there() -> None:
     assert int(opt.iterations(stepped[1])) == 1
     weights = opt.get_weights(stepped[1])
     assert_bits_equal(opt.set_weights(weights, stepped[0]), stepped[1])
-    with pytest.raises(AttributeError, match="'AdamMultilr' has no 'assign': nothing is written"):
+    with pytest.raises(AttributeError, match="'AdamMultilr' has no 'assign': nothing is mutated"):
         opt.assign  # noqa: B018
 
 

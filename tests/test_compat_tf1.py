@@ -362,7 +362,7 @@ def test_transform_is_the_same_in_an_optax_chain(kind: Any) -> None:
         ([], ValueError, "no variable has a gradient"),
         ([(None, "table")], ValueError, "no variable has a gradient.*'table'"),
         ([(jnp.ones(2), "bias")], ValueError, "'bias' is no parameter.*'dense/bias'"),
-        ([(jnp.ones(2), "dense/bias")] * 2, ValueError, "'dense/bias' comes twice"),
+        ([(jnp.ones(2), "dense/bias")] * 2, ValueError, "'dense/bias' is repeated"),
         ([(jnp.ones(3), "dense/bias")], ValueError, r"'dense/bias' has shape \[3\].*\[2\]"),
     ],
 )
@@ -387,7 +387,7 @@ def test_malformed_losses_and_lists_of_variables_are_refused(kind: Any) -> None:
         opt.minimize(lambda p: jnp.ones(()), params, opt.init(params))
     with pytest.raises(ValueError, match="no variable has a gradient"):
         opt.apply(jax.tree.map(lambda _: None, params), params, opt.init(params))
-    with pytest.raises(ValueError, match="two leaves whose path is 'a/b'"):
+    with pytest.raises(ValueError, match="two leaves with the path 'a/b'"):
         opt.compute_gradients(lambda p: p["a/b"], {"a": {"b": jnp.ones(1)}, "a/b": jnp.ones(1)})
 
 
@@ -399,8 +399,8 @@ def test_malformed_losses_and_lists_of_variables_are_refused(kind: Any) -> None:
         ({"beta1": 1.0}, ValueError, "b1 must be"),
         ({"beta2": -0.1}, ValueError, "b2 must be"),
         ({"epsilon": -1.0}, ValueError, "eps must be"),
-        ({"name": ""}, ValueError, "name must be a string"),
-        ({"name": None}, ValueError, "name must be a string"),
+        ({"name": ""}, ValueError, "name must be a non-empty string"),
+        ({"name": None}, ValueError, "name must be a non-empty string"),
     ],
 )
 def test_bad_arguments_are_refused(kind: Any, arguments: Any, error: Any, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Optimizers of other systems under their own names, in functional form."""
+"""The optimizers of other systems, under their names and in functional form."""
 
 from adam_transforms.compat import capreolus, keras, tf1
 

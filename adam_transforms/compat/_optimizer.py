@@ -1,5 +1,4 @@
-"""What the optimizers of other systems have in common: `init` and `apply`, and gradients that come
-in a list, each with its variable."""
+"""The base class of the optimizers of other systems, and their (gradient, variable) lists."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ import optax
 
 from adam_transforms._core import trees
 from adam_transforms._core.sparse_rows import SparseRows, to_dense
+from adam_transforms._core.types import Params, Path, State, Updates
 from adam_transforms._embeddings.deferred.state import DeferredAdamState
 from adam_transforms._embeddings.value_and_grad import grad
 from adam_transforms._transforms.apply_updates import apply_updates
@@ -21,39 +21,39 @@ ADAM_STATES = (optax.ScaleByAdamState, optax.ScaleByAmsgradState, DeferredAdamSt
 
 
 class Variable(NamedTuple):
-    """A parameter or a slot by its path, as `path_str` writes it."""
+    """A parameter or slot, with its path in the format of `path_str`."""
 
-    path: str
+    path: Path
     value: Any
 
 
 class Optimizer:
-    """The core that every one of them has, on top of `transform`."""
+    """`init`, `apply` and `get_slot` of a `transform`."""
 
-    # What the system calls the slots of an Adam state.
+    # {the system's name of a slot: the field of an Adam state}.
     slot_fields: ClassVar[Mapping[str, str]] = {"m": "mu", "v": "nu"}
 
     def transform(self) -> optax.GradientTransformationExtraArgs:
-        """The transformation underneath, for an Optax chain; it takes row gradients too."""
+        """The optimizer as a transformation, for an Optax chain; accepts row gradients too."""
         raise NotImplementedError
 
-    def init(self, params: Any) -> Any:
+    def init(self, params: Params) -> State:
         """The state before the first step."""
         return self.transform().init(params)
 
-    def apply(self, grads: Any, params: Any, state: Any) -> tuple[Any, Any]:
+    def apply(self, grads: Updates, params: Params, state: State) -> tuple[Params, State]:
         """One step.
 
         Args:
           grads: a tree like `params`; a leaf is an array, a `SparseRows` (duplicates are summed) or
-            None, which leaves the parameter and its slots as they are.
-          params, state: as they are now.
+            None, which leaves the parameter and its slots unchanged.
+          params, state: the current parameters and state.
 
         Returns:
-          (params, state) as they are then.
+          The new (params, state).
 
         Raises:
-          ValueError: no leaf has a gradient, or a structure or shape differs.
+          ValueError: every gradient is None, or a structure or shape differs.
         """
         leaves, _ = trees.flatten_with_paths(grads)
         if all(g is None for _, g in leaves):
@@ -61,8 +61,8 @@ class Optimizer:
         updates, state = self.transform().update(grads, state, params)
         return apply_updates(params, updates), state
 
-    def get_slot(self, state: Any, var: Any, name: str) -> Any:
-        """The slot called `name` of a variable; None if it has none.
+    def get_slot(self, state: State, var: Any, name: str) -> Any:
+        """The slot `name` of a variable; None if there is none.
 
         Args:
           state: the optimizer's state.
@@ -78,35 +78,35 @@ class Optimizer:
         return None
 
     def get_slot_names(self) -> list[str]:
-        """What `get_slot` can be asked for."""
+        """The names that `get_slot` accepts."""
         return sorted(self.slot_fields)
 
 
-def present(value: Any) -> Any:
-    """What a callable without arguments gives now; any other value, a schedule too, as it is."""
+def current_value(value: Any) -> Any:
+    """``value()`` if it is callable without arguments; else `value`, schedules included."""
     if not callable(value):
         return value
     try:
         inspect.signature(value).bind()
     except TypeError:
         return value
-    except ValueError:  # a builtin that does not tell
+    except ValueError:  # a builtin without a signature
         return value
     return value()
 
 
-def densely(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`inner`, to which a row gradient is the array that it stands for."""
+def densify(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`inner`, with row gradients converted to dense arrays."""
     inner = optax.with_extra_args_support(inner)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any):
+    def update(updates: Updates, state: State, params: Params = None, **extra_args: Any):
         return inner.update(to_dense(updates), state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def path_of(var: Any) -> str:
-    """The path of a variable given as a pair, or by it."""
+def path_of(var: Any) -> Path:
+    """The path of a variable, given as a (path, value) pair or as the path itself."""
     path = (
         var[0] if isinstance(var, Sequence) and not isinstance(var, str) and len(var) == 2 else var
     )
@@ -115,22 +115,22 @@ def path_of(var: Any) -> str:
     return path
 
 
-def variables_of(params: Any) -> list[Variable]:
+def variables_of(params: Params) -> list[Variable]:
     """The leaves of `params` in their order."""
     variables = [Variable(path, leaf) for path, leaf in trees.flatten_with_paths(params)[0]]
     paths = [variable.path for variable in variables]
     if len(set(paths)) < len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
-        raise ValueError(f"params hold two leaves whose path is {twice!r}")
+        repeated = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"params have two leaves with the path {repeated!r}")
     return variables
 
 
-def selected(params: Any, var_list: Iterable[Any] | None) -> list[Variable]:
-    """The variables of `params` that `var_list` (variables, pairs, paths) names; all for None.
+def selected(params: Params, var_list: Iterable[Any] | None) -> list[Variable]:
+    """The variables of `params` listed in `var_list` (variables, pairs or paths); all for None.
 
     Raises:
-      TypeError: an entry is something else.
-      ValueError: there is no such variable, or none at all.
+      TypeError: an entry is no variable, pair or path.
+      ValueError: a variable is unknown, or there are none.
     """
     variables = {variable.path: variable for variable in variables_of(params)}
     if var_list is None:
@@ -139,32 +139,34 @@ def selected(params: Any, var_list: Iterable[Any] | None) -> list[Variable]:
         paths = [path_of(var) for var in var_list]
         unknown = [path for path in paths if path not in variables]
         if unknown:
-            raise ValueError(f"{unknown[0]!r} is no parameter; these are: {list(variables)}")
+            raise ValueError(
+                f"{unknown[0]!r} is no parameter; the parameters are {list(variables)}"
+            )
     if not paths:
-        raise ValueError("there are no variables to take gradients of")
+        raise ValueError("there are no variables to differentiate")
     return [variables[path] for path in paths]
 
 
 def compute_gradients(
-    loss: Callable[[Any], Any],
-    params: Any,
+    loss: Callable[[Params], Any],
+    params: Params,
     var_list: Iterable[Any] | None = None,
     *,
     grad_loss: Any = None,
     rows_from: Any = None,
 ) -> list[tuple[Any, Variable]]:
-    """The gradient of a function of the parameters in each variable.
+    """The gradient of `loss` with respect to each variable.
 
     Args:
-      loss: takes `params`; what it returns is summed if it is no scalar.
+      loss: a function of `params`; a non-scalar result is summed.
       params: a tree of arrays.
       var_list: as for `selected`.
-      grad_loss: an array like the loss, the gradient of whatever it goes into.
+      grad_loss: the incoming gradient, with the shape of the loss; None for ones.
       rows_from: as for `value_and_grad`.
 
     Returns:
-      [(gradient, variable), ...]. A gradient is an array, a `SparseRows` where the variable is only
-      read by row, and None where the loss does not depend on it.
+      [(gradient, variable), ...]. A gradient is an array; a `SparseRows` if `loss` only reads rows
+      of the variable; None if `loss` does not depend on it.
     """
     if not callable(loss):
         raise RuntimeError(f"loss must be a function of the parameters, got {loss!r}")
@@ -193,12 +195,12 @@ def compute_gradients(
     ]
 
 
-def gradients_tree(grads_and_vars: Iterable[Any], params: Any) -> Any:
-    """From a list of (gradient, variable) pairs to a tree like `params`.
+def gradients_tree(grads_and_vars: Iterable[Any], params: Params) -> Updates:
+    """The gradients of (gradient, variable) pairs as a tree like `params`.
 
     Raises:
       TypeError: a pair is malformed.
-      ValueError: there is no pair, no gradient, no such variable, or a variable comes twice.
+      ValueError: there is no gradient, or a variable is unknown or repeated.
     """
     known = [variable.path for variable in variables_of(params)]
     grads: dict[str, Any] = {}
@@ -213,9 +215,9 @@ def gradients_tree(grads_and_vars: Iterable[Any], params: Any) -> Any:
             raise TypeError(f"expected a (gradient, variable) pair, got {pair!r}")
         g, path = pair[0], path_of(pair[1])
         if path not in known:
-            raise ValueError(f"{path!r} is no parameter; these are: {known}")
+            raise ValueError(f"{path!r} is no parameter; the parameters are {known}")
         if path in grads:
-            raise ValueError(f"{path!r} comes twice in grads_and_vars")
+            raise ValueError(f"{path!r} is repeated in grads_and_vars")
         grads[path] = g if g is None or isinstance(g, SparseRows) else trees.as_gradient(path, g)
     if all(g is None for g in grads.values()):
         raise _no_gradients(list(grads))
@@ -223,7 +225,7 @@ def gradients_tree(grads_and_vars: Iterable[Any], params: Any) -> Any:
     return treedef.unflatten([grads.get(path) for path in known])
 
 
-def _no_gradients(paths: list[str]) -> ValueError:
+def _no_gradients(paths: list[Path]) -> ValueError:
     return ValueError(f"no variable has a gradient: {paths}")
 
 

@@ -1,4 +1,4 @@
-"""capreolus's AdamMultilr: r2.0's Keras Adam with learning rates by the names of variables."""
+"""capreolus's AdamMultilr: Keras r2.0's Adam with learning rates by variable name."""
 
 import dataclasses
 import re
@@ -9,9 +9,10 @@ import optax
 
 from adam_transforms._core import arguments
 from adam_transforms._core.patterns import Rules, compile_patterns
+from adam_transforms._core.types import State
 from adam_transforms._transforms import learning_rates
 from adam_transforms.compat import keras
-from adam_transforms.compat._optimizer import present
+from adam_transforms.compat._optimizer import current_value
 from adam_transforms.compat.keras import _adam_config, _config
 from adam_transforms.compat.keras._surface import KerasOptimizer
 
@@ -25,18 +26,18 @@ class AdamMultilr(KerasOptimizer):
                  \frac{m_t}{\sqrt{v_t} + \hat\epsilon}
 
     Args:
-      learning_rate: the rate of variables that no group matches; as for `keras.Adam`.
-      beta_1, beta_2, epsilon, amsgrad: as for `keras.Adam`; an epsilon of 0 is 1e-7.
-      name: what it is called.
-      pattern_lrs: groups ``{"patterns": [...], "lr": ...}``. The first group any of whose regular
-        expressions is found in the variable's path, with TensorFlow's ":0" after it, gives the
-        rate: whatever `learning_rate` may be. A group that no variable falls into is no mistake.
-      clipnorm, clipvalue: limits of the gradient, as for `keras.Adam`; if both are given, value
-        first.
+      learning_rate: the rate of variables that match no group; as for `keras.Adam`.
+      beta_1, beta_2, epsilon, amsgrad: as for `keras.Adam`; an epsilon of 0 is replaced by 1e-7.
+      name: the name of the optimizer.
+      pattern_lrs: groups ``{"patterns": [...], "lr": ...}``, where lr has the same types as
+        `learning_rate`. The rate of a variable is that of the first group with a regular expression
+        that is found in its path followed by TensorFlow's ":0". A group may match no variable.
+      clipnorm, clipvalue: gradient limits as for `keras.Adam`; if both are given, values are
+        clipped first.
 
-    A row gradient stands for the dense array, as in r2.0: all rows decay and move. It differs from
-    the original in two defects of that: there, sparse updates are not bias-corrected, and None for
-    `pattern_lrs` fails.
+    A row gradient is treated as the dense array, as in r2.0: all rows decay and are updated. Two
+    defects of the original are corrected: its sparse updates have no bias correction, and it
+    rejects None for `pattern_lrs`.
 
     Raises:
       ValueError, TypeError: an argument is out of range or of the wrong type.
@@ -65,33 +66,35 @@ class AdamMultilr(KerasOptimizer):
     clipvalue: float | None = None
 
     def __post_init__(self) -> None:
-        self.adam  # noqa: B018 - checks all but the groups
+        self.adam  # noqa: B018 - checks all arguments but pattern_lrs
         _groups(self.pattern_lrs)
 
     @property
     def adam(self) -> keras.Adam:
-        """The optimizer without groups: one rate for all."""
+        """The optimizer without groups: a single learning rate."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del fields["pattern_lrs"]
         return keras.Adam(**fields, legacy=True)
 
     def transform(self) -> optax.GradientTransformationExtraArgs:
-        """The transformation underneath, for an Optax chain; it takes row gradients too."""
+        """The optimizer as a transformation, for an Optax chain; accepts row gradients too."""
         groups = _groups(self.pattern_lrs)
         rules = Rules(tuple(compiled for compiled, _ in groups))
-        rates = [present(rate) for rate in (*(rate for _, rate in groups), self.learning_rate)]
-        # The rates of the groups bring the sign.
+        rates = [
+            current_value(rate) for rate in (*(rate for _, rate in groups), self.learning_rate)
+        ]
+        # The direction without the minus sign, which scale_by_chosen_rate adds.
         direction = dataclasses.replace(self.adam, learning_rate=-1.0).transform()
         scale = learning_rates.scale_by_chosen_rate(lambda path: rules.index(f"{path}:0"), rates)
         return optax.chain(direction, scale)
 
-    def scaled_loss(self, loss: Any, state: Any) -> Any:
-        """The loss to differentiate."""
+    def scaled_loss(self, loss: Any, state: State) -> Any:
+        """The loss to differentiate: `loss` itself."""
         del state
         return loss
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments in what JSON has.
+        """The arguments as JSON values.
 
         >>> opt = AdamMultilr(pattern_lrs=[{"patterns": ["bert"], "lr": 0.01}])
         >>> AdamMultilr.from_config(opt.get_config()).pattern_lrs
@@ -104,7 +107,7 @@ class AdamMultilr(KerasOptimizer):
         groups = [
             {
                 "patterns": [pattern.pattern for pattern in compiled],
-                # As Adam writes a learning rate.
+                # The format of the learning rate in Adam's config.
                 "lr": keras.Adam(rate).get_config()["learning_rate"],
             }
             for compiled, rate in _groups(self.pattern_lrs)
@@ -115,7 +118,7 @@ class AdamMultilr(KerasOptimizer):
     def from_config(
         cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None
     ) -> "AdamMultilr":
-        """The optimizer of a config that `get_config` gave; see `keras.Adam.from_config`."""
+        """The optimizer of a config from `get_config`; see `keras.Adam.from_config`."""
 
         def rate(value: Any) -> Any:
             known = {"learning_rate": value}

@@ -1,11 +1,11 @@
 """TensorFlow 1's Adam optimizers: `tf.train.AdamOptimizer` and `tf.contrib.opt.LazyAdamOptimizer`.
 
-Their arguments, defaults, methods and trajectories; but nothing is mutated: parameters and state go
-in and come out of every call.
+Arguments, defaults, methods and trajectories are those of TensorFlow, but nothing is mutated: each
+call takes parameters and state and returns new ones.
 
 | TensorFlow | here |
 |---|---|
-| `AdamOptimizer(...)`, `LazyAdamOptimizer(...)` | the same arguments; `use_locking` is ignored |
+| `AdamOptimizer(...)`, `LazyAdamOptimizer(...)` | the same; `use_locking` is ignored |
 | `opt.minimize(loss)` | `params, state = opt.minimize(loss, params, state)` |
 | `opt.compute_gradients(loss, var_list)` | `opt.compute_gradients(loss, params)` |
 | `opt.apply_gradients(grads_and_vars, global_step)` | `opt.apply_gradients(pairs, params, state)` |
@@ -14,10 +14,10 @@ in and come out of every call.
 | `opt.variables()` | `opt.variables(state)` |
 | running the initializer | `state = opt.init(params)` |
 | `IndexedSlices` | `SparseRows` |
-| a `global_step` variable | `global_step=step`; the new one comes back as a third result |
+| a `global_step` variable | `global_step=step`; the third result is the new one |
 
-`loss` is a function of the parameters. A variable is a (path, value) pair; where one is expected,
-its path alone will do. `gate_gradients`, `aggregation_method` and `colocate_gradients_with_ops` are
+`loss` is a function of the parameters. A variable is a (path, value) pair; arguments also accept
+its path alone. `gate_gradients`, `aggregation_method` and `colocate_gradients_with_ops` are
 accepted and ignored, as TensorFlow does in eager mode.
 """
 
@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_transforms._core import dtypes, trees
+from adam_transforms._core.types import Params, State, Updates
 from adam_transforms._embeddings.deferred import sync
 from adam_transforms._embeddings.deferred.adam import deferred_adam
 from adam_transforms._embeddings.lazy import lazy
@@ -43,12 +44,12 @@ from adam_transforms._transforms.adam import (
     update_leaves,
 )
 from adam_transforms.compat import _optimizer
-from adam_transforms.compat._optimizer import Variable, present
+from adam_transforms.compat._optimizer import Variable, current_value
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Adam(_optimizer.Optimizer):
-    """What the two optimizers share."""
+    """The base class of the two optimizers."""
 
     learning_rate: Any = 0.001
     beta1: Any = 0.9
@@ -63,40 +64,40 @@ class _Adam(_optimizer.Optimizer):
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
-            raise ValueError(f"name must be a string, and not empty, got {self.name!r}")
+            raise ValueError(f"name must be a non-empty string, got {self.name!r}")
         self.transform()  # checks the other arguments
 
     def compute_gradients(
         self,
-        loss: Callable[[Any], Any],
+        loss: Callable[[Params], Any],
         var_list: Any = None,
         *,
         grad_loss: Any = None,
-        params: Any = None,
-        state: Any = None,
+        params: Params = None,
+        state: State = None,
         gate_gradients: Any = GATE_OP,
         aggregation_method: Any = None,
         colocate_gradients_with_ops: bool = False,
     ) -> list[tuple[Any, Variable]]:
-        """The gradient of `loss` in each variable.
+        """The gradient of `loss` with respect to each variable.
 
         Args:
-          loss: a function of the parameters; what it returns is summed if it is no scalar.
-          var_list: the parameters, a tree of arrays; or, with `params`, those of them to take
-            gradients of: a list of variables or paths.
-          grad_loss: an array like the loss, the gradient of whatever it goes into.
-          params: the parameters, if `var_list` is a list of some of them.
-          state: the optimizer's state, needed only with `deferred`.
+          loss: a function of the parameters; a non-scalar result is summed.
+          var_list: the parameters, a tree of arrays; or, with `params`, the list of variables or
+            paths to differentiate.
+          grad_loss: the incoming gradient, with the shape of the loss; None for ones.
+          params: the parameters, if `var_list` is a list.
+          state: the optimizer state; required with `deferred`, else ignored.
           gate_gradients, aggregation_method, colocate_gradients_with_ops: ignored.
 
         Returns:
-          [(gradient, variable), ...]. A gradient is an array, a `SparseRows` where the variable is
-          only read by row, and None where the loss does not depend on it.
+          [(gradient, variable), ...]. A gradient is an array; a `SparseRows` if `loss` only reads
+          rows of the variable; None if `loss` does not depend on it.
 
         Raises:
           RuntimeError: `loss` is no function.
           TypeError: an entry of `var_list` is no variable.
-          ValueError: there are no variables; `grad_loss` is shaped unlike the loss.
+          ValueError: there are no variables; or `grad_loss` and the loss differ in shape.
 
         >>> import jax.numpy as jnp
         >>> params = {"w": jnp.ones(2), "table": jnp.ones((5, 1)), "unused": jnp.ones(3)}
@@ -118,26 +119,26 @@ class _Adam(_optimizer.Optimizer):
     def apply_gradients(
         self,
         grads_and_vars: Iterable[Any],
-        params: Any,
-        state: Any,
+        params: Params,
+        state: State,
         global_step: Any = None,
         name: str | None = None,
     ) -> Any:
         """One step with a list of gradients.
 
         Args:
-          grads_and_vars: (gradient, variable) pairs as `compute_gradients` gives them. A variable
-            whose gradient is None, or that is not among them, stays as it is.
-          params, state: as they are now.
-          global_step: a count of steps to be incremented.
+          grads_and_vars: (gradient, variable) pairs from `compute_gradients`. A variable without a
+            pair, or with the gradient None, is unchanged.
+          params, state: the current parameters and state.
+          global_step: the step count to increment, or None.
           name: ignored.
 
         Returns:
-          (params, state), or (params, state, global_step + 1) if there is a `global_step`.
+          (params, state), or with `global_step` (params, state, global_step + 1).
 
         Raises:
           TypeError: `grads_and_vars` is malformed.
-          ValueError: no variable has a gradient; a variable is unknown or comes twice.
+          ValueError: no variable has a gradient, or a variable is unknown or repeated.
         """
         del name
         grads = _optimizer.gradients_tree(grads_and_vars, params)
@@ -146,9 +147,9 @@ class _Adam(_optimizer.Optimizer):
 
     def minimize(
         self,
-        loss: Callable[[Any], Any],
-        params: Any,
-        state: Any,
+        loss: Callable[[Params], Any],
+        params: Params,
+        state: State,
         global_step: Any = None,
         var_list: Iterable[Any] | None = None,
         *,
@@ -158,17 +159,18 @@ class _Adam(_optimizer.Optimizer):
         colocate_gradients_with_ops: bool = False,
         name: str | None = None,
     ) -> Any:
-        """`compute_gradients`, then `apply_gradients`: one step that makes `loss` smaller.
+        """One step that minimizes `loss`: `compute_gradients`, then `apply_gradients`.
 
         Args:
-          var_list: the variables (or paths) to move; None for all.
-          loss, params, state, global_step, grad_loss: as for these two; the others are ignored.
+          var_list: the variables or paths to update; None for all.
+          loss, params, state, global_step, grad_loss: as for these methods; other arguments are
+            ignored.
 
         Returns:
-          As `apply_gradients`.
+          The result of `apply_gradients`.
 
         Raises:
-          RuntimeError, TypeError, ValueError: as these two.
+          RuntimeError, TypeError, ValueError: the errors of both methods.
 
         >>> import jax.numpy as jnp
         >>> opt = AdamOptimizer(learning_rate=0.1)
@@ -184,15 +186,15 @@ class _Adam(_optimizer.Optimizer):
         return self.apply_gradients(pairs, params, state, global_step, name)
 
     def get_name(self) -> str:
-        """The name it was made with."""
+        """The name of the optimizer."""
         return self.name
 
-    def variables(self, state: Any) -> list[Variable]:
-        """All that `state` holds, as TensorFlow names and orders it.
+    def variables(self, state: State) -> list[Variable]:
+        """The variables in `state`, with TensorFlow's names and in its order.
 
         Returns:
-          `beta1_power` and `beta2_power` (the powers that the next step will use), and for each
-          variable ``<path>/<name>`` (m) and ``<path>/<name>_1`` (v), sorted by name.
+          `beta1_power` and `beta2_power` (the powers of the next step), and for each variable
+          ``<path>/<name>`` (m) and ``<path>/<name>_1`` (v), sorted by name.
         """
         found = [Variable(f"beta{i}_power", x) for i, x in enumerate(self._powers(state), start=1)]
         for state_of_adam in trees.find_states(state, _optimizer.ADAM_STATES):
@@ -204,52 +206,53 @@ class _Adam(_optimizer.Optimizer):
         return sorted(found, key=lambda variable: variable.path)
 
     def _adam(self) -> optax.GradientTransformationExtraArgs:
-        """The dense rule."""
-        rate, eps = present(self.learning_rate), present(self.epsilon)
-        b1, b2 = present(self.beta1), present(self.beta2)
+        """The transformation of dense gradients."""
+        rate, eps = current_value(self.learning_rate), current_value(self.epsilon)
+        b1, b2 = current_value(self.beta1), current_value(self.beta2)
         if not (callable(self.beta1) or callable(self.beta2)):
             return adam(rate, b1, b2, eps, eps_hat=True)
         return optax.chain(_scale_by_powers(b1, b2, eps), optax.scale_by_learning_rate(rate))
 
-    def _powers(self, state: Any) -> list[jax.Array]:
+    def _powers(self, state: State) -> list[jax.Array]:
+        """The powers of beta1 and beta2 at the next step."""
         scheduled = trees.find_states(state, ScheduledDecayState)
         if scheduled:
             return [1.0 - correction for correction in scheduled[0].corrections]
         (found,) = trees.find_states(state, _optimizer.ADAM_STATES)
         return [
-            1.0 - numerics.bias_correction(present(b), found.count + 1)
+            1.0 - numerics.bias_correction(current_value(b), found.count + 1)
             for b in (self.beta1, self.beta2)
         ]
 
-    def _rows_from(self, state: Any) -> Any:
-        """What tells how to read tables that lag behind; None if none do."""
+    def _rows_from(self, state: State) -> State | None:
+        """The state with the pending updates of deferred tables; None if no table is deferred."""
         return None
 
 
 def _scale_by_powers(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformationExtraArgs:
-    """Adam whose present betas are `b1` and `b2`, corrected by the product of the past ones.
+    """Adam with the current betas `b1` and `b2`, bias-corrected by TensorFlow's powers.
 
-    TensorFlow keeps the powers of the betas as variables, which start at the betas and are
-    multiplied at the end of a step: at a step the power has the first betas twice and the present
-    ones not yet.
+    TensorFlow stores the powers of the betas as variables. They start at the first betas, and each
+    step multiplies them by the current betas after using them: at step t the power contains the
+    first beta twice and the current one not yet.
     """
     hp = Hyperparameters(b1, b2, eps, 0.0, None, None, eps_hat=True).checked()
     scale = scale_by_adam(b1, b2, eps, eps_hat=True)
 
-    def init(params: Any) -> Any:
+    def init(params: Params) -> State:
         dtype = dtypes.scalar_dtype()
         first = [jnp.asarray(1.0 - dtypes.as_scalar(b), dtype) for b in (hp.b1, hp.b2)]
         return ScheduledDecayState((first[0], first[1]), scale.init(params))
 
-    def update(updates: Any, state: Any, params: Any = None, **_: Any):
+    def update(updates: Updates, state: State, params: Params = None, **_: Any):
         inner = state.inner_state
         c = coefficients_of(hp, inner.count, hp.b1, hp.b2, list(state.corrections))
         updates, inner = update_leaves(hp, c, updates, inner, params)
-        moved = [
+        corrections = [
             numerics.moving_average(correction, 1.0, b)
             for correction, b in zip(state.corrections, (hp.b1, hp.b2), strict=True)
         ]
-        return updates, ScheduledDecayState((moved[0], moved[1]), inner)
+        return updates, ScheduledDecayState((corrections[0], corrections[1]), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -262,20 +265,21 @@ class AdamOptimizer(_Adam):
       \theta_t = \theta_{t-1} - \eta \frac{\sqrt{1-\beta_2^t}}{1-\beta_1^t}\,
                  \frac{m_t}{\sqrt{v_t} + \hat\epsilon}
 
-    A row gradient means what it means there, the dense array with its duplicates summed: all rows
-    of m and v decay, and all rows of the table move.
+    A row gradient is the dense array with duplicates summed, as in TensorFlow: all rows of m and v
+    decay, and all rows of the table are updated.
 
     Args:
       learning_rate: a number, a scalar array, a schedule ``count -> value``, or a callable without
-        arguments that gives the present value (under `jax.jit` it is called when a step is traced).
-      beta1, beta2, epsilon: numbers, scalar arrays or callables without arguments. The powers of
-        betas that change are kept as TensorFlow keeps them.
+        arguments that returns the current value (under `jax.jit`, it is called at each trace).
+      beta1, beta2, epsilon: numbers, scalar arrays or callables without arguments. The state has
+        TensorFlow's powers of changing betas.
       use_locking: ignored.
-      name: what slots are called in `variables`.
-      deferred: whether tables, all parameters of two or more dimensions, are updated by
-        `deferred_adam`: the same trajectory at the cost of the rows touched. `minimize` reads them
-        right, and so does `compute_gradients` if it is given the `state`; before other code does,
-        call `flush`. Or patterns or a predicate that selects the tables, as for `deferred_adam`.
+      name: the name of the slots in `variables`.
+      deferred: whether `deferred_adam` updates the tables, which are all parameters of two or more
+        dimensions: the same trajectory at the cost of the rows in the gradient. Or patterns or a
+        predicate that selects the tables, as for `deferred_adam`. `minimize` reads current rows,
+        and so does `compute_gradients` with the `state`. Call `flush` before other code reads a
+        table.
 
     Raises:
       ValueError, TypeError: an argument is out of range, or of the wrong type.
@@ -296,25 +300,27 @@ class AdamOptimizer(_Adam):
     deferred: Any = False
 
     def transform(self) -> optax.GradientTransformationExtraArgs:
-        """The transformation underneath, for an Optax chain; it takes row gradients too."""
+        """The optimizer as a transformation, for an Optax chain; accepts row gradients too."""
         if self.deferred is False:
-            return _optimizer.densely(self._adam())
+            return _optimizer.densify(self._adam())
         for name in ("beta1", "beta2", "epsilon"):
             if callable(getattr(self, name)):
                 raise TypeError(f"with deferred, {name} must be a number, got a callable")
         return deferred_adam(
-            present(self.learning_rate),
+            current_value(self.learning_rate),
             *(self.beta1, self.beta2, self.epsilon),
             tables=_is_table if self.deferred is True else self.deferred,
             eps_hat=True,
         )
 
-    def flush(self, params: Any, state: Any) -> tuple[Any, Any]:
-        """Every row as TensorFlow has it: needed before anything but a step reads tables that are
-        deferred; without `deferred` nothing is owed, and nothing changes."""
+    def flush(self, params: Params, state: State) -> tuple[Params, State]:
+        """Applies all pending updates, so that every row has TensorFlow's value.
+
+        Required before other code reads a deferred table. Without `deferred`, changes nothing.
+        """
         return (params, state) if self.deferred is False else sync.flush(params, state)
 
-    def _rows_from(self, state: Any) -> Any:
+    def _rows_from(self, state: State) -> State | None:
         if self.deferred is False:
             return None
         if state is None:
@@ -328,10 +334,10 @@ def _is_table(path: str, leaf: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyAdamOptimizer(_Adam):
-    """`tf.contrib.opt.LazyAdamOptimizer`: of a table with a row gradient only the rows touched.
+    """`tf.contrib.opt.LazyAdamOptimizer`: a row gradient updates only its own rows.
 
     Moments and parameters of the other rows stay bit-identical; the bias correction counts all
-    steps. Dense gradients are treated as `AdamOptimizer` treats them, whose arguments these are.
+    steps. Arguments and the update of dense gradients are those of `AdamOptimizer`.
 
     References:
       https://github.com/tensorflow/tensorflow/blob/r1.15/tensorflow/contrib/opt/python/training/lazy_adam_optimizer.py
@@ -347,5 +353,5 @@ class LazyAdamOptimizer(_Adam):
     """
 
     def transform(self) -> optax.GradientTransformationExtraArgs:
-        """The transformation underneath, for an Optax chain; it takes row gradients too."""
+        """The optimizer as a transformation, for an Optax chain; accepts row gradients too."""
         return lazy(self._adam())

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import optax
 
 from adam_transforms._core import arguments, dtypes, trees
+from adam_transforms._core.types import Params, Path, State
 from adam_transforms._optimizers import adam
 from adam_transforms._transforms import accumulation, clipping, loss_scaling
 from adam_transforms._transforms.ema import track_params_ema
 from adam_transforms.compat import _optimizer
-from adam_transforms.compat._optimizer import present
+from adam_transforms.compat._optimizer import current_value
 from adam_transforms.compat.keras import _absent, _adam_config, _config, _options
 from adam_transforms.compat.keras._surface import KerasOptimizer
 
@@ -27,35 +28,37 @@ class Adam(KerasOptimizer):
       p_t = p_{t-1} - \eta_t \lambda\, p_{t-1}
             - \eta_t \frac{\sqrt{1-\beta_2^t}}{1-\beta_1^t}\, \frac{m_t}{\sqrt{v_t} + \epsilon}
 
-    A call of `apply` divides the gradients by `loss_scale_factor`; accumulates them; on each
-    `gradient_accumulation_steps`-th call clips their mean, decays and moves the parameters; and on
-    every call moves the average. A schedule is read at the calls so far, not at the updates.
+    Each call of `apply` divides the gradients by `loss_scale_factor`, accumulates them and updates
+    the average. Each `gradient_accumulation_steps`-th call also clips their mean, and decays and
+    updates the parameters. The argument of a schedule is the number of calls, not of updates.
 
     Args:
-      learning_rate: a number, a scalar array, one of `schedules` or any other ``step -> rate``, or
-        a function without arguments.
+      learning_rate: a number, a scalar array, one of `schedules`, another schedule
+        ``step -> rate``, or a function without arguments.
       beta_1, beta_2: decay rates in [0, 1), or functions without arguments.
-      epsilon: the paper's epsilon hat, or a function without arguments.
-      amsgrad: divide by the largest v so far.
+      epsilon: the paper's epsilon hat, or a function without arguments that returns it.
+      amsgrad: use the maximum of all v so far.
       weight_decay: lambda, decoupled; see `exclude_from_weight_decay`.
-      clipnorm, clipvalue, global_clipnorm: one of them at most; 0 is None.
-      use_ema, ema_momentum, ema_overwrite_frequency: average the parameters, with a momentum in
-        [0, 1], and put the average in their place on every so many iterations, or never for None.
-      loss_scale_factor: what `scale_loss` multiplies the loss by.
+      clipnorm, clipvalue, global_clipnorm: at most one of them; 0 is the same as None.
+      use_ema, ema_momentum, ema_overwrite_frequency: whether to average the parameters, the
+        momentum in [0, 1], and the number of iterations after which the average overwrites the
+        parameters (None for never).
+      loss_scale_factor: the factor of `scale_loss`.
       gradient_accumulation_steps: >= 2, or None.
       name: the first part of the variables' names.
-      legacy: be r2.0's Adam: `decay`; clipping by value, then by one of the norms, together; an
-        epsilon of 0 is 1e-7; and none of the arguments from weight_decay on but the clips and
+      legacy: r2.0's Adam. It has `decay`, clips by value and then by one of the norms, replaces an
+        epsilon of 0 by 1e-7, and of the arguments from weight_decay on has only the clips and
         `name`.
-      decay: legacy; the learning rate is divided by 1 + decay * iterations.
-      excluded_from_weight_decay: patterns that `exclude_from_weight_decay` sets.
+      decay: legacy only; divides the learning rate by 1 + decay * iterations.
+      excluded_from_weight_decay: patterns, set by `exclude_from_weight_decay`.
 
-    Functions without arguments are called once a step; under `jax.jit` when it is traced, so that
-    what they give then is what all later steps have. Betas are bias-corrected by ``1 - beta**t`` at
-    their present value.
+    Functions without arguments are called once per step, under `jax.jit` once per trace: all steps
+    of one compiled function use the same value. The bias correction is ``1 - beta**t`` with the
+    current beta.
 
     Raises:
-      ValueError, TypeError: an argument is out of range or of the wrong type, or excludes another.
+      ValueError, TypeError: an argument is out of range, of the wrong type, or conflicts with
+        another.
 
     >>> import jax.numpy as jnp
     >>> opt = Adam(learning_rate=0.1, weight_decay=0.01)
@@ -91,26 +94,26 @@ class Adam(KerasOptimizer):
 
     @property
     def overwrites(self) -> bool:
-        """Whether parameters are overwritten by their averages in training."""
+        """Whether training overwrites parameters by their averages."""
         return self.use_ema and self.ema_overwrite_frequency is not None
 
     # The transformation.
 
     def transform(self) -> optax.GradientTransformationExtraArgs:
-        """The transformation underneath, for an Optax chain; it takes row gradients too."""
-        return _optimizer.densely(self.dense_transform())
+        """The optimizer as a transformation, for an Optax chain; accepts row gradients too."""
+        return _optimizer.densify(self.dense_transform())
 
     def dense_transform(self) -> optax.GradientTransformationExtraArgs:
         """The transformation of dense gradients.
 
-        Where None gradients are to be overwritten by averages, it takes their paths as the extra
-        argument `without_gradient` too.
+        If `overwrites`, it accepts the extra argument `without_gradient`: paths whose gradient is
+        treated as None.
         """
         every = self.gradient_accumulation_steps
-        b1, b2, epsilon = (self._present(field) for field in ("beta_1", "beta_2", "epsilon"))
+        b1, b2, epsilon = (self._current(field) for field in ("beta_1", "beta_2", "epsilon"))
         mask = None
         if self.weight_decay is not None and self.excluded_from_weight_decay:
-            mask = self._decays
+            mask = self._decay_mask
         clips = [
             clip(limit)
             for clip, limit in (
@@ -137,26 +140,26 @@ class Adam(KerasOptimizer):
             tx = accumulation.accumulate(tx, every)
         if self.loss_scale_factor is not None:
             tx = loss_scaling.static_loss_scale(tx, self.loss_scale_factor)
-        return self._averaged(tx) if self.use_ema else tx
+        return self._with_average(tx) if self.use_ema else tx
 
-    def _averaged(self, tx: Any) -> optax.GradientTransformationExtraArgs:
-        """`tx`, and the average of the parameters after every call."""
+    def _with_average(self, tx: Any) -> optax.GradientTransformationExtraArgs:
+        """`tx`, followed by an average of the parameters at every call."""
         every, frequency = self.gradient_accumulation_steps or 1, self.ema_overwrite_frequency
 
         def momentum_at(calls: Any) -> jax.Array:
-            # There is none while Keras's iterations, calls // every, are 0.
+            # Zero while Keras's iterations, calls // every, are 0: the average is a copy.
             return jnp.where(calls < every, 0.0, self.ema_momentum)
 
-        # Without accumulation that is the first call alone, after which the average is a copy.
+        # Without accumulation this concerns the first call only, which copies at any momentum.
         momentum = self.ema_momentum if every == 1 else momentum_at
         if frequency is None:
             return optax.chain(tx, track_params_ema(momentum, None))
         averaging = track_params_ema(momentum, lambda calls: (calls // every + 1) % frequency == 0)
-        return _absent.by_name(optax.chain(tx, _absent.zero_updates(), averaging))
+        return _absent.accept_absent_paths(optax.chain(tx, _absent.zero_updates(), averaging))
 
-    def _present(self, field: str) -> Any:
-        """What a number, or a function without arguments, is now."""
-        value = present(getattr(self, field))
+    def _current(self, field: str) -> Any:
+        """The current value of a number or a function without arguments, checked."""
+        value = current_value(getattr(self, field))
         if callable(value):
             raise TypeError(
                 f"{field} must be a number or a function without arguments, got {value!r}"
@@ -164,8 +167,8 @@ class Adam(KerasOptimizer):
         limits = {"at_least": 0.0} if field == "epsilon" else {"at_least": 0.0, "below": 1.0}
         return arguments.scalar(field, value, **limits)
 
-    def _decays(self, params: Any) -> Any:
-        """True for each parameter that is not excluded from weight decay."""
+    def _decay_mask(self, params: Params) -> Any:
+        """A tree like `params`: whether each parameter has weight decay."""
         patterns = [re.compile(pattern) for pattern in self.excluded_from_weight_decay]
         leaves, treedef = trees.flatten_with_paths(params)
         return treedef.unflatten(
@@ -173,9 +176,9 @@ class Adam(KerasOptimizer):
         )
 
     def learning_rate_at(self, calls: Any) -> jax.Array:
-        """The learning rate when apply has been called this many times."""
+        """The learning rate after this many calls of `apply`."""
         dtype = dtypes.scalar_dtype()
-        rate = present(self.learning_rate)
+        rate = current_value(self.learning_rate)
         rate = jnp.asarray(rate(calls) if callable(rate) else rate).astype(dtype)
         if self.decay:
             rate = rate / (1.0 + self.decay * jnp.asarray(calls).astype(dtype))
@@ -184,11 +187,11 @@ class Adam(KerasOptimizer):
     # Keras's methods.
 
     def scale_loss(self, loss: Any) -> jax.Array:
-        """The loss times `loss_scale_factor`, if there is one; differentiate this one."""
+        """The loss to differentiate: `loss` times `loss_scale_factor`, if there is one."""
         loss = jnp.asarray(loss)
         if self.loss_scale_factor is None:
             return loss
-        # Scaled in float16 it would soon be infinite.
+        # float16 would overflow.
         return loss.astype(dtypes.compute_dtype(loss.dtype)) * self.loss_scale_factor
 
     def exclude_from_weight_decay(
@@ -196,18 +199,18 @@ class Adam(KerasOptimizer):
         var_list: Iterable[Any] | None = None,
         var_names: Iterable[str] | None = None,
     ) -> "Adam":
-        """This optimizer, but for the parameters that it does not decay.
+        """This optimizer without weight decay for some parameters.
 
         Args:
           var_list: variables, (path, value) pairs or paths.
-          var_names: regular expressions, searched for in a parameter's path with ":0" at the end,
-            as TensorFlow names variables. One that matches nothing has no effect.
+          var_names: regular expressions. They are searched for in the parameter's path followed by
+            TensorFlow's ":0". One without a match has no effect.
 
         Returns:
-          A new optimizer; what was excluded before is not. A config does not hold it.
+          A new optimizer; the argument replaces earlier exclusions. Configs do not contain it.
 
         Raises:
-          TypeError, ValueError: a variable or a pattern is none.
+          TypeError, ValueError: a variable or a pattern is invalid.
 
         >>> opt = Adam(weight_decay=0.1).exclude_from_weight_decay(var_names=["bias"])
         >>> opt.excluded_from_weight_decay
@@ -215,17 +218,17 @@ class Adam(KerasOptimizer):
         """
         names = [var_names] if isinstance(var_names, str) else list(var_names or ())
         paths = [_optimizer.path_of(var) for var in var_list or ()]
-        exactly = [f"^{re.escape(_variable_name(path))}$" for path in paths]
-        return dataclasses.replace(self, excluded_from_weight_decay=(*exactly, *names))
+        exact = [f"^{re.escape(_variable_name(path))}$" for path in paths]
+        return dataclasses.replace(self, excluded_from_weight_decay=(*exact, *names))
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments in what JSON has, as Keras's `get_config` gives them.
+        """The arguments as JSON values, in the format of Keras's `get_config`.
 
-        A function without arguments is written as what it gives now. What is excluded from weight
-        decay is no part of it.
+        For a function without arguments, it has the current value. It does not contain the
+        exclusions from weight decay.
 
         Raises:
-          TypeError: the learning rate is a schedule without a config, or traced.
+          TypeError: the learning rate is a schedule without a config, or a traced value.
 
         >>> Adam.from_config(Adam(0.5, beta_1=0.8).get_config()).beta_1
         0.8
@@ -236,22 +239,23 @@ class Adam(KerasOptimizer):
     def from_config(
         cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None
     ) -> "Adam":
-        """The optimizer of a config that `get_config` gave, ours or Keras's.
+        """The optimizer of a config from `get_config`, of this class or of Keras.
 
         Args:
-          config: of Keras 3's Adam or AdamW, or of r2.0's Adam, which is told by its `decay`.
-          custom_objects: schedules of your own: their classes by name.
+          config: the config of Keras 3's Adam or AdamW, or of r2.0's Adam, recognized by `decay`.
+          custom_objects: {name: class} of custom schedules.
 
         Raises:
-          ValueError: there is an unknown key, or the config is of another optimizer.
+          ValueError: a key is unknown, or the config belongs to another optimizer.
         """
         return _config.construct(cls, _adam_config.arguments_of(config, custom_objects))
 
-    def scaled_loss(self, loss: Any, state: Any) -> Any:
+    def scaled_loss(self, loss: Any, state: State) -> Any:
         """The loss to differentiate."""
         del state
         return self.scale_loss(loss)
 
 
-def _variable_name(path: str) -> str:
+def _variable_name(path: Path) -> str:
+    """TensorFlow's name of a variable."""
     return f"{path}:0"

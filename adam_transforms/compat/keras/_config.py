@@ -1,4 +1,4 @@
-"""Configs, in Keras's form: dictionaries of what JSON has."""
+"""Configs in Keras's format: dictionaries of JSON values."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from adam_transforms._core import arguments
 
 
 def number(name: str, value: Any, **limits: float) -> int | float:
-    """`value`, a Python number within these limits, or one of NumPy's made one."""
+    """`value` as a Python number, checked against the limits of `arguments.scalar`."""
     if isinstance(value, jax.Array | np.ndarray):
         raise TypeError(f"{name} must be a Python number, got {value!r}")
     arguments.scalar(name, value, **limits)
@@ -20,8 +20,13 @@ def number(name: str, value: Any, **limits: float) -> int | float:
 
 
 def serialized(instance: Any, module: str | None) -> dict[str, Any]:
-    """An object with a `get_config` as Keras writes it: one of Keras's own from this module of
-    Keras, or, for None, one that Keras needs to be told of by its custom_objects."""
+    """An object with a `get_config` in Keras's format.
+
+    Args:
+      instance: the object.
+      module: the Keras module of its class; None for a custom class, which Keras finds in its
+        custom_objects.
+    """
     cls = type(instance)
     return {
         "module": cls.__module__ if module is None else module,
@@ -35,9 +40,9 @@ def class_and_config(what: str, config: Any, classes: dict[str, Any]) -> tuple[A
     """The class and a copy of the config of a serialized object.
 
     Args:
-      what: what the object is called in an error.
-      config: what Keras, or `serialized`, wrote.
-      classes: those there are, by name.
+      what: the name of the object in an error.
+      config: the result of `serialized` or of Keras.
+      classes: {name: class}.
     """
     if not (
         isinstance(config, Mapping)
@@ -45,12 +50,12 @@ def class_and_config(what: str, config: Any, classes: dict[str, Any]) -> tuple[A
         and isinstance(config.get("config"), Mapping)
     ):
         raise ValueError(
-            f"{what} must come as a dictionary with a class_name and a config, got {config!r}"
+            f"{what} must be a dictionary with a class_name and a config, got {config!r}"
         )
-    # Keras writes a registered class as "package>name", and its own in any case of letters.
+    # Keras writes a registered class as "package>name", and its own classes in any letter case.
     name = config["class_name"].rpartition(">")[2]
-    lower = {key.lower(): key for key in reversed(classes)}
-    name = name if name in classes else lower.get(name.lower())
+    by_lower_case = {key.lower(): key for key in reversed(classes)}
+    name = name if name in classes else by_lower_case.get(name.lower())
     if name is None:
         raise ValueError(
             f"{what} must be one of {', '.join(classes)}, got {config['class_name']!r}"
@@ -59,11 +64,11 @@ def class_and_config(what: str, config: Any, classes: dict[str, Any]) -> tuple[A
 
 
 def construct(cls: Any, config: Any) -> Any:
-    """The dataclass `cls` with the values of `config`.
+    """The dataclass `cls` with the arguments `config`.
 
     Raises:
       TypeError: the config is no dictionary.
-      ValueError: a key is none of its fields, or one that it needs is missing.
+      ValueError: a key is no field, or a required field is missing.
     """
     if not isinstance(config, Mapping):
         raise TypeError(f"the config of {cls.__name__} must be a dictionary, got {config!r}")
@@ -71,23 +76,23 @@ def construct(cls: Any, config: Any) -> Any:
     unknown = sorted(str(key) for key in config if key not in fields)
     if unknown:
         raise ValueError(
-            f"{cls.__name__} has no {', '.join(unknown)}; its config has {', '.join(fields)}"
+            f"{cls.__name__} has no {', '.join(unknown)}; its fields are {', '.join(fields)}"
         )
-    needed = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
-    missing = [name for name in needed if name not in config]
+    required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+    missing = [name for name in required if name not in config]
     if missing:
         raise ValueError(f"the config of {cls.__name__} lacks {', '.join(missing)}")
     return cls(**config)
 
 
 def jsonable(name: str, value: Any) -> Any:
-    """`value` as JSON has it: scalar arrays become numbers, tuples lists."""
+    """`value` as a JSON value: scalar arrays become numbers, tuples become lists."""
     if isinstance(value, list | tuple):
         return [jsonable(name, x) for x in value]
     if isinstance(value, Tracer):
-        raise TypeError(f"{name} is traced, and a config holds what is known")
+        raise TypeError(f"{name} is traced: a config needs a concrete value")
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         return np.asarray(value).item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"{name} must be a number for a config to hold it, got {value!r}")
+    raise TypeError(f"{name} must be a number to be part of a config, got {value!r}")

@@ -1,4 +1,4 @@
-"""Keras's schedules along a cosine."""
+"""Keras's cosine schedules."""
 
 import dataclasses
 import math
@@ -23,21 +23,22 @@ from adam_transforms.compat.keras._schedule import (
 
 @dataclasses.dataclass(frozen=True)
 class CosineDecay(LearningRateSchedule):
-    r"""Half a cosine down to a fraction of the rate, after a linear warm-up if there is a target.
+    r"""Half a cosine from the peak down to a fraction of it, after an optional linear warm-up.
 
     .. math::
       \eta_t = \eta_0 + (\eta_w - \eta_0)\, t / W \quad (t < W), \qquad
       \eta_t = \eta_w \big(\alpha + (1-\alpha) \tfrac12
                (1 + \cos(\pi \min(t - W, T) / T))\big)
 
-    `decay_steps` begin after the warm-up (those of `optax.warmup_cosine_decay_schedule` contain
-    it). Without `warmup_target`, W is 0 whatever `warmup_steps`, and the peak is the initial rate.
+    `decay_steps` count from the end of the warm-up; in `optax.warmup_cosine_decay_schedule` they
+    include it. Without `warmup_target`, `warmup_steps` is ignored, W is 0 and the peak is the
+    initial rate.
 
     Args:
       initial_learning_rate: the rate at step 0.
       decay_steps: T > 0.
-      alpha: what is left in the end, as a fraction of the peak.
-      name: kept in the config, without effect.
+      alpha: the final rate as a fraction of the peak.
+      name: part of the config only.
       warmup_target: the peak, reached after the warm-up; None for no warm-up.
       warmup_steps: W >= 0.
 
@@ -65,34 +66,34 @@ class CosineDecay(LearningRateSchedule):
     def __call__(self, step: Any) -> jax.Array:
         step, initial = as_float(step), float(self.initial_learning_rate)
         if self.warmup_target is None:
-            return self._falling(initial, step)
+            return self._cosine(initial, step)
         peak, warmup = float(self.warmup_target), self.warmup_steps
         rising = (peak - initial) * (step / (warmup or 1.0)) + initial
-        return jnp.where(step < warmup, rising, self._falling(peak, step - warmup))
+        return jnp.where(step < warmup, rising, self._cosine(peak, step - warmup))
 
-    def _falling(self, peak: float, step: jax.Array) -> jax.Array:
+    def _cosine(self, peak: float, step: jax.Array) -> jax.Array:
         steps: Any = self.decay_steps
         return jnp.asarray(optax.cosine_decay_schedule(peak, steps, self.alpha)(step))
 
 
 @dataclasses.dataclass(frozen=True)
 class CosineDecayRestarts(LearningRateSchedule):
-    r"""Half cosines one after the other, each longer than the one before (SGDR).
+    r"""A sequence of half cosines, each `t_mul` times as long as the previous one (SGDR).
 
     .. math::
       \eta_t = \eta_0 \big(\alpha + (1-\alpha)\, m^i\, \tfrac12 (1 + \cos(\pi x))\big)
 
-    with i the restarts before step t, and x how much of its period, :math:`T\, s^i` steps long, is
-    over.
+    where i is the number of restarts up to step t, and x in [0, 1) is the completed fraction of the
+    period of :math:`T\, s^i` steps.
 
     Args:
       initial_learning_rate: the rate at step 0.
       first_decay_steps: T > 0.
-      t_mul: s >= 1, what each period is longer by than the one before. (Below 1 the periods come
-        to an end, past which Keras's rate is NaN.)
-      m_mul: m >= 0, what each period starts lower by.
-      alpha: what is left at the end of a period, as a fraction of the initial rate.
-      name: kept in the config, without effect.
+      t_mul: s >= 1, the factor of the length of each period over the previous one. (Below 1 the
+        periods have a finite total length, beyond which Keras's rate is NaN.)
+      m_mul: m >= 0, the factor of the initial rate of each period over the previous one.
+      alpha: the rate at the end of a period, as a fraction of the initial rate.
+      name: part of the config only.
 
     Raises:
       ValueError, TypeError: an argument is out of range or of the wrong type.
@@ -127,16 +128,17 @@ class CosineDecayRestarts(LearningRateSchedule):
         return self.initial_learning_rate * ((1.0 - self.alpha) * cosine + self.alpha)
 
     def _period_of(self, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(number, first step, length) of the period of a step, out of a list of all periods.
+        """(index, first step, length) of the period that contains a step.
 
-        A logarithm of the step, which is Keras's way, rounds to either side of a restart.
+        A search in the list of all periods. Keras takes a logarithm of the step instead, which may
+        round to the wrong side of a restart.
         """
         first, growth = float(self.first_decay_steps), float(self.t_mul)
         count = math.ceil(math.log1p(LAST_STEP * (growth - 1.0) / first) / math.log(growth))
         lengths = first * growth ** np.arange(count, dtype=np.float64)
         starts = first * np.expm1(np.arange(count) * math.log(growth)) / (growth - 1.0)
-        near = np.round(starts)
-        starts = np.where(np.isclose(starts, near, rtol=1e-12, atol=1e-9), near, starts)
+        rounded = np.round(starts)
+        starts = np.where(np.isclose(starts, rounded, rtol=1e-12, atol=1e-9), rounded, starts)
         bounds: Any = starts
         if jnp.issubdtype(step.dtype, jnp.integer):
             bounds = np.minimum(np.ceil(starts), LAST_STEP).astype(step.dtype)

@@ -1,4 +1,4 @@
-"""Keras's schedules that only ever fall (or rise): by a factor, in time, by a power, in pieces."""
+"""Keras's exponential, inverse time, polynomial and piecewise constant schedules."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ from adam_transforms.compat.keras._schedule import (
 
 @dataclasses.dataclass(frozen=True)
 class ExponentialDecay(LearningRateSchedule):
-    r"""Falls by a factor over every so many steps.
+    r"""Multiplies the rate by `decay_rate` every `decay_steps` steps.
 
     .. math:: \eta_t = \eta_0\, r^{\,t / T}
 
@@ -31,7 +31,7 @@ class ExponentialDecay(LearningRateSchedule):
       decay_steps: T > 0.
       decay_rate: r >= 0.
       staircase: round t / T down to an integer.
-      name: kept in the config, without effect.
+      name: part of the config only.
 
     Raises:
       ValueError, TypeError: an argument is out of range or of the wrong type.
@@ -51,14 +51,14 @@ class ExponentialDecay(LearningRateSchedule):
         self.check(decay_steps=POSITIVE, decay_rate=AT_LEAST_0)
 
     def __call__(self, step: Any) -> jax.Array:
-        # optax.exponential_decay, but for a rate of 0, which it takes for no decay.
+        # Not optax.exponential_decay, which interprets a decay_rate of 0 as no decay.
         periods = periods_at(step, self.decay_steps, whole=self.staircase)
         return self.initial_learning_rate * jnp.power(float(self.decay_rate), periods)
 
 
 @dataclasses.dataclass(frozen=True)
 class InverseTimeDecay(LearningRateSchedule):
-    r"""Falls as the inverse of time.
+    r"""Divides the rate by a linear function of the step.
 
     .. math:: \eta_t = \eta_0 / (1 + r\, t / T)
 
@@ -67,7 +67,7 @@ class InverseTimeDecay(LearningRateSchedule):
       decay_steps: T > 0.
       decay_rate: r.
       staircase: round t / T down to an integer.
-      name: kept in the config, without effect.
+      name: part of the config only.
 
     Raises:
       ValueError, TypeError: an argument is out of range or of the wrong type.
@@ -93,7 +93,7 @@ class InverseTimeDecay(LearningRateSchedule):
 
 @dataclasses.dataclass(frozen=True)
 class PolynomialDecay(LearningRateSchedule):
-    r"""Falls to an end value by a power of what is left of the steps.
+    r"""Decays to an end value with a power of the remaining fraction of steps.
 
     .. math:: \eta_t = (\eta_0 - \eta_{end})\,(1 - \min(t, T) / T)^p + \eta_{end}
 
@@ -102,8 +102,8 @@ class PolynomialDecay(LearningRateSchedule):
       decay_steps: T > 0.
       end_learning_rate: the rate from step T on.
       power: p.
-      cycle: instead of ending, go on with T stretched to its next multiple that is not less than t.
-      name: kept in the config, without effect.
+      cycle: replace T by its smallest multiple that is not less than t, instead of ending.
+      name: part of the config only.
 
     Raises:
       ValueError, TypeError: an argument is out of range or of the wrong type.
@@ -129,24 +129,24 @@ class PolynomialDecay(LearningRateSchedule):
             cycles = periods_at(step, float(self.decay_steps), whole=True)
             cycles = jnp.where(cycles * total < step, cycles + 1.0, cycles)
             total = total * jnp.maximum(cycles, 1.0)
-        # As in optax.polynomial_schedule, but that `left` comes out as 0 at the end, not beside it:
-        # a root magnifies what is left, and of what is below 0 it is NaN.
-        left = (total - jnp.minimum(step, total)) / total
+        # optax.polynomial_schedule computes 1 - step / total, which may differ from 0 at the end by
+        # a rounding error: a power below 1 magnifies it, and is NaN if it is negative.
+        remaining = (total - jnp.minimum(step, total)) / total
         span = self.initial_learning_rate - self.end_learning_rate
-        return span * left ** float(self.power) + self.end_learning_rate
+        return span * remaining ** float(self.power) + self.end_learning_rate
 
 
 @dataclasses.dataclass(frozen=True)
 class PiecewiseConstantDecay(LearningRateSchedule):
-    """``values[i]`` as long as the step is at most ``boundaries[i]``, then ``values[-1]``.
+    """``values[i]`` for steps up to ``boundaries[i]``, and ``values[-1]`` after the last boundary.
 
-    The value changes after the boundary: step `boundaries[0]` itself still has ``values[0]``
-    (`optax.piecewise_constant_schedule` changes on the boundary, and multiplies).
+    The value changes after the boundary: step ``boundaries[0]`` still has ``values[0]``.
+    (`optax.piecewise_constant_schedule` changes at the boundary, and multiplies.)
 
     Args:
       boundaries: numbers in strictly increasing order.
-      values: numbers, one more than boundaries.
-      name: kept in the config, without effect.
+      values: numbers, one more than `boundaries`.
+      name: part of the config only.
 
     Raises:
       ValueError, TypeError: an argument is out of range or of the wrong type.
@@ -165,7 +165,7 @@ class PiecewiseConstantDecay(LearningRateSchedule):
             numbers = getattr(self, field)
             if isinstance(numbers, str) or not isinstance(numbers, Sequence):
                 raise TypeError(f"{field} must be a list of numbers, got {numbers!r}")
-            # A tuple, so that the schedule can be hashed.
+            # A tuple: the schedule must be hashable.
             plain = tuple(_config.number(f"{field}[{i}]", x) for i, x in enumerate(numbers))
             object.__setattr__(self, field, plain)
         if len(self.values) != len(self.boundaries) + 1:
@@ -183,7 +183,7 @@ class PiecewiseConstantDecay(LearningRateSchedule):
         rate = jnp.full(step.shape, self.values[0], dtypes.scalar_dtype())
         for boundary, value in zip(self.boundaries, self.values[1:], strict=True):
             if jnp.issubdtype(step.dtype, jnp.integer):
-                # As integers, which stay exact beyond 2^24.
+                # Compare integers, which are exact beyond 2^24.
                 boundary = min(max(math.floor(boundary), -LAST_STEP), LAST_STEP)
             rate = jnp.where(step > boundary, float(value), rate)
         return rate

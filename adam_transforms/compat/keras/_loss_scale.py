@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from adam_transforms._core import arguments, trees
+from adam_transforms._core.types import State
 from adam_transforms._transforms import loss_scaling
 from adam_transforms.compat import _optimizer
 from adam_transforms.compat._optimizer import Variable
@@ -17,9 +18,9 @@ from adam_transforms.compat.keras import _absent, _adam_config, _config
 from adam_transforms.compat.keras._adam import Adam
 from adam_transforms.compat.keras._surface import KerasOptimizer
 
-# Keras halves the scale without end; at the smallest normal number it would soon be zero.
-_LEAST = float(np.finfo(np.float32).tiny)
-# The first versions of Keras 3 write these too, which have their place in the inner config.
+# Keras halves the scale without a limit; below the smallest normal number it becomes zero.
+_MIN_SCALE = float(np.finfo(np.float32).tiny)
+# The first versions of Keras 3 also write these keys of the inner config, with default values.
 _UNUSED: Mapping[str, Any] = {
     "weight_decay": None,
     "clipnorm": None,
@@ -35,14 +36,14 @@ _UNUSED: Mapping[str, Any] = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LossScaleOptimizer(KerasOptimizer):
-    """`Adam` with a loss scale that adapts, and without the steps that are not finite.
+    """`Adam` with a dynamic loss scale, which skips steps with non-finite gradients.
 
-    A call whose gradients are all finite divides them by the scale and gives them to the inner
-    optimizer; `dynamic_growth_steps` of them in a row double the scale. A call with an infinity or
-    a NaN halves it, and leaves parameters and inner state as they are.
+    If all gradients are finite, they are divided by the scale and passed to the inner optimizer;
+    `dynamic_growth_steps` consecutive such calls double the scale. If a gradient has an infinity or
+    a NaN, the scale is halved, and parameters and inner state are unchanged.
 
     Args:
-      inner_optimizer: an `Adam`; its `loss_scale_factor` is taken off.
+      inner_optimizer: an `Adam`; its `loss_scale_factor` is ignored.
       initial_scale: > 0.
       dynamic_growth_steps: >= 1.
       name: the first part of the names of its own variables.
@@ -87,43 +88,43 @@ class LossScaleOptimizer(KerasOptimizer):
         return self.inner_optimizer
 
     def transform(self) -> optax.GradientTransformationExtraArgs:
-        """The transformation underneath, for an Optax chain; it takes row gradients too."""
+        """The optimizer as a transformation, for an Optax chain; accepts row gradients too."""
         tx = loss_scaling.dynamic_loss_scale(
             self.inner_optimizer.dense_transform(),
             self.initial_scale,
             self.dynamic_growth_steps,
-            min_scale=min(_LEAST, self.initial_scale),
+            min_scale=min(_MIN_SCALE, self.initial_scale),
         )
         if self.inner_optimizer.overwrites:
-            tx = _absent.named(tx)
-        return _optimizer.densely(tx)
+            tx = _absent.pass_absent_paths(tx)
+        return _optimizer.densify(tx)
 
-    def scale_loss(self, loss: Any, state: Any) -> jax.Array:
-        """The loss times the present scale; differentiate this one."""
+    def scale_loss(self, loss: Any, state: State) -> jax.Array:
+        """The loss to differentiate: `loss` times the current scale."""
         return loss_scaling.scale_loss(loss, state)
 
-    def dynamic_scale(self, state: Any) -> jax.Array:
-        """The present scale, float32 ()."""
+    def dynamic_scale(self, state: State) -> jax.Array:
+        """The current scale, float32 ()."""
         return _state(state).scale
 
-    def step_counter(self, state: Any) -> jax.Array:
-        """Finite calls since the scale last changed, int32 ()."""
+    def step_counter(self, state: State) -> jax.Array:
+        """The number of finite calls since the last change of the scale, int32 ()."""
         return _state(state).finite_steps
 
     @property
     def learning_rate(self) -> Any:
-        """The inner optimizer's."""
+        """The learning rate of the inner optimizer."""
         return self.inner_optimizer.learning_rate
 
     def exclude_from_weight_decay(
         self, var_list: Any = None, var_names: Any = None
     ) -> "LossScaleOptimizer":
-        """This optimizer around `Adam.exclude_from_weight_decay` of the inner one."""
+        """Applies `Adam.exclude_from_weight_decay` to the inner optimizer."""
         inner = self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
         return dataclasses.replace(self, inner_optimizer=inner)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments in what JSON has, as Keras's `get_config` gives them.
+        """The arguments as JSON values, in the format of Keras's `get_config`.
 
         >>> opt = LossScaleOptimizer(Adam(0.5))
         >>> LossScaleOptimizer.from_config(opt.get_config()).learning_rate
@@ -140,9 +141,9 @@ class LossScaleOptimizer(KerasOptimizer):
     def from_config(
         cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None
     ) -> "LossScaleOptimizer":
-        """The optimizer of a config that `get_config` gave, ours or Keras's.
+        """The optimizer of a config from `get_config`, of this class or of Keras.
 
-        Args and errors are those of `Adam.from_config`.
+        Arguments and errors are those of `Adam.from_config`.
         """
         if not isinstance(config, Mapping):
             raise TypeError(f"the config of {cls.__name__} must be a dictionary, got {config!r}")
@@ -156,13 +157,13 @@ class LossScaleOptimizer(KerasOptimizer):
             fields["inner_optimizer"] = _config.construct(Adam, inner)
         return _config.construct(cls, fields)
 
-    def scaled_loss(self, loss: Any, state: Any) -> Any:
+    def scaled_loss(self, loss: Any, state: State) -> Any:
         """The loss to differentiate."""
         return self.scale_loss(loss, state)
 
-    def own_variables(self, state: Any) -> list[Variable]:
-        """What Keras keeps before the inner optimizer's variables."""
-        # Keras's own count and learning rate of the wrapper stay 0.
+    def own_variables(self, state: State) -> list[Variable]:
+        """The variables of the wrapper, which precede those of the inner optimizer."""
+        # The wrapper's iteration and learning rate are always 0 in Keras.
         own = {
             "iteration": jnp.zeros((), jnp.int32),
             "learning_rate": jnp.zeros((), jnp.float32),
@@ -172,8 +173,8 @@ class LossScaleOptimizer(KerasOptimizer):
         return [Variable(f"{self.name}/{name}", value) for name, value in own.items()]
 
 
-def _state(state: Any) -> Any:
+def _state(state: State) -> loss_scaling.DynamicLossScaleState:
     found = trees.find_states(state, loss_scaling.DynamicLossScaleState)
     if len(found) != 1:
-        raise ValueError(f"state must be one that init gave, found {len(found)} loss scales in it")
+        raise ValueError(f"state must be a result of init, but has {len(found)} loss scales")
     return found[0]

@@ -8,7 +8,7 @@ from adam_transforms._core import arguments
 from adam_transforms._core.patterns import compile_patterns
 from adam_transforms.compat.keras import _config
 
-# What r2.0's Adam has not, and what it is by default.
+# The arguments that r2.0's Adam does not have, with their defaults.
 _NOT_LEGACY: Mapping[str, Any] = {
     "weight_decay": None,
     "use_ema": False,
@@ -30,10 +30,11 @@ _LEGACY_EPSILON = 1e-7
 
 
 def checked(adam: Any) -> dict[str, Any]:
-    """The fields that are to be kept in another form than they were given in.
+    """Checks all arguments; returns the fields to replace by a normalized value.
 
     Raises:
-      ValueError, TypeError: an argument is out of range or of the wrong type, or excludes another.
+      ValueError, TypeError: an argument is out of range, of the wrong type, or conflicts with
+        another.
     """
     fields: dict[str, Any] = {}
     for field in ("legacy", "amsgrad", "use_ema"):
@@ -59,9 +60,9 @@ def checked(adam: Any) -> dict[str, Any]:
     excluded = adam.excluded_from_weight_decay
     if excluded:
         compile_patterns("excluded_from_weight_decay", excluded)
-    one = isinstance(excluded, str | re.Pattern)
-    fields["excluded_from_weight_decay"] = (excluded,) if one else tuple(excluded)
-    _check_together(adam)
+    is_single = isinstance(excluded, str | re.Pattern)
+    fields["excluded_from_weight_decay"] = (excluded,) if is_single else tuple(excluded)
+    _check_conflicts(adam)
     return fields
 
 
@@ -73,8 +74,8 @@ def _name(adam: Any) -> str:
     return adam.name
 
 
-def _check_together(adam: Any) -> None:
-    """Refuses options that exclude each other."""
+def _check_conflicts(adam: Any) -> None:
+    """Raises ValueError if two arguments exclude each other."""
     norms = ["clipnorm", "global_clipnorm"]
     exclusive = norms if adam.legacy else ["clipnorm", "clipvalue", "global_clipnorm"]
     clips = [field for field in exclusive if getattr(adam, field) is not None]
@@ -84,12 +85,12 @@ def _check_together(adam: Any) -> None:
         )
     if not adam.legacy:
         if adam.decay:
-            raise ValueError(f"decay needs legacy=True, got decay={adam.decay:g} without")
+            raise ValueError(f"decay needs legacy=True, got decay={adam.decay:g} and legacy=False")
         return
     for field, default in _NOT_LEGACY.items():
         if getattr(adam, field) != default:
             raise ValueError(f"legacy=True has no {field}, got {getattr(adam, field)!r}")
     for field in [*norms, "clipvalue"]:
         if getattr(adam, field) == 0:
-            # Keras 3 takes 0 for no clipping, r2.0 clips every gradient to zero.
+            # 0 disables clipping in Keras 3, but sets every gradient to zero in r2.0.
             raise ValueError(f"{field} must be > 0 with legacy=True, got 0")

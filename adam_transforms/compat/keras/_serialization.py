@@ -1,4 +1,4 @@
-"""Optimizers as Keras writes them."""
+"""Serialization of optimizers in Keras's format."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from adam_transforms.compat.keras._loss_scale import LossScaleOptimizer
 
 
 def serialize(optimizer: Adam | LossScaleOptimizer) -> dict[str, Any]:
-    """An optimizer as `keras.optimizers.serialize` writes it, in what JSON has.
+    """An optimizer in the format of `keras.optimizers.serialize`, as JSON values.
 
     >>> serialize(Adam(0.5))["config"]["learning_rate"]
     0.5
@@ -17,22 +17,22 @@ def serialize(optimizer: Adam | LossScaleOptimizer) -> dict[str, Any]:
     if isinstance(optimizer, LossScaleOptimizer):
         return _config.serialized(optimizer, "keras.optimizers")
     if not isinstance(optimizer, Adam):
-        raise TypeError(f"optimizer must be one of this module, got {optimizer!r}")
+        raise TypeError(f"optimizer must be an optimizer of this module, got {optimizer!r}")
     return _adam_config.serialized(optimizer)
 
 
 def deserialize(
     config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None
 ) -> Adam | LossScaleOptimizer:
-    """The optimizer that Keras, or `serialize`, wrote.
+    """The optimizer of a result of `serialize`, of this module or of Keras.
 
     Args:
       config: ``{"class_name": ..., "config": {...}}`` of an Adam, an AdamW or a
         LossScaleOptimizer.
-      custom_objects: schedules of your own: their classes by name.
+      custom_objects: {name: class} of custom schedules.
 
     Raises:
-      ValueError: the config is of another optimizer, or holds an unknown key.
+      ValueError: the config belongs to another optimizer, or has an unknown key.
 
     >>> deserialize({"class_name": "AdamW", "config": {}}).weight_decay
     0.004

@@ -1,4 +1,4 @@
-"""What Keras's optimizers offer beside the step itself: its other ways in, and state in and out."""
+"""Keras's optimizer methods: steps, slots and variables, saving and loading."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -6,61 +6,62 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from adam_transforms._core.types import Params, Path, State, Updates
 from adam_transforms._transforms.ema import finalize
 from adam_transforms.compat import _optimizer
 from adam_transforms.compat._optimizer import Variable
 from adam_transforms.compat.keras import _variables
 
-# What takes the place of a method that writes to variables.
-INSTEAD: Mapping[str, str] = {
-    "add_variable": "init(params) makes the whole state; chain a transformation of your own with "
-    "transform() for slots of your own",
-    "add_variable_from_reference": "init(params) makes the slots, jnp.zeros_like makes another",
+# {method that writes to variables: its replacement}.
+REPLACEMENTS: Mapping[str, str] = {
+    "add_variable": "init(params) makes the whole state; chain a transformation to transform() "
+    "for additional slots",
+    "add_variable_from_reference": "init(params) makes the slots, jnp.zeros_like makes others",
     "add_slot": "init(params) makes the slots, get_slot(state, var, name) reads one",
     "add_weight": "init(params) makes the whole state, weights(state) lists it",
-    "assign": "nothing is written to: a new tree takes the place of the old one, and "
-    "optax.tree.set(state, name=value) makes such a state",
-    "assign_add": "nothing is written to: x + value, or apply_updates(params, updates)",
-    "assign_sub": "nothing is written to: x - value, or apply_updates(params, updates)",
-    "get_updates": "no step is put off: minimize(loss, params, state) takes it",
-    "update_step": "apply(grads, params, state) takes the step of all variables",
+    "assign": "nothing is mutated: make a new tree, or a new state by "
+    "optax.tree.set(state, name=value)",
+    "assign_add": "nothing is mutated: x + value, or apply_updates(params, updates)",
+    "assign_sub": "nothing is mutated: x - value, or apply_updates(params, updates)",
+    "get_updates": "steps are not deferred: minimize(loss, params, state) makes one",
+    "update_step": "apply(grads, params, state) updates all variables",
 }
 
 
 class KerasOptimizer(_optimizer.Optimizer):
-    """The functional form of Keras's methods that `Adam` and `LossScaleOptimizer` share."""
+    """Keras's methods in functional form; the base of `Adam` and `LossScaleOptimizer`."""
 
-    if not TYPE_CHECKING:  # which would take every name for one that there is
+    if not TYPE_CHECKING:  # a type checker would accept every name
 
         def __getattr__(self, name: str) -> Any:
-            instead = f": {INSTEAD[name]}" if name in INSTEAD else ""
-            raise AttributeError(f"{type(self).__name__!r} has no {name!r}{instead}")
+            hint = f": {REPLACEMENTS[name]}" if name in REPLACEMENTS else ""
+            raise AttributeError(f"{type(self).__name__!r} has no {name!r}{hint}")
 
-    # What the two do differently.
+    # Overridden by subclasses.
 
     @property
     def adam(self) -> Any:
-        """The optimizer that holds Adam's options: itself, or the inner one."""
+        """The optimizer with Adam's options: this one or the inner one."""
         return self
 
-    def own_variables(self, state: Any) -> list[Variable]:
-        """What Keras keeps before the variables of `adam`."""
+    def own_variables(self, state: State) -> list[Variable]:
+        """The variables that precede those of `adam`."""
         del state
         return []
 
-    def scaled_loss(self, loss: Any, state: Any) -> Any:
+    def scaled_loss(self, loss: Any, state: State) -> Any:
         """The loss to differentiate."""
         raise NotImplementedError
 
     # The step.
 
-    def build(self, params: Any) -> Any:
-        """The state before the first step: `init` by Keras's name."""
+    def build(self, params: Params) -> State:
+        """The state before the first step: Keras's name of `init`."""
         return self.init(params)
 
     def stateless_apply(
-        self, optimizer_variables: Any, grads: Any, trainable_variables: Any
-    ) -> tuple[Any, Any]:
+        self, optimizer_variables: State, grads: Updates, trainable_variables: Params
+    ) -> tuple[Params, State]:
         """`apply` with Keras's order of arguments.
 
         Args:
@@ -74,94 +75,95 @@ class KerasOptimizer(_optimizer.Optimizer):
         return self.apply(grads, trainable_variables, optimizer_variables)
 
     def apply_gradients(
-        self, grads_and_vars: Iterable[Any], params: Any, state: Any, name: str | None = None
-    ) -> tuple[Any, Any]:
+        self, grads_and_vars: Iterable[Any], params: Params, state: State, name: str | None = None
+    ) -> tuple[Params, State]:
         """One step with a list of gradients.
 
         Args:
-          grads_and_vars: (gradient, variable) pairs, a variable being a (path, value) pair or a
-            path. One whose gradient is None, or that is not among them, takes no step.
-          params, state: as they are now.
+          grads_and_vars: (gradient, variable) pairs; a variable is a (path, value) pair or a path.
+            A variable without a pair, or with the gradient None, takes no step.
+          params, state: the current parameters and state.
           name: ignored.
 
         Returns:
-          (params, state) as they are then.
+          The new (params, state).
 
         Raises:
           TypeError: `grads_and_vars` is malformed.
-          ValueError: no variable has a gradient; a variable is unknown or comes twice.
+          ValueError: no variable has a gradient, or a variable is unknown or repeated.
         """
         del name
         return self.apply(_optimizer.gradients_tree(grads_and_vars, params), params, state)
 
     def minimize(
         self,
-        loss: Callable[[Any], Any],
-        params: Any,
-        state: Any,
+        loss: Callable[[Params], Any],
+        params: Params,
+        state: State,
         var_list: Any = None,
         grad_loss: Any = None,
         name: str | None = None,
-    ) -> tuple[Any, Any]:
-        """One step down the gradient of `loss`, which is scaled if there is a loss scale.
+    ) -> tuple[Params, State]:
+        """One step that minimizes `loss`, multiplied by the loss scale if there is one.
 
         Args:
-          loss: a function of the parameters; what it returns is summed if it is no scalar.
-          params, state: as they are now.
-          var_list: the variables to update, a list of (path, value) pairs or paths, or a function
-            that returns one; None for all.
-          grad_loss: an array like the loss, the gradient of whatever it goes into.
+          loss: a function of the parameters; a non-scalar result is summed.
+          params, state: the current parameters and state.
+          var_list: the variables to update: a list of (path, value) pairs or paths, or a function
+            that returns such a list; None for all.
+          grad_loss: the incoming gradient, with the shape of the loss; None for ones.
           name: ignored.
 
         Returns:
-          (params, state) as they are then.
+          The new (params, state).
 
         Raises:
-          TypeError, ValueError: as `apply_gradients`; RuntimeError: `loss` is no function.
+          TypeError, ValueError: an error of `apply_gradients`.
+          RuntimeError: `loss` is no function.
         """
         del name
         var_list = var_list() if callable(var_list) else var_list
 
-        def scaled(params: Any) -> Any:
+        def scaled(params: Params) -> Any:
             return self.scaled_loss(loss(params), state)
 
-        checked = scaled if callable(loss) else loss
-        pairs = _optimizer.compute_gradients(checked, params, var_list, grad_loss=grad_loss)
+        objective = scaled if callable(loss) else loss  # not callable: compute_gradients raises
+        pairs = _optimizer.compute_gradients(objective, params, var_list, grad_loss=grad_loss)
         return self.apply_gradients(pairs, params, state)
 
-    def get_gradients(self, loss: Callable[[Any], Any], params: Any) -> list[Any]:
-        """The gradients of `loss`, not scaled, in the order of the parameters' leaves.
+    def get_gradients(self, loss: Callable[[Params], Any], params: Params) -> list[Any]:
+        """The gradients of the unscaled `loss`, in the order of the leaves of `params`.
 
-        A gradient is a `SparseRows` where the variable is only read by row.
+        A gradient is a `SparseRows` if `loss` only reads rows of the variable.
 
         Raises:
-          ValueError: the loss does not depend on a variable; names all such.
+          ValueError: lists the variables that the loss does not depend on.
         """
         pairs = _optimizer.compute_gradients(loss, params)
-        without = [variable.path for gradient, variable in pairs if gradient is None]
-        if without:
-            raise ValueError(f"the loss does not depend on {', '.join(map(repr, without))}")
+        independent = [variable.path for gradient, variable in pairs if gradient is None]
+        if independent:
+            raise ValueError(f"the loss does not depend on {', '.join(map(repr, independent))}")
         return [gradient for gradient, _ in pairs]
 
-    def finalize_variable_values(self, params: Any, state: Any) -> Any:
-        """The parameters to keep: their averages with use_ema, else `params` as they are."""
+    def finalize_variable_values(self, params: Params, state: State) -> Params:
+        """The final parameters: with use_ema their averages, else `params`."""
         return finalize(params, state) if self.adam.use_ema else params
 
     # The state.
 
-    def iterations(self, state: Any) -> jax.Array:
-        """Updates made, int32 (): calls // gradient_accumulation_steps."""
+    def iterations(self, state: State) -> jax.Array:
+        """The number of updates, int32 (): calls // gradient_accumulation_steps."""
         return _variables.adam_state(state).count
 
-    def current_learning_rate(self, state: Any) -> jax.Array:
+    def current_learning_rate(self, state: State) -> jax.Array:
         """The learning rate of the next call: Keras's `learning_rate` property.
 
-        Under accumulation a schedule is read at the calls made, as Keras reads it.
+        The argument of a schedule is the number of calls, under accumulation too, as in Keras.
         """
         return self.adam.learning_rate_at(_variables.calls(self.adam, state))
 
-    def get_slot(self, state: Any, var: Any, name: str) -> Any:
-        """The slot called `name` of a variable; None if it has none.
+    def get_slot(self, state: State, var: Any, name: str) -> Any:
+        """The slot `name` of a variable; None if there is none.
 
         Args:
           state: the optimizer's state.
@@ -171,16 +173,16 @@ class KerasOptimizer(_optimizer.Optimizer):
         return _variables.slots(self.adam, state).get(_optimizer.path_of(var), {}).get(name)
 
     def get_slot_names(self) -> list[str]:
-        """What `get_slot` can be asked for: Keras's names for the slots, in its order."""
+        """The names that `get_slot` accepts: Keras's names of the slots, in its order."""
         return _variables.slot_names(self.adam)
 
-    def variables(self, state: Any, names: Sequence[str] | None = None) -> list[Variable]:
-        """What the state holds, by Keras's names and in its order.
+    def variables(self, state: State, names: Sequence[Path] | None = None) -> list[Variable]:
+        """The variables in the state, with Keras's names and in its order.
 
         Args:
           state: the optimizer's state.
-          names: the paths of the parameters in Keras's order, that in which the model's variables
-            were made; None for that of the leaves, which of a dictionary is alphabetic.
+          names: the paths of the parameters in Keras's order, in which the model created its
+            variables; None for the order of the leaves (alphabetical for a dictionary).
         """
         return [
             *self.own_variables(state),
@@ -188,42 +190,42 @@ class KerasOptimizer(_optimizer.Optimizer):
             *_variables.slot_variables(self.adam, state, names),
         ]
 
-    def weights(self, state: Any, names: Sequence[str] | None = None) -> list[Variable]:
-        """`variables`, which r2.0 has by this name too."""
+    def weights(self, state: State, names: Sequence[Path] | None = None) -> list[Variable]:
+        """The same as `variables`; r2.0 has both names."""
         return self.variables(state, names)
 
-    def get_weights(self, state: Any, names: Sequence[str] | None = None) -> list[np.ndarray]:
+    def get_weights(self, state: State, names: Sequence[Path] | None = None) -> list[np.ndarray]:
         """The values of `variables`, as NumPy arrays."""
         return [np.asarray(variable.value) for variable in self.variables(state, names)]
 
     def save_own_variables(
-        self, state: Any, names: Sequence[str] | None = None
+        self, state: State, names: Sequence[Path] | None = None
     ) -> dict[str, np.ndarray]:
-        """`get_weights` under the keys "0", "1", ..., as Keras stores them in a file."""
+        """`get_weights` with the keys "0", "1", ..., as in Keras's files."""
         return {str(i): array for i, array in enumerate(self.get_weights(state, names))}
 
     def set_weights(
         self,
         weights: Sequence[Any],
-        params: Any,
+        params: Params,
         names: Sequence[str] | None = None,
         *,
         rename: Any = None,
-    ) -> Any:
-        """The state of `get_weights`, ours or Keras's.
+    ) -> State:
+        """The state of the result of `get_weights`, of this class or of Keras.
 
         Args:
           weights: the list of arrays.
-          params: the parameters, as they are there now.
-          names: as for `variables`, or what the parameters are called there, for `rename`.
-          rename: from a path to the name there, or to (name, axes): see `interop.keras.state_from`.
+          params: the current parameters.
+          names: as for `variables`; with `rename`, the Keras names in the same order.
+          rename: maps a path to the Keras name or to (name, axes); see `interop.keras.state_from`.
 
         Returns:
           The state.
 
         Raises:
-          ValueError: something is missing, left over or of another shape; or the learning rate
-            there is not this optimizer's, which a state does not hold.
+          ValueError: an array is missing, left over or of another shape; or the stored learning
+            rate, which a state does not contain, differs from this optimizer's.
         """
         if not isinstance(weights, list | tuple):
             raise TypeError(f"weights must be a list of arrays, got {weights!r:.80}")
@@ -232,19 +234,22 @@ class KerasOptimizer(_optimizer.Optimizer):
     def load_own_variables(
         self,
         store: Mapping[str, Any],
-        params: Any,
+        params: Params,
         names: Sequence[str] | None = None,
         *,
         rename: Any = None,
-    ) -> Any:
-        """The state of `save_own_variables`, ours or Keras's.
+    ) -> State:
+        """The state of the result of `save_own_variables`, of this class or of Keras.
 
         Args:
           store: the mapping of "0", "1", ... to arrays.
-          params, names, rename: as for `set_weights`, and so are the errors.
+          params, names, rename: as for `set_weights`.
 
         Returns:
           The state.
+
+        Raises:
+          TypeError, ValueError: the errors of `set_weights`.
         """
         if not isinstance(store, Mapping):
             raise TypeError(f"store must be a mapping of arrays, got {store!r:.80}")

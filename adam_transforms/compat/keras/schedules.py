@@ -1,7 +1,7 @@
-"""Keras's learning rate schedules, under its names and with its arguments and defaults.
+"""Keras's learning rate schedules, with its names, arguments and defaults.
 
-Each is a function ``step -> learning rate`` of a scalar, or an array, of steps, so that it is an
-Optax schedule wherever one is wanted; and a frozen dataclass whose config Keras reads and writes.
+Each is a function ``step -> learning rate`` of a scalar or an array, and therefore an Optax
+schedule. It is also a frozen dataclass with a config in Keras's format.
 """
 
 from collections.abc import Mapping
@@ -41,34 +41,34 @@ _SCHEDULES: dict[str, Any] = {
 
 
 def serialize(learning_rate_schedule: Any) -> dict[str, Any]:
-    """A schedule as Keras writes it, in what JSON has.
+    """A schedule in Keras's format, as JSON values.
 
     Raises:
-      TypeError: it is no schedule with a `get_config`.
+      TypeError: the schedule has no `get_config`.
 
     >>> serialize(InverseTimeDecay(0.1, 10, 1.0))["class_name"]
     'InverseTimeDecay'
     """
     if not hasattr(learning_rate_schedule, "get_config"):
         raise TypeError(
-            f"a learning rate schedule that a config can hold has a get_config, as "
-            f"{', '.join(_SCHEDULES)} have; got {learning_rate_schedule!r}"
+            "a serializable learning rate schedule has a get_config, as do "
+            f"{', '.join(_SCHEDULES)}; got {learning_rate_schedule!r}"
         )
-    known = type(learning_rate_schedule) in _SCHEDULES.values()
-    module = "keras.optimizers.schedules" if known else None
+    is_known = type(learning_rate_schedule) in _SCHEDULES.values()
+    module = "keras.optimizers.schedules" if is_known else None
     return _config.serialized(learning_rate_schedule, module)
 
 
 def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Any:
-    """The schedule that Keras, or `serialize`, wrote.
+    """The schedule of a result of `serialize`, of this module or of Keras.
 
     Args:
-      config: ``{"class_name": ..., "config": {...}}``; what else there is of it (module,
-        registered_name) may be missing.
-      custom_objects: schedules of your own: their classes by name, with a `from_config`.
+      config: ``{"class_name": ..., "config": {...}}``; other keys (module, registered_name) are
+        optional.
+      custom_objects: {name: class} of custom schedules with a `from_config`.
 
     Raises:
-      ValueError: the class is unknown, or what the config holds is.
+      ValueError: the class, or a key of the config, is unknown.
 
     >>> deserialize(serialize(InverseTimeDecay(0.1, 10, 1.0)))
     InverseTimeDecay(initial_learning_rate=0.1, decay_steps=10, decay_rate=1.0, ...)
