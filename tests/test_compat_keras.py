@@ -986,7 +986,7 @@ ONES = np.ones((6, 3), int)
         (lambda: ADAM.minimize(partial_loss, PARAMS, STATE, ["table"]), ValueError, "no variable"),
         (lambda: ADAM.exclude_from_weight_decay([3]), TypeError, "a variable must be"),
         (lambda: ADAM.exclude_from_weight_decay(var_names=["("]), ValueError, "no regular expr"),
-        (lambda: ADAM.iterations(()), ValueError, "state must be one that init gave"),
+        (lambda: ADAM.iterations(()), ValueError, "state must be a result of init"),
         (lambda: LossScaleOptimizer(ADAM).dynamic_scale(STATE), ValueError, "has 0 loss scales"),
         (lambda: ADAM.set_weights([np.int32(0)], PARAMS), ValueError, "8|arrays, got 1"),
         (lambda: ADAM.set_weights({"0": 1}, PARAMS), TypeError, "weights must be a list"),

@@ -112,7 +112,7 @@ def test_deferred_adam_takes_it_up_as_dense_adam_does(amsgrad, weight_decay):
             }
             moves, states[i] = update(grads, states[i], params[i])
             params[i] = at.apply_updates(params[i], moves)
-    with pytest.raises(ValueError, match=r"owes steps to idle rows: flush\(params, state\) first"):
+    with pytest.raises(ValueError, match=r"pending updates of table rows: call flush\(params"):
         torch.state_to(states[1], params[1], list(SHAPES))
     params[1], states[1] = at.flush(params[1], states[1])
     assert_close(params[1], params[0], rtol=1e-5, atol=1e-6)
@@ -178,7 +178,7 @@ def test_none_is_no_parameter():
 @pytest.mark.parametrize(
     ("tx", "error", "message"),
     [
-        (optax.sgd(0.1), ValueError, "the state of tx holds no Adam"),
+        (optax.sgd(0.1), ValueError, "the state of tx has no Adam"),
         (at.adam(b1=lambda count: 0.9), ValueError, "a schedule for b1 or b2"),
         (optax.adam, TypeError, "tx must be a gradient transformation"),
         (None, TypeError, "tx must be a gradient transformation"),
@@ -201,12 +201,12 @@ def test_what_keeps_no_adam_of_theirs_is_refused(system, tx, error, message):
 
 def test_a_states_wrong_for_going_out_are_refused():
     params = {"w": jnp.zeros(2)}
-    with pytest.raises(ValueError, match="holds no Adam"):
+    with pytest.raises(ValueError, match="has no Adam"):
         torch.state_to(optax.sgd(0.1).init(params), params, ["w"])
     state = at.adam().init(params)
     with pytest.raises(ValueError, match="'w' has shape \\[3\\], but its mu has shape \\[2\\]"):
         torch.state_to(state, {"w": jnp.zeros(3)}, ["w"])
-    with pytest.raises(ValueError, match="'w' is not there"):
+    with pytest.raises(ValueError, match="'w' is missing"):
         torch.state_to(state, {"v": jnp.zeros(2)}, ["w"])
     groups = at.by_path([("b", at.adam())], at.adam()).init({"a": jnp.zeros(1), "b": jnp.zeros(1)})
     one: Any = groups.inner_states[0].inner_state[0]
@@ -272,7 +272,7 @@ def test_rows_that_are_accumulated_move_between_cycles_only():
     store = keras.state_to(state, params, ["table"], every=2)
     assert_bits_equal(keras.state_from(store, params, tx, ["table"], every=2), state)
     _, state = tx.update(rows, state, params)
-    message = "a cycle of accumulation is under way, in which 'table' is accumulated by rows"
+    message = "cycle of accumulation is under way, and the accumulator of 'table' has row gradients"
     with pytest.raises(ValueError, match=message):
         keras.state_to(state, params, ["table"], every=2)
     store["0"] = np.array(3)

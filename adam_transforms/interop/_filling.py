@@ -1,4 +1,4 @@
-"""Filling a fresh optimizer state with what another system has kept."""
+"""Replaces the contents of a new optimizer state by imported ones."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,141 +11,150 @@ from jax.core import Tracer
 
 from adam_transforms._core import trees
 from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._core.types import Path, State
 from adam_transforms._embeddings.deferred.state import DeferredAdamState
 from adam_transforms._transforms.accumulation import AccumulateState
 from adam_transforms._transforms.ema import ParamsEmaState
 from adam_transforms._transforms.learning_rates import ScaleByPathLearningRateState
 from adam_transforms._transforms.loss_scaling import DynamicLossScaleState
-from adam_transforms.interop._slots import ACCUMULATIONS, ADAM, Contents, by_rows, has
+from adam_transforms.interop._slots import (
+    ACCUMULATIONS,
+    ADAM,
+    Contents,
+    has,
+    row_accumulator_message,
+)
 
 
-def has_step_counters(state: Any) -> bool:
-    """Whether anything but Adam goes by the number of steps."""
-    found = jax.tree.leaves(state, is_leaf=_counts)
-    return any(_counts(x) and not isinstance(x, (*ADAM, ParamsEmaState)) for x in found)
+def has_step_counters(state: State) -> bool:
+    """Whether a state other than Adam's and averages has a step count, e.g. a schedule's."""
+    found = jax.tree.leaves(state, is_leaf=_has_count)
+    return any(_has_count(x) and not isinstance(x, (*ADAM, ParamsEmaState)) for x in found)
 
 
-def fill_state(state: Any, contents: Contents) -> Any:
-    """A fresh state with the contents in their places.
+def fill_state(state: State, contents: Contents) -> State:
+    """A new state with the imported contents.
 
-    Whatever counts steps goes on from where they were: Adam's, those of schedules and of
-    hyperparameters. What keeps slots that are not brought starts afresh, with its count.
+    Imported counts replace Adam's and those of schedules and hyperparameters. A state with slots
+    that are not imported keeps its initial slots and its initial count.
     """
     calls = contents.calls
     if calls is None and not has(state, ACCUMULATIONS):
         calls = contents.count
-    return _filled(state, contents, calls)
+    return _fill(state, contents, calls)
 
 
-def _filled(tree: Any, contents: Contents, count: int | None) -> Any:
-    """`tree` with its states renewed; `count` is for those that are in no accumulation."""
+def _fill(tree: State, contents: Contents, count: int | None) -> State:
+    """`tree` with all contents replaced; `count` is the step count outside of accumulations."""
 
-    def renewed(x: Any) -> Any:
+    def fill_node(x: Any) -> Any:
         if isinstance(x, ADAM):
-            return _filled_adam(x, contents, _known(count))
+            return _fill_adam(x, contents, _known(count))
         if isinstance(x, ParamsEmaState):
-            return _filled_average(x, contents, count)
-        if not _is_state(x):
+            return _fill_average(x, contents, count)
+        if not _is_fillable(x):
             return x
-        inside = contents.count if isinstance(x, ACCUMULATIONS) else count
+        inner_count = contents.count if isinstance(x, ACCUMULATIONS) else count
         fields = {
-            field: _filled(value, contents, inside)
+            field: _fill(value, contents, inner_count)
             for field, value in x._asdict().items()
             if field not in ("acc", "acc_grads")
         }
-        if "count" in x._fields and _goes_on(x):
-            fields["count"] = _placed(_known(count), x.count)
-        return _filled_wrapper(x._replace(**fields), contents)
+        if "count" in x._fields and _is_step_counter(x):
+            fields["count"] = _cast_like(_known(count), x.count)
+        return _fill_wrapper(x._replace(**fields), contents)
 
-    return jax.tree.map(renewed, tree, is_leaf=_is_state)
-
-
-def _is_state(x: Any) -> bool:
-    """Whether it is a state in which something is to be renewed."""
-    return isinstance(x, (*ACCUMULATIONS, DynamicLossScaleState)) or _counts(x)
+    return jax.tree.map(fill_node, tree, is_leaf=_is_fillable)
 
 
-def _counts(x: Any) -> bool:
+def _is_fillable(x: Any) -> bool:
+    """Whether `x` is a state with contents to replace."""
+    return isinstance(x, (*ACCUMULATIONS, DynamicLossScaleState)) or _has_count(x)
+
+
+def _has_count(x: Any) -> bool:
     return isinstance(x, tuple) and "count" in getattr(x, "_fields", ())
 
 
 def _known(count: int | None) -> int:
     if count is None:
         raise ValueError(
-            "tx counts steps outside of its accumulation, and how many gradients an update has "
-            "taken is not known here"
+            "tx counts steps outside of its accumulation, but the number of gradients per update is "
+            "unknown"
         )
     return count
 
 
-def _goes_on(x: Any) -> bool:
-    """Whether a count belongs to no slots, which start afresh: a schedule's, or a wrapper's."""
+def _is_step_counter(x: Any) -> bool:
+    """Whether the count of `x` is that of a schedule or wrapper, not of slots of its own."""
     if isinstance(x, ScaleByPathLearningRateState) or "inner_state" in x._fields:
         return True
     rest = jax.tree.leaves(x._replace(count=None))
     return not any(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in rest)
 
 
-def _filled_adam(x: Any, contents: Contents, count: int) -> Any:
+def _fill_adam(x: Any, contents: Contents, count: int) -> Any:
     slots = {
-        slot: _with_slot(getattr(x, slot), contents.slots, slot)
+        slot: _fill_slot(getattr(x, slot), contents.slots, slot)
         for slot in ("mu", "nu", "nu_max")
         if getattr(x, slot, None) is not None
     }
-    x = x._replace(count=_placed(count, x.count), **slots)
+    x = x._replace(count=_cast_like(count, x.count), **slots)
     if not isinstance(x, DeferredAdamState):
         return x
 
-    def paid(group: Any) -> Any:
+    def mark_current(group: Any) -> Any:
         if group is None:
             return None
-        now = jax.tree.map(lambda last: jnp.full_like(last, count), group.last_step)
-        return group._replace(last_step=now)
+        last_step = jax.tree.map(lambda last: jnp.full_like(last, count), group.last_step)
+        return group._replace(last_step=last_step)
 
-    return x._replace(idle=paid(x.idle), idle_decayed=paid(x.idle_decayed))
+    return x._replace(idle=mark_current(x.idle), idle_decayed=mark_current(x.idle_decayed))
 
 
-def _filled_average(x: ParamsEmaState, contents: Contents, count: int | None) -> ParamsEmaState:
-    """With the average that is brought; else it starts afresh."""
+def _fill_average(x: ParamsEmaState, contents: Contents, count: int | None) -> ParamsEmaState:
+    """`x` with the imported average; unchanged without one."""
     paths = [path for path, leaf in trees.flatten_with_paths(x.ema)[0] if leaf is not None]
     if not all("ema" in contents.slots.get(path, {}) for path in paths):
         return x
-    weight = _placed(1.0, x.weight)
-    ema = _with_slot(x.ema, contents.slots, "ema")
-    return ParamsEmaState(_placed(_known(count), x.count), weight, ema)
+    weight = _cast_like(1.0, x.weight)
+    ema = _fill_slot(x.ema, contents.slots, "ema")
+    return ParamsEmaState(_cast_like(_known(count), x.count), weight, ema)
 
 
-def _filled_wrapper(x: Any, contents: Contents) -> Any:
+def _fill_wrapper(x: Any, contents: Contents) -> Any:
     if isinstance(x, AccumulateState):
-        x = x._replace(mini_step=_placed(contents.mini_step, x.mini_step))
-        return x._replace(acc=_with_slot(x.acc, contents.slots, "acc")) if contents.mini_step else x
+        x = x._replace(mini_step=_cast_like(contents.mini_step, x.mini_step))
+        return x._replace(acc=_fill_slot(x.acc, contents.slots, "acc")) if contents.mini_step else x
     if isinstance(x, optax.MultiStepsState):
-        return x._replace(gradient_step=_placed(contents.count, x.gradient_step))
+        return x._replace(gradient_step=_cast_like(contents.count, x.gradient_step))
     if isinstance(x, DynamicLossScaleState) and contents.scale is not None:
         return x._replace(
-            scale=_placed(contents.scale, x.scale),
-            finite_steps=_placed(contents.finite_steps, x.finite_steps),
+            scale=_cast_like(contents.scale, x.scale),
+            finite_steps=_cast_like(contents.finite_steps, x.finite_steps),
         )
     return x
 
 
-def _with_slot(tree: Any, slots: Mapping[str, Mapping[str, Any]], slot: str) -> Any:
-    """`tree` with the arrays of one slot; leaves that it is not brought for stay."""
+def _fill_slot(tree: Any, slots: Mapping[Path, Mapping[str, Any]], slot: str) -> Any:
+    """`tree` with the imported arrays of one slot; other leaves are unchanged."""
 
-    def leaf_now(path: str, leaf: Any) -> Any:
+    def fill_leaf(path: Path, leaf: Any) -> Any:
         if leaf is None or slot not in slots.get(path, {}):
             return leaf
         if isinstance(leaf, SparseRows):
-            raise ValueError(by_rows(path))
-        return _placed(slots[path][slot], leaf)
+            raise ValueError(row_accumulator_message(path))
+        return _cast_like(slots[path][slot], leaf)
 
     leaves, treedef = trees.flatten_with_paths(tree)
-    return treedef.unflatten([leaf_now(path, leaf) for path, leaf in leaves])
+    return treedef.unflatten([fill_leaf(path, leaf) for path, leaf in leaves])
 
 
-def _placed(value: Any, like: Any) -> Any:
-    """`value` in the dtype and on the devices of `like`. Of an array there must be no other user:
-    JAX may keep its memory."""
+def _cast_like(value: Any, like: Any) -> Any:
+    """`value` with the dtype and the sharding of `like`.
+
+    JAX may adopt the memory of a NumPy array: the caller must not use `value` again.
+    """
     value = np.asarray(value, like.dtype)
     if isinstance(like, jax.Array) and not isinstance(like, Tracer) and like.committed:
         return jax.device_put(value, like.sharding)

@@ -1,4 +1,4 @@
-"""What an optimizer state keeps that other systems keep too, found in it and read from it."""
+"""Finds and reads the parts of an optimizer state that other systems have too."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ import optax
 
 from adam_transforms._core import trees
 from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._core.types import Params, Path, State
 from adam_transforms._embeddings.deferred.state import DeferredAdamState
 from adam_transforms._transforms.accumulation import AccumulateState
 from adam_transforms._transforms.adam import ScheduledDecayState
@@ -21,27 +22,27 @@ ACCUMULATIONS: Any = (AccumulateState, optax.MultiStepsState)
 
 
 class Contents(NamedTuple):
-    """What is brought to a state, or read from it.
+    """The imported or exported contents of a state.
 
     Attributes:
-      count: updates made, Adam's count.
+      count: the number of updates, Adam's count.
       slots: {path: {slot: array}}; the slots are mu, nu, nu_max, ema (of `params_ema`) and acc
-        (of `accumulate`, the sum of the cycle so far).
-      calls: steps made where one update takes several of them; None if that is not known.
-      mini_step: gradients received in this cycle of an accumulation.
-      scale, finite_steps: of a dynamic loss scale; None without.
+        (of `accumulate`, the sum of gradients in the current cycle).
+      calls: the number of calls of an accumulation, several per update; None if unknown.
+      mini_step: the number of gradients in the current cycle of an accumulation.
+      scale, finite_steps: the dynamic loss scale and its counter; None and 0 without one.
     """
 
     count: int
-    slots: Mapping[str, Mapping[str, Any]]
+    slots: Mapping[Path, Mapping[str, Any]]
     calls: int | None = None
     mini_step: int = 0
     scale: Any = None
     finite_steps: int = 0
 
 
-def fresh(tx: Any, params: Any) -> Any:
-    """``tx.init(params)``, known to keep Adam's moments."""
+def init_state(tx: Any, params: Params) -> State:
+    """``tx.init(params)``, checked to contain Adam's moments."""
     if isinstance(tx, type) or not callable(getattr(tx, "init", None)):
         raise TypeError(f"tx must be a gradient transformation or an optimizer, got {tx!r}")
     state = tx.init(params)
@@ -49,58 +50,61 @@ def fresh(tx: Any, params: Any) -> Any:
     return state
 
 
-def slots_of(state: Any, *, ema: bool = False, acc: bool = False) -> dict[str, dict[str, Any]]:
-    """{path: {slot: leaf}}, of Adam's moments and on demand of averages and accumulators.
+def slots_of(state: State, *, ema: bool = False, acc: bool = False) -> dict[Path, dict[str, Any]]:
+    """{path: {slot: leaf}} of Adam's moments and optionally of averages and accumulators.
 
     Raises:
-      ValueError: two states keep the same slot of a parameter, or nothing is kept by Adam's rule.
+      ValueError: two states have the same slot of a parameter, or there is no Adam state.
     """
-    slots: dict[str, dict[str, Any]] = {}
+    slots: dict[Path, dict[str, Any]] = {}
     for slot, tree in _slot_trees(state, ema, acc):
         for path, leaf in trees.flatten_with_paths(tree)[0]:
             if leaf is None:
                 continue
             if slots.setdefault(path, {}).setdefault(slot, leaf) is not leaf:
-                raise ValueError(f"the state holds two slots {slot} of {path!r}")
+                raise ValueError(f"the state has two slots {slot} of {path!r}")
     return slots
 
 
-def has(state: Any, kind: Any) -> bool:
-    """Whether there is a state of this kind anywhere."""
+def has(state: State, kind: Any) -> bool:
+    """Whether `state` contains a state of this type, at any depth."""
     return bool(trees.find_states(state, kind))
 
 
-def read(state: Any, params: Any) -> Contents:
-    """What a state holds, as NumPy arrays.
+def read(state: State, params: Params) -> Contents:
+    """The contents of a state as NumPy arrays.
 
     Raises:
-      ValueError: there is no Adam state, or several that disagree; it is not that of `params`; it
-        owes steps.
+      ValueError: there is no Adam state, or there are several with different counts; slots and
+        `params` do not match; there are pending updates; or a part cannot be exported.
     """
     adams = _adam_states(state)
     counts = sorted({int(adam.count) for adam in adams})
     if len(counts) > 1:
-        raise ValueError(f"the state's Adams have made different numbers of steps: {counts}")
+        raise ValueError(f"the Adam states have different numbers of steps: {counts}")
     for adam in adams:
-        _check_paid(adam)
+        _check_synchronized(adam)
     for average in trees.find_states(state, ParamsEmaState):
         if float(average.weight) != 1.0:
             raise ValueError(
-                "the state has an average with debias=True, which is kept nowhere else"
+                "the state has an average with debias=True, which other systems do not have"
             )
     mini_step = 0
     for found in trees.find_states(state, ACCUMULATIONS):
         mini_step = int(found.mini_step)
         if mini_step and isinstance(found, optax.MultiStepsState):
-            raise ValueError("a cycle of optax.MultiSteps is under way; at.accumulate can be read")
+            raise ValueError(
+                "a cycle of optax.MultiSteps is under way, and its accumulator cannot be exported: "
+                "export after the cycle, or use accumulate"
+            )
     slots = slots_of(state, ema=True, acc=True)
     _check_params(slots, params)
-    for path, of_path in slots.items():
-        if "acc" in of_path and mini_step == 0:  # what it holds then means nothing
-            of_path["acc"] = np.zeros(of_path["acc"].shape, of_path["acc"].dtype)
-        if isinstance(of_path.get("acc"), SparseRows):
-            raise ValueError(by_rows(path))
-    arrays = {path: {s: np.array(x) for s, x in of.items()} for path, of in slots.items()}
+    for path, leaves in slots.items():
+        if "acc" in leaves and mini_step == 0:  # left over from the last cycle
+            leaves["acc"] = np.zeros(leaves["acc"].shape, leaves["acc"].dtype)
+        if isinstance(leaves.get("acc"), SparseRows):
+            raise ValueError(row_accumulator_message(path))
+    arrays = {path: {slot: np.array(x) for slot, x in of.items()} for path, of in slots.items()}
     contents = Contents(counts[0], arrays, mini_step=mini_step)
     for found in trees.find_states(state, DynamicLossScaleState):
         contents = contents._replace(
@@ -109,22 +113,22 @@ def read(state: Any, params: Any) -> Contents:
     return contents
 
 
-def _adam_states(state: Any) -> list[Any]:
+def _adam_states(state: State) -> list[Any]:
     if has(state, ScheduledDecayState):
         raise ValueError(
-            "tx has a schedule for b1 or b2, and so keeps a running product of their values, which "
-            "is not known here: use numbers"
+            "tx has a schedule for b1 or b2, and its state has a running product of their values, "
+            "which cannot be imported or exported: use numbers"
         )
     found = trees.find_states(state, ADAM)
     if not found:
         raise ValueError(
-            "the state of tx holds no Adam: none of optax.ScaleByAdamState, "
+            "the state of tx has no Adam state: none of optax.ScaleByAdamState, "
             "optax.ScaleByAmsgradState and DeferredAdamState"
         )
     return found
 
 
-def _slot_trees(state: Any, ema: bool, acc: bool) -> Iterator[tuple[str, Any]]:
+def _slot_trees(state: State, ema: bool, acc: bool) -> Iterator[tuple[str, Any]]:
     for found in _adam_states(state):
         for slot in ("mu", "nu", "nu_max"):
             if getattr(found, slot, None) is not None:
@@ -138,28 +142,32 @@ def _slot_trees(state: Any, ema: bool, acc: bool) -> Iterator[tuple[str, Any]]:
 # ---- checks -------------------------------------------------------------------------------------
 
 
-def _check_paid(adam: Any) -> None:
+def _check_synchronized(adam: Any) -> None:
+    """Raises ValueError if a row of a deferred table has pending updates."""
     for group in (getattr(adam, "idle", None), getattr(adam, "idle_decayed", None)):
         for last in jax.tree.leaves(None if group is None else group.last_step):
             if np.any(np.asarray(last) != np.asarray(adam.count)):
                 raise ValueError(
-                    "the state owes steps to idle rows: flush(params, state) first, and go on with "
-                    "the parameters that it returns too"
+                    "the state has pending updates of table rows: call flush(params, state) first, "
+                    "and use the parameters that it returns"
                 )
 
 
-def by_rows(path: str) -> str:
-    return f"a cycle of accumulation is under way, in which {path!r} is accumulated by rows"
+def row_accumulator_message(path: Path) -> str:
+    return (
+        f"a cycle of accumulation is under way, and the accumulator of {path!r} has row gradients, "
+        "which cannot be imported or exported: do it between cycles"
+    )
 
 
-def _check_params(slots: Mapping[str, Mapping[str, Any]], params: Any) -> None:
+def _check_params(slots: Mapping[Path, Mapping[str, Any]], params: Params) -> None:
     leaves = trees.flatten_with_paths(params)[0]
     shapes = {path: jnp.shape(p) for path, p in leaves if p is not None}
-    for path, of_path in slots.items():
-        for slot, leaf in of_path.items():
-            if shapes.get(path) != leaf.shape:
-                theirs = "is not there" if path not in shapes else f"has shape {list(shapes[path])}"
+    for path, arrays in slots.items():
+        for slot, array in arrays.items():
+            if shapes.get(path) != array.shape:
+                problem = f"has shape {list(shapes[path])}" if path in shapes else "is missing"
                 raise ValueError(
-                    f"the state is not that of params: {path!r} {theirs}, "
-                    f"but its {slot} has shape {list(leaf.shape)}"
+                    f"the state does not match params: {path!r} {problem}, "
+                    f"but its {slot} has shape {list(array.shape)}"
                 )

@@ -125,7 +125,7 @@ def state_from(
     (5, [1.0, 1.0])
     """
     arrays = _stores.arrays_of(store)
-    state = _slots.fresh(tx, params)
+    state = _slots.init_state(tx, params)
     target = _slots.slots_of(state, ema=True, acc=True)
     names = _matching.positions(len(target)) if names is None else list(names)
     names = _matching.checked_names(names, len(names), "the optimizer's variables")

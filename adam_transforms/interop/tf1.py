@@ -67,7 +67,7 @@ def state_from(
     """
     if not isinstance(arrays, Mapping) or not all(isinstance(key, str) for key in arrays):
         raise TypeError(f"arrays must map names to arrays, got {arrays!r:.80}")
-    state = _slots.fresh(tx, params)
+    state = _slots.init_state(tx, params)
     source = _slots_in(arrays, name)
     if not source:
         raise ValueError(f"there are no slots .../{name} and .../{name}_1 in {sorted(arrays)[:20]}")

@@ -66,7 +66,7 @@ def state_from(
     if unknown:
         raise ValueError(f"state_dict has states for {unknown}, which are in no parameter group")
     source = {name: _slots_of(name, states.get(i, {})) for name, i in zip(names, ids, strict=True)}
-    state = _slots.fresh(tx, params)
+    state = _slots.init_state(tx, params)
     if not states:  # before the first step
         return state
     count = _count({name: states[i] for name, i in zip(names, ids, strict=True) if i in states})

@@ -1,4 +1,4 @@
-"""What Keras's Adam keeps, by Keras's names and in its order, out of our state."""
+"""The variables of Keras's Adam in an optimizer state, with Keras's names and order."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from adam_transforms._core import trees
+from adam_transforms._core.types import Params, Path, State
 from adam_transforms._transforms.accumulation import AccumulateState
 from adam_transforms.compat._optimizer import Variable
 from adam_transforms.interop import _slots, keras as interop
@@ -16,25 +17,24 @@ from adam_transforms.interop import _slots, keras as interop
 _LEGACY_NAMES = {"mu": "m", "nu": "v", "nu_max": "vhat"}
 
 
-def adam_state(state: Any) -> Any:
-    """Adam's own state, of which there is one."""
+def adam_state(state: State) -> Any:
+    """The Adam state inside `state`, checked to be the only one."""
     found = trees.find_states(state, (optax.ScaleByAdamState, optax.ScaleByAmsgradState))
     if len(found) != 1:
-        raise ValueError(f"state must be one that init gave, found {len(found)} Adam states in it")
+        raise ValueError(f"state must be a result of init, but has {len(found)} Adam states")
     return found[0]
 
 
-def calls(adam: Any, state: Any) -> jax.Array:
-    """Calls of apply so far, Keras's raw iterations."""
-    made = adam_state(state).count * (adam.gradient_accumulation_steps or 1)
+def calls(adam: Any, state: State) -> jax.Array:
+    """The number of calls of `apply`: Keras's variable `iteration`."""
+    count = adam_state(state).count * (adam.gradient_accumulation_steps or 1)
     for found in trees.find_states(state, AccumulateState):
-        made = made + found.mini_step
-    return made
+        count = count + found.mini_step
+    return count
 
 
-def scalars(adam: Any, state: Any) -> list[Variable]:
-    """What comes before the slots: the count, and in Keras 3 the learning rate if it is a
-    number."""
+def scalars(adam: Any, state: State) -> list[Variable]:
+    """The variables before the slots: iteration, and in Keras 3 a constant learning rate."""
     if adam.legacy:
         return [Variable(f"{adam.name}/iter:0", calls(adam, state))]
     variables = [Variable(f"{adam.name}/iteration", calls(adam, state))]
@@ -45,28 +45,28 @@ def scalars(adam: Any, state: Any) -> list[Variable]:
 
 
 def slot_names(adam: Any) -> list[str]:
-    """Keras's names for the slots, in its order."""
+    """Keras's names of the slots, in its order."""
     return [name for name, _ in _order(adam, 1)]
 
 
-def slots(adam: Any, state: Any) -> dict[str, dict[str, Any]]:
-    """{path: {slot: array}}, the slots by Keras's names."""
+def slots(adam: Any, state: State) -> dict[Path, dict[str, Any]]:
+    """{path: {Keras's name of the slot: array}}."""
     adam_state(state)
     found = _slots.slots_of(state, ema=True, acc=True)
     for accumulation in trees.find_states(state, AccumulateState):
-        # Once a cycle has ended, what is left there means nothing.
-        over = accumulation.mini_step == 0
-        for of_path in found.values():
-            of_path["acc"] = jnp.where(over, jnp.zeros_like(of_path["acc"]), of_path["acc"])
+        # After a cycle, Keras's accumulator is zero; ours still has the last sum.
+        is_empty = accumulation.mini_step == 0
+        for arrays in found.values():
+            arrays["acc"] = jnp.where(is_empty, jnp.zeros_like(arrays["acc"]), arrays["acc"])
     names = _names(adam)
     return {
-        path: {names[slot]: array for slot, array in of_path.items()}
-        for path, of_path in found.items()
+        path: {names[slot]: array for slot, array in arrays.items()}
+        for path, arrays in found.items()
     }
 
 
-def slot_variables(adam: Any, state: Any, names: Sequence[str] | None) -> list[Variable]:
-    """The slots of all parameters, which come in the order of `names`."""
+def slot_variables(adam: Any, state: State, names: Sequence[Path] | None) -> list[Variable]:
+    """The slots of all parameters; `names` gives the order of the parameters."""
     arrays = slots(adam, state)
     paths = list(arrays)
     if names is not None:
@@ -80,12 +80,12 @@ def slot_variables(adam: Any, state: Any, names: Sequence[str] | None) -> list[V
 
 
 def _names(adam: Any) -> dict[str, str]:
-    """From our names for slots to Keras's."""
+    """{slot: Keras's name of it}."""
     return _LEGACY_NAMES if adam.legacy else interop.SLOT_NAMES
 
 
 def _order(adam: Any, variables: int) -> list[tuple[str, int]]:
-    """[(slot, position of its variable), ...] as Keras has them."""
+    """[(Keras's name of the slot, position of its variable), ...] in Keras's order."""
     layout = interop.Layout(
         ema=adam.use_ema,
         acc=adam.gradient_accumulation_steps is not None,
@@ -93,30 +93,31 @@ def _order(adam: Any, variables: int) -> list[tuple[str, int]]:
         legacy=adam.legacy,
     )
     names, entries = _names(adam), interop.entries(layout, variables)
-    return [(names[what], i) for what, i in entries if i is not None]
+    return [(names[slot], i) for slot, i in entries if i is not None]
 
 
-def _slot_path(adam: Any, path: str, slot: str) -> str:
+def _slot_path(adam: Any, path: Path, slot: str) -> str:
+    """Keras's name of a slot variable."""
     if adam.legacy:
         return f"{adam.name}/{path}/{slot}:0"
     return f"{adam.name}/{path.replace('/', '_')}_{slot}"
 
 
 def loaded(
-    optimizer: Any, store: Any, params: Any, names: Sequence[str] | None, rename: Any
-) -> Any:
-    """The state that a store, a mapping or a list of arrays, is of."""
+    optimizer: Any, store: Any, params: Params, names: Sequence[str] | None, rename: Any
+) -> State:
+    """The state of `optimizer` with the arrays of a store, a mapping or a list."""
     if not isinstance(store, Mapping | Sequence) or isinstance(store, str):
         raise TypeError(
-            f"expected what save_own_variables or get_weights gave, got {store!r:.80}; a file is "
-            "read by interop.keras.state_from(path, params, optimizer)"
+            "expected a result of save_own_variables or get_weights, got "
+            f"{store!r:.80}; to read a file, use interop.keras.state_from(path, params, optimizer)"
         )
     adam = optimizer.adam
     if names is None:
         names = [path for path, leaf in trees.flatten_with_paths(params)[0] if leaf is not None]
-    moments = 3 * len(names) + 1
-    if adam.legacy and not adam.amsgrad and len(store) == moments:
-        # What Keras 1 saved has a vhat whether it is used or not, at the end.
+    count_with_vhat = 3 * len(names) + 1
+    if adam.legacy and not adam.amsgrad and len(store) == count_with_vhat:
+        # Keras 1 always saves vhat, after all other variables, even without amsgrad.
         store = [_entry(store, i) for i in range(2 * len(names) + 1)]
     state = interop.state_from(store, params, optimizer, names, rename=rename, legacy=adam.legacy)
     if not adam.legacy:
@@ -124,20 +125,22 @@ def loaded(
     return state
 
 
-def _check_learning_rate(optimizer: Any, store: Any, state: Any) -> None:
-    """Refuses a learning rate in the store that is not the optimizer's, which keeps none."""
+def _check_learning_rate(optimizer: Any, store: Any, state: State) -> None:
+    """Raises ValueError if the stored learning rate differs from the optimizer's."""
     slots = len(slot_variables(optimizer.adam, state, None))
-    at = len(optimizer.own_variables(state)) + 1
-    theirs = float(np.float32(_entry(store, at))) if len(store) - slots > at else None
+    position = len(optimizer.own_variables(state)) + 1
+    has_rate = len(store) - slots > position
+    stored = float(np.float32(_entry(store, position))) if has_rate else None
     rate = optimizer.adam.learning_rate
-    ours = None if callable(rate) else float(np.float32(rate))
-    if theirs == ours:
+    own = None if callable(rate) else float(np.float32(rate))
+    if stored == own:
         return
-    what = "a schedule" if theirs is None else f"{theirs:g}"
-    rate = "a schedule or a function" if ours is None else f"{ours:g}"
+    stored_text = "a schedule" if stored is None else f"{stored:g}"
+    own_text = "a schedule or a function" if own is None else f"{own:g}"
     raise ValueError(
-        f"the learning rate in the store is {what}, that of the optimizer {rate}: load into one "
-        "that has it, dataclasses.replace(optimizer, learning_rate=...) (of the inner_optimizer)"
+        f"the learning rate in the store is {stored_text}, that of the optimizer {own_text}, and a "
+        "state does not contain it: load into dataclasses.replace(optimizer, learning_rate=...) "
+        "(for a LossScaleOptimizer, replace it in the inner_optimizer)"
     )
 
 
