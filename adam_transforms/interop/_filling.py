@@ -79,8 +79,8 @@ def _has_count(x: Any) -> bool:
 def _known(count: int | None) -> int:
     if count is None:
         raise ValueError(
-            "tx counts steps outside of its accumulation, but the number of gradients per update is "
-            "unknown"
+            "tx counts steps outside of its accumulation, but the number of gradients per update "
+            "is unknown"
         )
     return count
 

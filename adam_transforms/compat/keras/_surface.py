@@ -186,7 +186,7 @@ class KerasOptimizer(_optimizer.Optimizer):
         """
         return [
             *self.own_variables(state),
-            *_variables.scalars(self.adam, state),
+            *_variables.scalar_variables(self.adam, state),
             *_variables.slot_variables(self.adam, state, names),
         ]
 
@@ -229,7 +229,7 @@ class KerasOptimizer(_optimizer.Optimizer):
         """
         if not isinstance(weights, list | tuple):
             raise TypeError(f"weights must be a list of arrays, got {weights!r:.80}")
-        return _variables.loaded(self, weights, params, names, rename)
+        return _variables.load_state(self, weights, params, names, rename)
 
     def load_own_variables(
         self,
@@ -253,4 +253,4 @@ class KerasOptimizer(_optimizer.Optimizer):
         """
         if not isinstance(store, Mapping):
             raise TypeError(f"store must be a mapping of arrays, got {store!r:.80}")
-        return _variables.loaded(self, store, params, names, rename)
+        return _variables.load_state(self, store, params, names, rename)

@@ -33,7 +33,7 @@ def calls(adam: Any, state: State) -> jax.Array:
     return count
 
 
-def scalars(adam: Any, state: State) -> list[Variable]:
+def scalar_variables(adam: Any, state: State) -> list[Variable]:
     """The variables before the slots: iteration, and in Keras 3 a constant learning rate."""
     if adam.legacy:
         return [Variable(f"{adam.name}/iter:0", calls(adam, state))]
@@ -86,14 +86,17 @@ def _names(adam: Any) -> dict[str, str]:
 
 def _order(adam: Any, variables: int) -> list[tuple[str, int]]:
     """[(Keras's name of the slot, position of its variable), ...] in Keras's order."""
-    layout = interop.Layout(
+    names, entries = _names(adam), interop.entries(_layout(adam), variables)
+    return [(names[slot], i) for slot, i in entries if i is not None]
+
+
+def _layout(adam: Any) -> interop.Layout:
+    return interop.Layout(
         ema=adam.use_ema,
         acc=adam.gradient_accumulation_steps is not None,
         amsgrad=adam.amsgrad,
         legacy=adam.legacy,
     )
-    names, entries = _names(adam), interop.entries(layout, variables)
-    return [(names[slot], i) for slot, i in entries if i is not None]
 
 
 def _slot_path(adam: Any, path: Path, slot: str) -> str:
@@ -103,7 +106,7 @@ def _slot_path(adam: Any, path: Path, slot: str) -> str:
     return f"{adam.name}/{path.replace('/', '_')}_{slot}"
 
 
-def loaded(
+def load_state(
     optimizer: Any, store: Any, params: Params, names: Sequence[str] | None, rename: Any
 ) -> State:
     """The state of `optimizer` with the arrays of a store, a mapping or a list."""
@@ -121,17 +124,23 @@ def loaded(
         store = [_entry(store, i) for i in range(2 * len(names) + 1)]
     state = interop.state_from(store, params, optimizer, names, rename=rename, legacy=adam.legacy)
     if not adam.legacy:
-        _check_learning_rate(optimizer, store, state)
+        layout = _layout(adam)._replace(loss_scale=bool(optimizer.own_variables(state)))
+        _check_learning_rate(adam, store, interop.entries(layout, len(names)))
     return state
 
 
-def _check_learning_rate(optimizer: Any, store: Any, state: State) -> None:
-    """Raises ValueError if the stored learning rate differs from the optimizer's."""
-    slots = len(slot_variables(optimizer.adam, state, None))
-    position = len(optimizer.own_variables(state)) + 1
-    has_rate = len(store) - slots > position
-    stored = float(np.float32(_entry(store, position))) if has_rate else None
-    rate = optimizer.adam.learning_rate
+def _check_learning_rate(adam: Any, store: Any, order: Sequence[tuple[str, int | None]]) -> None:
+    """Raises ValueError if the stored learning rate differs from the optimizer's.
+
+    Args:
+      adam: the optimizer.
+      store: the arrays.
+      order: the entries of a store that has a learning rate.
+    """
+    stored = None
+    if len(store) == len(order):
+        stored = float(np.float32(_entry(store, order.index(("learning_rate", None)))))
+    rate = adam.learning_rate
     own = None if callable(rate) else float(np.float32(rate))
     if stored == own:
         return
