@@ -451,9 +451,9 @@ def test_a_state_that_is_not_kept_by_row_is_refused_by_name(name: str, width: in
 
 def test_a_state_that_changes_its_shape_is_refused() -> None:
     """Adafactor factors the many rows of a batch, and not the few of the table."""
-    params = {"t": jnp.ones((3, 5))}
-    rows = at.SparseRows(np.zeros(5, np.int32), np.ones((5, 5), np.float32), 3)
-    tx = at.lazy(optax.scale_by_factored_rms(min_dim_size_to_factor=5))
+    params = {"t": jnp.ones((3, 6))}
+    rows = at.SparseRows(np.zeros(6, np.int32), np.ones((6, 6), np.float32), 3)
+    tx = at.lazy(optax.scale_by_factored_rms(min_dim_size_to_factor=6))
     with pytest.raises(ValueError, match="'v.*/t' has shape"):
         tx.update({"t": rows}, tx.init(params), params)
 

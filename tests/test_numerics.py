@@ -10,7 +10,6 @@ from helpers import x64
 import adam_transforms as at
 from adam_transforms._core import dtypes
 from adam_transforms._transforms import numerics
-from adam_transforms._xla import scheduling
 
 DECAYS = [0.0, 0.1, 0.5, 0.9, 0.999, 0.999999]
 LOW = [jnp.float16, jnp.bfloat16]
@@ -135,37 +134,6 @@ def test_increment_stays_at_the_largest_integer():
     largest = np.iinfo(np.int32).max
     counts = jnp.array([0, 41, largest - 1, largest], jnp.int32)
     assert [int(numerics.increment(c)) for c in counts] == [1, 42, largest, largest]
-
-
-# Compiling
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16, jnp.complex64])
-@pytest.mark.parametrize("columns", [1, 30, 60, 300])  # with no, two, one and no choices
-def test_what_is_computed_once_is_what_it_was(dtype, columns):
-    finfo = jnp.finfo(dtype)
-    x = [0.0, -0.0, 1.0, -3.7, finfo.tiny, finfo.max, -finfo.max, np.inf, -np.inf, np.nan]
-    with x64():
-        x = jnp.tile(jnp.asarray(x, dtype)[:, None], columns)
-        once = jax.jit(scheduling.computed_once, static_argnums=1)(x, 4)
-        assert once.dtype == dtype
-        wide = dtypes.compute_dtype(dtype)
-        np.testing.assert_array_equal(once.astype(wide), x.astype(wide))
-        np.testing.assert_array_equal(jnp.signbit(once.real), jnp.signbit(x.real))
-
-
-@pytest.mark.parametrize("columns", [16, 32, 64, 128])
-def test_what_is_computed_once_is_computed_in_the_kernel_that_gathers(columns):
-    def fn(table, rows):
-        x = 0.5 * table.at[rows].get(mode="clip") + 1.0
-        x = scheduling.computed_once(x, instructions=6)
-        return table.at[rows].set(x), jnp.sqrt(x) + 1.0
-
-    inputs = jax.ShapeDtypeStruct((10**6, columns), jnp.float32), jnp.zeros(1000, jnp.int32)
-    program = str(jax.jit(fn, donate_argnums=0).lower(*inputs).compile().as_text())
-    gathering = [kernel for kernel in program.split("\n\n") if " gather(" in kernel]
-    assert len(gathering) == 1
-    assert " divide(" in gathering[0]
 
 
 # Norms

@@ -245,11 +245,11 @@ def test_collected_rows_and_their_padding_stay_what_they_are() -> None:
     tx = at.accumulate(at.lazy(at.scale_by_adam()), 3, like=like(V))
     params, state = train(tx, start(), [gradient(0, "rows")])
     acc = state.acc["net"]["table"]
-    assert not np.all(acc.is_row)
+    assert not np.all(acc.is_valid)
     _, new_state = resize(params, state, {PATH: LARGER})
     new = new_state.acc["net"]["table"]
     assert new.num_rows == LARGER
-    np.testing.assert_array_equal(new.is_row, acc.is_row)
+    np.testing.assert_array_equal(new.is_valid, acc.is_valid)
     assert_bits_equal(new.to_dense()[:V], acc.to_dense())
     assert not np.any(new.to_dense()[V:])
 

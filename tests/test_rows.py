@@ -58,38 +58,26 @@ def test_to_dense_and_the_sum_with_a_table_are_the_definition(indices: list[int]
     assert_bits_equal((table + rows)[np.array(untouched, int)], table[untouched])
 
 
-@pytest.fixture(params=["in place", "packed"])
-def packed(request: Any, monkeypatch: Any) -> bool:
-    """Whether `sum_duplicates` packs, as it does with many rows."""
-    if packed := request.param == "packed":
-        monkeypatch.setattr(sparse_rows, "_MANY_BYTES", 0)
-    return packed
-
-
 @every_kind
-def test_sum_duplicates_names_each_row_once_and_keeps_the_gradient(
-    indices: list[int], packed: bool
-) -> None:
+def test_sum_duplicates_names_each_row_once_and_keeps_the_gradient(indices: list[int]) -> None:
     summed = jax.jit(lambda rows: rows.sum_duplicates())(rows_of(indices))
     assert summed.unique
     assert summed.indices.shape == (len(indices),)
     real = list(dict.fromkeys(i for i in indices if 0 <= i < V))
     assert [i for i in summed.indices.tolist() if i != V] == real
-    if packed:
-        assert summed.indices.tolist() == real + [V] * (len(indices) - len(real))
     np.testing.assert_array_equal(summed.to_dense(), dense_of(rows_of(indices)))
     assert_bits_equal(summed.sum_duplicates(), summed)
     assert not np.asarray(summed.values)[np.asarray(summed.indices) == V].any()
 
 
 @every_kind
-def test_sum_duplicates_names_a_run_of_rows_besides(indices: list[int], packed: bool) -> None:
+def test_sum_duplicates_names_a_run_of_rows_besides(indices: list[int]) -> None:
     length = 3
     named = [i for i in indices if 0 <= i < V]
 
     @jax.jit
     def summed_with_run(rows: at.SparseRows, start: int) -> at.SparseRows:
-        return rows.sum_duplicates(and_run=(start, length))
+        return sparse_rows.sum_with_run(rows, start, length)
 
     for rows in (rows_of(indices), rows_of(indices).sum_duplicates()):
         for start in (0, 2, V - 1, V):
@@ -99,7 +87,6 @@ def test_sum_duplicates_names_a_run_of_rows_besides(indices: list[int], packed: 
             assert len(found) == len(indices) + length
             real = list(dict.fromkeys([*named, *range(start, min(start + length, V))]))
             assert [i for i in found if i != V] == real
-            assert not packed or found == real + [V] * (len(found) - len(real))
             np.testing.assert_array_equal(summed.to_dense(), dense_of(rows))
             assert not np.asarray(summed.values)[np.array(found) == V].any()
 
@@ -112,18 +99,16 @@ def test_sum_duplicates_has_zeros_at_padding_whatever_a_user_left_there() -> Non
 
 @pytest.mark.parametrize("n", [0, 1, 2, 1000, 5000])
 @pytest.mark.parametrize("num_rows", [1, 50, 10**6, 2**31 - 1])
-@pytest.mark.parametrize("hashing", [True, False], ids=["by hashing", "by sorting"])
-def test_first_positions_are_those_that_numpy_finds(n: int, num_rows: int, hashing: bool) -> None:
+@pytest.mark.parametrize("method", ["by_hashing", "by_sorting", "first_positions"])
+def test_first_positions_are_those_that_numpy_finds(n: int, num_rows: int, method: str) -> None:
     generator = np.random.default_rng(n)
     indices = generator.integers(0, num_rows + 1, n)
     # A stride, as of fields of a record.
     indices[: n // 2] = indices[:1].sum() + 8 * np.arange(n // 2)
     indices = (indices % (num_rows + 1)).astype(np.int32)
     _, first, inverse = np.unique(indices, return_index=True, return_inverse=True)
-    if hashing:
-        found = jax.jit(duplicates.by_hashing, static_argnums=1)(indices, num_rows)
-    else:
-        found = jax.jit(duplicates.by_sorting)(indices)
+    static = (num_rows,) if method == "first_positions" else ()
+    found = getattr(duplicates, method)(jnp.asarray(indices), *static)
     np.testing.assert_array_equal(found, first[inverse])
 
 
@@ -179,7 +164,7 @@ def test_a_batch_of_row_gradients_shows_that_it_is_one() -> None:
 REFUSED_OF_A_BATCH = {
     "to_dense": lambda rows: rows.to_dense(),
     "sum_duplicates": lambda rows: rows.sum_duplicates(),
-    "is_row": lambda rows: rows.is_row,
+    "is_valid": lambda rows: rows.is_valid,
     "masked_values": lambda rows: rows.masked_values(),
     "table + rows": lambda rows: jnp.zeros(rows.shape) + rows,
     "rows + table": lambda rows: rows + jnp.zeros(rows.shape),

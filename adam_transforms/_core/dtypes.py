@@ -20,7 +20,8 @@ def promote(*dtypes: Any) -> np.dtype:
 
 def compute_dtype(*dtypes: Any) -> np.dtype:
     """The dtype to compute in: the promotion of `dtypes`, and at least float32."""
-    return promote(jnp.float32, *dtypes)
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(jnp.float32, *dtypes)
 
 
 def real_dtype(dtype: Any) -> np.dtype:
@@ -28,6 +29,12 @@ def real_dtype(dtype: Any) -> np.dtype:
     return (
         jnp.finfo(dtype).dtype if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.dtype(dtype)
     )
+
+
+def nu_dtype(param_dtype: Any) -> np.dtype:
+    """The default dtype of second moments: real, and at least float32, because a bfloat16 nu stops
+    moving at b2 = 0.999."""
+    return real_dtype(compute_dtype(param_dtype))
 
 
 def scalar_dtype() -> np.dtype:

@@ -1,8 +1,7 @@
 """The gradient of a table by the rows it touches."""
 
-import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,12 +11,8 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adam_transforms._core import dtypes
-from adam_transforms._xla import scheduling
 from adam_transforms._xla.duplicates import first_positions
-
-# Bytes of the (n, D...) values from how many on rows are better treated some at a time. As measured
-# with lazy Adam on two cores: below, all at once is as fast.
-_MANY_BYTES = 2 * 2**20
+from adam_transforms._xla.scheduling import materialize
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -76,21 +71,17 @@ class SparseRows:
                 "indices and values must have shapes (n,) and (n, D...), "
                 f"got {list(indices.shape)} and {list(values.shape)}"
             )
-        self.values = _all_rows(values)
+        indices, self.values = _replicate_rows(indices, values)
         self.num_rows = num_rows
         self.unique = unique
-        self._keys = _as_keys(_all_rows(indices))
+        # An array of PRNG keys, on which no arithmetic is defined.
+        words = [indices.astype(jnp.uint32), jnp.zeros_like(indices, jnp.uint32)]
+        self._keys = jax.random.wrap_key_data(jnp.stack(words, axis=-1), impl="threefry2x32")
 
     @property
     def indices(self) -> jax.Array:
-        """int32 (n,)."""
+        """int32 (n,), `num_rows` at padding."""
         return jax.random.key_data(self._keys)[..., 0].astype(jnp.int32)
-
-    @property
-    def padded_indices(self) -> jax.Array:
-        """int32 (n,): `indices`, with `num_rows` for all that is padding."""
-        self._refuse_batch()
-        return _padded(self.indices, self.num_rows)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -103,105 +94,76 @@ class SparseRows:
         return self.values.dtype
 
     @property
-    def is_row(self) -> jax.Array:
+    def is_valid(self) -> jax.Array:
         """bool (n,): False at padding."""
-        return self.padded_indices < self.num_rows
+        self._refuse_batch()
+        return self.indices < self.num_rows
 
     def to_dense(self) -> jax.Array:
         """The (V, D...) array, duplicates summed."""
+        self._refuse_batch()
         dtype = dtypes.compute_dtype(self.dtype)
         zeros, values = jnp.zeros(self.shape, dtype), self.values.astype(dtype)
         return self._scatter_add(zeros, values, explicit_sharding(values)).astype(self.dtype)
 
-    @property
-    def are_many(self) -> bool:
-        """Whether a CPU had better treat them some at a time (`_blocks`)."""
-        size = self.values.shape[0] * math.prod(self.shape[1:]) * self.dtype.itemsize
-        return jax.default_backend() == "cpu" and size >= _MANY_BYTES
+    def sum_duplicates(self) -> "SparseRows":
+        """The same gradient with each row named once, where it is first named, and padding with
+        zeros elsewhere.
 
-    def sum_duplicates(self, and_run: tuple[jax.Array, int] | None = None) -> "SparseRows":
-        """The same gradient with each row named once, and the rest padding with zeros.
-
-        In at least float32 on the way. O(n) in time and memory, whatever V. The rows are where they
-        are first named; or, if `are_many`, one after the other, with all the padding at the end.
-
-        Args:
-          and_run: (start, length), consecutive rows to be named besides, with zeros: n grows by
-            `length`. `start` is an int32 scalar.
+        Sums are taken in at least float32. O(n) time and memory, whatever V.
         """
-        self._refuse_batch()
-        if self.unique and and_run is None:
+        if self.unique:
             return self.with_values(self.masked_values())
-        indices, n = self.padded_indices, self.indices.size
-        positions = jnp.arange(n, dtype=jnp.int32)
-        first = positions if self.unique else first_positions(indices, self.num_rows)
-        is_row = indices < self.num_rows
-        is_first = is_row & (first == positions)
-        if and_run is not None:
-            run, is_new = self._others_of_run(indices, *and_run)
-            indices, is_first = (
-                jnp.concatenate(pair) for pair in ((indices, run), (is_first, is_new))
-            )
-        size = indices.size
-        distinct = jnp.where(is_first, indices, self.num_rows)
-        if self.are_many:
-            place = jax.lax.associative_scan(jnp.add, is_first.astype(jnp.int32)) - 1
-            at = jnp.full((size,), self.num_rows, jnp.int32).at[jnp.where(is_first, place, size)]
-            distinct = at.set(indices, mode="drop", unique_indices=True)
-            first = place[first]
-        if self.unique and not self.are_many:  # nothing is to be added or moved
-            more = [(0, size - n)] + [(0, 0)] * (self.values.ndim - 1)
-            sums = jnp.pad(self.masked_values(), more)
-        else:
-            dtype = dtypes.compute_dtype(self.dtype)
-            values = self.values.astype(dtype)
-            into = jnp.where(is_row, first, size)  # padding goes nowhere
-            sums = jnp.zeros((size, *values.shape[1:]), dtype).at[into]
-            sums = sums.add(values, mode="drop", out_sharding=explicit_sharding(values))
-        return SparseRows(distinct, sums.astype(self.dtype), self.num_rows, unique=True)
-
-    def _others_of_run(
-        self, indices: jax.Array, start: jax.Array, length: int
-    ) -> tuple[jax.Array, jax.Array]:
-        """The rows start, start+1, ..., int32 (length,), and which of them are rows that none of
-        `indices` names."""
-        run = _padded(start + jnp.arange(length, dtype=jnp.int32), self.num_rows)
-        offset = jnp.where(indices >= start, indices - start, length)
-        named = jnp.zeros((length,), bool).at[offset].set(True, mode="drop")
-        return run, ~named & (run < self.num_rows)
-
-    def masked(self, x: jax.Array) -> jax.Array:
-        """`x`, (n, ...), with zeros at padding."""
-        mask = jnp.reshape(self.is_row, (-1,) + (1,) * (x.ndim - 1))
-        return jnp.where(mask, x, jnp.zeros((), x.dtype))
+        return _sum_duplicates(self, None)
 
     def masked_values(self) -> jax.Array:
         """`values` with zeros at padding."""
-        return self.masked(self.values)
+        return _masked(self.is_valid, self.values)
 
     def with_values(self, values: jax.Array) -> "SparseRows":
-        """The same rows with other values."""
-        return SparseRows(self.indices, values, self.num_rows, unique=self.unique)
+        """The same rows with other values, (n, D...)."""
+        rows = object.__new__(SparseRows)
+        (rows.values,), rows._keys = _replicate_rows(values), self._keys
+        rows.num_rows, rows.unique = self.num_rows, self.unique
+        return rows
 
     def gather(self, table: jax.Array) -> jax.Array:
-        """(n, D...), these rows of a table or of what mirrors it; zeros at padding."""
-        sharding = explicit_sharding(table, all_rows=True)
-        return self.masked(table.at[self.indices].get(mode="clip", out_sharding=sharding))
+        """(n, D...), these rows of a table or of a slot; zeros at padding."""
+        return self.gather_each([table])[0]
+
+    def gather_each(self, tables: Sequence[jax.Array]) -> list[jax.Array]:
+        """`gather` of several arrays, each computed once for all its uses."""
+        indices, is_valid = self.indices, self.is_valid
+        gathered = []
+        for table in map(jnp.asarray, tables):
+            sharding = explicit_sharding(table, all_rows=True)
+            rows = table.at[indices].get(mode="clip", out_sharding=sharding)
+            gathered.append(_masked(is_valid, rows))
+        return [*map(materialize, gathered)]
 
     def scatter(self, table: jax.Array, values: jax.Array) -> jax.Array:
-        """`table`, or what mirrors it, with these rows, which must be unique, replaced."""
-        return self._at(table).set(
-            values, mode="drop", unique_indices=True, out_sharding=explicit_sharding(table)
-        )
+        """A table or a slot with these rows, which must be unique, replaced."""
+        return self.scatter_each([table], [values])[0]
+
+    def scatter_each(
+        self, tables: Sequence[jax.Array], values: Sequence[jax.Array]
+    ) -> list[jax.Array]:
+        """`scatter` into several arrays, whose dtypes stay."""
+        indices = self.indices
+        return [
+            table.at[indices].set(
+                new.astype(table.dtype),
+                mode="drop",
+                unique_indices=True,
+                out_sharding=explicit_sharding(table),
+            )
+            for table, new in zip(map(jnp.asarray, tables), values, strict=True)
+        ]
 
     def _scatter_add(self, table: jax.Array, values: jax.Array, sharding: Any) -> jax.Array:
-        return self._at(table).add(
+        return table.at[self.indices].add(
             values, mode="drop", unique_indices=self.unique, out_sharding=sharding
         )
-
-    def _at(self, table: jax.Array) -> Any:
-        # "drop" leaves out what is outside, but wraps what is negative.
-        return jnp.asarray(table).at[self.padded_indices]
 
     def _refuse_batch(self) -> None:
         if self._keys.ndim != 1:
@@ -225,6 +187,7 @@ class SparseRows:
 
     def __radd__(self, table: Any) -> jax.Array:
         """``table + self``, in the table's dtype; each row is rounded once."""
+        self._refuse_batch()
         table = jnp.asarray(table)
         if table.shape != self.shape:
             raise ValueError(
@@ -233,7 +196,7 @@ class SparseRows:
         loses_imaginary = jnp.iscomplexobj(self.values) and not jnp.iscomplexobj(table)
         if loses_imaginary or not jnp.issubdtype(table.dtype, jnp.inexact):
             raise TypeError(f"a table in {table.dtype} cannot take rows in {self.dtype}")
-        wide = dtypes.compute_dtype(table.dtype, self.dtype)
+        wide = dtypes.compute_dtype(table.dtype, self.values.dtype)
         if wide == table.dtype:
             return self._scatter_add(table, self.values.astype(wide), explicit_sharding(table))
         # Not the table in a wider dtype: that would be one more array of its size.
@@ -243,6 +206,7 @@ class SparseRows:
 
     def __mul__(self, factor: Any) -> "SparseRows":
         """Every value times a scalar."""
+        self._refuse_batch()
         if jnp.ndim(factor) != 0:
             raise ValueError(f"a row gradient is scaled by a scalar, got {jnp.shape(factor)}")
         return self.with_values(self.values * factor)
@@ -288,17 +252,56 @@ def on_values(fn: Callable[[jax.Array], jax.Array], x: Any) -> Any:
     return x.with_values(fn(x.values)) if is_rows(x) else fn(x)
 
 
-def take_rows(x: Any, rows: SparseRows | None) -> Any:
-    """The touched rows of a table or a slot, zeros at padding; all of it for None."""
-    if rows is None or x is None:
-        return x
-    return scheduling.computed_once(rows.gather(jnp.asarray(x)), instructions=4)
+def sum_with_run(rows: SparseRows, start: jax.Array, length: int) -> SparseRows:
+    """`rows` with duplicates summed, and the rows start, start+1, ... named besides, with zeros.
+
+    Args:
+      rows: n rows; the result has n + length.
+      start: int32 scalar.
+      length: static; rows of the run beyond the table's last are padding.
+    """
+    return _sum_duplicates(rows, (start, length))
 
 
-def put_rows(x: Any, rows: SparseRows | None, new: Any) -> Any:
-    """A table or a slot with its touched rows, which must be unique, replaced; all of it for
-    None."""
-    return new if rows is None else rows.scatter(x, new.astype(x.dtype))
+def _sum_duplicates(rows: SparseRows, run: tuple[jax.Array, int] | None) -> SparseRows:
+    indices, is_valid, num_rows = rows.indices, rows.is_valid, rows.num_rows
+    n = indices.size
+    positions = jnp.arange(n, dtype=jnp.int32)
+    first = positions if rows.unique else first_positions(indices, num_rows)
+    is_first = is_valid & (first == positions)
+    if run is not None:
+        run_indices, is_new = _run_besides(indices, num_rows, *run)
+        indices = jnp.concatenate([indices, run_indices])
+        is_first = jnp.concatenate([is_first, is_new])
+    size = indices.size
+    if rows.unique:
+        values = _masked(is_valid, rows.values)
+        sums = jnp.pad(values, [(0, size - n)] + [(0, 0)] * (values.ndim - 1))
+    else:
+        values = rows.values.astype(dtypes.compute_dtype(rows.values.dtype))
+        into = jnp.where(is_valid, first, size)  # padding is dropped
+        sums = jnp.zeros((size, *values.shape[1:]), values.dtype).at[into]
+        sums = sums.add(values, mode="drop", out_sharding=explicit_sharding(values))
+    distinct = jnp.where(is_first, indices, num_rows)
+    return SparseRows(distinct, sums.astype(rows.values.dtype), num_rows, unique=True)
+
+
+def _masked(is_valid: jax.Array, x: jax.Array) -> jax.Array:
+    """`x`, (n, ...), with zeros at padding."""
+    mask = jnp.reshape(is_valid, (-1,) + (1,) * (x.ndim - 1))
+    return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def _run_besides(
+    indices: jax.Array, num_rows: int, start: jax.Array, length: int
+) -> tuple[jax.Array, jax.Array]:
+    """The rows start, start+1, ..., int32 (length,), and which of them exist and are not among
+    `indices`."""
+    run = start + jnp.arange(length, dtype=jnp.int32)
+    run = jnp.where(run < num_rows, run, num_rows)
+    offset = jnp.where(indices >= start, indices - start, length)
+    named = jnp.zeros((length,), bool).at[offset].set(True, mode="drop")
+    return run, ~named & (run < num_rows)
 
 
 def to_parts(tree: Any) -> Any:
@@ -339,20 +342,23 @@ def explicit_sharding(x: jax.Array, *, all_rows: bool = False) -> NamedSharding 
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
-def _all_rows(x: jax.Array) -> jax.Array:
-    """`x` with all its rows on every device of its mesh, inside `shard_map` on this one: XLA would
-    otherwise give each device some rows to add to a table of zeros, and sum these tables."""
-    mesh: Any = jax.typeof(x).sharding.mesh
-    if AxisType.Explicit in mesh.axis_types:
-        return jax.sharding.reshard(x, explicit_sharding(x, all_rows=True))
-    if set(mesh.axis_types) == {AxisType.Auto} and isinstance(x, Tracer):
-        spec = PartitionSpec(None, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-    return x
+def _replicate_rows(*arrays: jax.Array) -> list[jax.Array]:
+    """Each array with all its rows on every device of its mesh, inside `shard_map` on this one: XLA
+    would otherwise give each device some rows to add to a table of zeros, and sum these tables."""
+    replicated = []
+    for x in arrays:
+        mesh: Any = jax.typeof(x).sharding.mesh
+        if AxisType.Explicit in mesh.axis_types:
+            x = jax.sharding.reshard(x, explicit_sharding(x, all_rows=True))
+        elif set(mesh.axis_types) == {AxisType.Auto} and isinstance(x, Tracer):
+            spec = PartitionSpec(None, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        replicated.append(x)
+    return replicated
 
 
 def _as_int32(indices: Any, num_rows: int) -> jax.Array:
-    """Indices in int32; those of 64 bits that it cannot hold become others outside the table."""
+    """Indices in int32, with `num_rows` for all that are outside of the table."""
     if isinstance(indices, np.ndarray) and indices.dtype.kind in "iu":
         # Before JAX makes 32 bits of them.
         indices = np.clip(indices.astype(np.int64), -1, num_rows)
@@ -361,15 +367,5 @@ def _as_int32(indices: Any, num_rows: int) -> jax.Array:
         raise TypeError(f"indices must be integers, got {indices.dtype}")
     if jnp.iinfo(indices.dtype).bits == 64:
         indices = jnp.clip(indices.astype(jnp.int64), -1, num_rows)
-    return indices.astype(jnp.int32)
-
-
-def _padded(indices: jax.Array, num_rows: int) -> jax.Array:
-    """`num_rows` for every index outside of [0, num_rows)."""
+    indices = indices.astype(jnp.int32)
     return jnp.where((indices >= 0) & (indices < num_rows), indices, num_rows)
-
-
-def _as_keys(indices: jax.Array) -> jax.Array:
-    """The indices as an array of PRNG keys, which no arithmetic is defined on."""
-    words = jnp.stack([indices.astype(jnp.uint32), jnp.zeros_like(indices, jnp.uint32)], axis=-1)
-    return jax.random.wrap_key_data(words, impl="threefry2x32")

@@ -1,23 +1,119 @@
-"""What is where in an optimizer state: whose state each part is of, and which parameter's slot."""
+"""What each leaf of an optimizer state is: a slot of a parameter, a number, a buffer, ...
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+`TABLE` is the one place that says so. The classes of Optax are entered below, and each class of
+this package where it is defined, by `register`: a new state class is one entry. A state class that
+is not in the table is treated by its paths: a part of it whose leaves have the paths of parameters
+holds slots.
+"""
+
+import enum
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import optax
 
 from adam_transforms._core import trees
-from adam_transforms._embeddings.deferred.missed_updates import Ring
-from adam_transforms._transforms.learning_rates import ScaleByPathLearningRateState
+from adam_transforms._core.types import State
+
+C = TypeVar("C", bound=type)
+
+
+class Role(enum.Enum):
+    """What a field of a state class holds."""
+
+    SLOT = "like the parameters: a moment; zero for a new row of a table"
+    AVERAGE = "like the parameters: a weighted sum of their values"
+    COPY = "like the parameters: a copy in another dtype"
+    ROW_MASK = "a bool (V,) for some tables, nothing for other parameters"
+    LAST_STEP = "an int32 (V,) for some tables: the step after which each row is synchronized"
+    BUFFER = "like the gradients: a sum or list of them over several steps"
+    SCALAR = "scalars"
+    SHARED = "arrays that belong to no single parameter"
+    INNER = "the state of an inner transformation"
+
+
+PER_ROW = (Role.ROW_MASK, Role.LAST_STEP)
+MIRRORS = (Role.SLOT, Role.AVERAGE, Role.COPY, Role.BUFFER, *PER_ROW)
+
+
+class Field(NamedTuple):
+    """One field of a state class.
+
+    Attributes:
+      role: what it holds.
+      metric: the name of a scalar in `metrics`; None if `metrics` leaves it out.
+    """
+
+    role: Role
+    metric: str | None = None
+
+
+TABLE: dict[type, dict[str, Field]] = {}
+"""{state class: {field: what it holds}}."""
+
+
+def register(**fields: Field | Role) -> Callable[[C], C]:
+    """A class decorator that enters a state class into the table, field by field."""
+
+    def enter(cls: C) -> C:
+        TABLE[cls] = {
+            name: field if isinstance(field, Field) else Field(field)
+            for name, field in fields.items()
+        }
+        return cls
+
+    return enter
+
+
+COUNT = Field(Role.SCALAR, metric="count")
+_MINI_STEP = Field(Role.SCALAR, metric="mini_step")
+_INJECTED = {
+    "count": Role.SCALAR,
+    "hyperparams": Role.SCALAR,
+    "hyperparams_states": Role.SCALAR,
+    "inner_state": Role.INNER,
+}
+register(count=COUNT, mu=Role.SLOT, nu=Role.SLOT)(optax.ScaleByAdamState)
+register(count=COUNT, mu=Role.SLOT, nu=Role.SLOT, nu_max=Role.SLOT)(optax.ScaleByAmsgradState)
+register(count=Role.SCALAR, grad_acc=Role.BUFFER)(optax.ApplyEvery)
+register(
+    mini_step=_MINI_STEP,
+    gradient_step=Role.SCALAR,
+    inner_opt_state=Role.INNER,
+    acc_grads=Role.BUFFER,
+    skip_state=Role.SCALAR,
+)(optax.MultiStepsState)
+register(**_INJECTED)(optax.InjectHyperparamsState)
+register(**_INJECTED)(optax.InjectStatefulHyperparamsState)
 
 INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
-# What is in them, but for an inner state, are scalars, whatever their names or numbers.
-_SCALARS = (*INJECTED, ScaleByPathLearningRateState)
 _GROUPS = (optax.PartitionState, optax.MultiTransformState)
-# Slots of a parameter that is a lone scalar, which has neither path nor shape to know them by.
-_SLOTS = ("mu", "nu", "nu_max", "ema", "acc")
-# Slots of one number for each row, whose shape a lone table would not be known by either.
-_PER_ROW = ("last_step", "frozen")
+
+
+def fields_of(state_class: type) -> Mapping[str, Field]:
+    """The entry of a state class; empty for one that is not in the table."""
+    return TABLE.get(state_class, {})
+
+
+def slot_names(state: Any) -> tuple[str, ...]:
+    """The fields of one state that are slots and not None, in their order: mu, nu, ..."""
+    return tuple(
+        name
+        for name, field in fields_of(type(state)).items()
+        if field.role is Role.SLOT and getattr(state, name) is not None
+    )
+
+
+def is_adam(x: Any) -> bool:
+    """Whether `x` is a state that keeps Adam's moments."""
+    return {"count", "mu", "nu"} <= fields_of(type(x)).keys()
+
+
+def is_accumulation(x: Any) -> bool:
+    """Whether `x` is the state of a wrapper that collects gradients between inner steps."""
+    roles = {field.role for field in fields_of(type(x)).values()}
+    return {Role.BUFFER, Role.INNER} <= roles
 
 
 class Place(NamedTuple):
@@ -25,153 +121,73 @@ class Place(NamedTuple):
 
     Attributes:
       keys: the key path to it.
-      states: the classes of the states that it is in, the outermost first.
-      groups: the labels of the parameter groups that it is in (`optax.multi_transform`).
+      states: the classes of the states that contain it, the outermost first.
+      groups: the labels of the parameter groups that contain it (`optax.multi_transform`).
+      role: the role of the innermost field of the table that contains it; None if no field does,
+        and inside the state of an inner transformation.
     """
 
     keys: tuple[Any, ...] = ()
     states: tuple[type, ...] = ()
     groups: tuple[str, ...] = ()
+    role: Role | None = None
 
     def __str__(self) -> str:
         return trees.path_str(self.keys)
 
     @property
     def field(self) -> str:
-        """The attribute that it is, or is in; empty if there is none."""
-        fields = [k.name for k in self.keys if isinstance(k, jax.tree_util.GetAttrKey)]
-        return fields[-1] if fields else ""
-
-
-class Slot(NamedTuple):
-    """An array of the state that mirrors a parameter; `place` is that of the tree it is a leaf
-    of."""
-
-    name: str
-    place: Place
-    leaf: Any
-
-
-class Parameter(NamedTuple):
-    """A parameter and its slots; whether a tree of slots has an `optax.MaskedNode` instead."""
-
-    path: str
-    leaf: Any
-    slots: list[Slot]
-    is_masked: bool
+        """The innermost attribute on the way to it; empty if there is none."""
+        names = [k.name for k in self.keys if isinstance(k, jax.tree_util.GetAttrKey)]
+        return names[-1] if names else ""
 
 
 def walk(
-    state: Any, stop: Callable[[Place, Any], bool] = lambda place, node: False
+    state: State, stop: Callable[[Place, Any], bool] = lambda place, node: False
 ) -> Iterator[tuple[Place, Any]]:
-    """Each node of `state` and where it is, before what is in it; nothing from inside a node at
-    which `stop` holds. A `SparseRows` is a leaf."""
+    """Each node of `state` and its place, parents first; nothing below a node at which `stop`
+    holds. A `SparseRows` is a leaf."""
     return _walk(Place(), state, stop)
-
-
-def match(params: Any, state: Any) -> tuple[list[Parameter], list[tuple[Place, Any]]]:
-    """The parameters with their slots, and whatever else there is in the state.
-
-    A part of the state holds slots if every leaf in it has the path of a parameter. Factored slots
-    (`optax.adafactor`) have other shapes than it. A `Ring` is one part.
-    """
-    leaves = {path: x for path, x in present(params) if is_array(x)}
-    slots: dict[str, list[Slot]] = {path: [] for path in leaves}
-    masked: set[str] = set()
-    rest = []
-
-    def mirrors(place: Place, node: Any) -> bool:
-        return _mirrors(params, leaves, place, node)
-
-    def stop(place: Place, node: Any) -> bool:
-        return isinstance(node, Ring) or mirrors(place, node)
-
-    for place, node in walk(state, stop):
-        if mirrors(place, node):
-            for path, leaf in present(node):
-                slots[path].append(Slot(place.field or str(place), place, leaf))
-            masked |= _masked(node, leaves)
-        elif isinstance(node, Ring) or (_is_leaf(node) and is_array(node)):
-            rest.append((place, node))
-    parameters = [
-        Parameter(path, leaf, _distinct(slots[path]), path in masked)
-        for path, leaf in leaves.items()
-    ]
-    return parameters, rest
-
-
-def owners(params: Any, state: Any) -> dict[str, str]:
-    """{path in the state: path of the parameter} of each slot."""
-    parameters, _ = match(trees.unwrapped(params), trees.unwrapped(state))
-    return {trees.joined(str(s.place), p.path): p.path for p in parameters for s in p.slots}
-
-
-def present(tree: Any) -> list[tuple[str, Any]]:
-    """[(path, leaf), ...] of the leaves that are not None."""
-    return [(path, leaf) for path, leaf in trees.flatten_with_paths(tree)[0] if leaf is not None]
-
-
-def is_array(x: Any) -> bool:
-    """Whether it has a shape and a dtype, or is a number."""
-    return (hasattr(x, "shape") and hasattr(x, "dtype")) or isinstance(x, int | float | complex)
-
-
-def shape_of(x: Any) -> tuple[int, ...]:
-    """As `jnp.shape`, of abstract arrays and row gradients too."""
-    return tuple(getattr(x, "shape", ()))
-
-
-def dtype_of(x: Any) -> Any:
-    """As `jnp.result_type`, of PRNG keys and row gradients too."""
-    return x.dtype if hasattr(x, "dtype") else jax.dtypes.result_type(x)
 
 
 def _walk(place: Place, node: Any, stop: Any) -> Iterator[tuple[Place, Any]]:
     yield place, node
-    children = [] if stop(place, node) else trees.children(node)
-    states, groups = place.states, place.groups
+    if stop(place, node):
+        return
+    fields, states, groups = fields_of(type(node)), place.states, place.groups
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         states = (*states, type(node))
     is_by_label = isinstance(node, dict) and bool(states) and issubclass(states[-1], _GROUPS)
-    for key, child in children:
+    for key, child in trees.children(node):
+        role = fields[key.name].role if fields and key.name in fields else place.role
         if is_by_label:
             groups = (*place.groups, trees.path_str((key,)))
-        yield from _walk(Place((*place.keys, key), states, groups), child, stop)
+        keys = (*place.keys, key)
+        yield from _walk(
+            Place(keys, states, groups, None if role is Role.INNER else role), child, stop
+        )
 
 
-def _is_leaf(node: Any) -> bool:
-    return jax.tree_util.all_leaves([node], is_leaf=trees.is_leaf)
+class FoundField(NamedTuple):
+    """A field somewhere in a state: the state that it is a field of, its name and its value."""
+
+    owner: Any
+    name: str
+    value: Any
+
+    def leaves(self) -> dict[str, Any]:
+        """{path: leaf} of the leaves that are not None."""
+        return dict(trees.non_none(self.value))
 
 
-def _mirrors(params: Any, leaves: dict[str, Any], place: Place, node: Any) -> bool:
-    """Whether a node of the state is a tree like the parameters, or like some of them."""
-    if _is_leaf(node):
-        if "" not in leaves or not is_array(node):  # "" is the path of a lone parameter
-            return False
-        if shape_of(node) == ():
-            return shape_of(leaves[""]) == () and place.field in _SLOTS
-        return shape_of(node) == shape_of(leaves[""]) or place.field in _PER_ROW
-    if isinstance(node, tuple) and type(node) is not type(params):
-        return False
-    if place.states and issubclass(place.states[-1], _SCALARS) and place.field != "inner_state":
-        return False
-    found = present(node)
-    return bool(found) and all(path in leaves for path, _ in found)
-
-
-def _masked(tree: Any, paths: Iterable[str]) -> set[str]:
-    """The paths at or below which `tree` has a MaskedNode."""
-    nodes, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
-    )
-    masked = [trees.path_str(keys) for keys, x in nodes if isinstance(x, optax.MaskedNode)]
-    return {p for p in paths if any(p == m or p.startswith(f"{m}/") for m in masked)}
-
-
-def _distinct(slots: list[Slot]) -> list[Slot]:
-    """Slots of one name with the path of their tree for a name."""
-    names = [slot.name for slot in slots]
-    return [
-        slot if names.count(slot.name) == 1 else slot._replace(name=str(slot.place))
-        for slot in slots
-    ]
+def find_fields(state: State, *roles: Role) -> list[FoundField]:
+    """Every field with one of these roles in a state, however deep."""
+    found = []
+    for node in jax.tree.leaves(state, is_leaf=lambda x: type(x) in TABLE):
+        for name, field in TABLE.get(type(node), {}).items():
+            value = getattr(node, name)
+            if field.role in roles:
+                found.append(FoundField(node, name, value))
+            elif field.role is Role.INNER:
+                found += find_fields(value, *roles)
+    return found

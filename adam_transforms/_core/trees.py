@@ -55,6 +55,26 @@ def flatten_with_paths(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     return [(path_str(path), leaf) for path, leaf in leaves], treedef
 
 
+def non_none(tree: Any) -> list[tuple[str, Any]]:
+    """[(path, leaf), ...] of the leaves that are not None."""
+    return [(path, leaf) for path, leaf in flatten_with_paths(tree)[0] if leaf is not None]
+
+
+def is_array(x: Any) -> bool:
+    """Whether `x` has a shape and a dtype, or is a number."""
+    return (hasattr(x, "shape") and hasattr(x, "dtype")) or isinstance(x, int | float | complex)
+
+
+def shape_of(x: Any) -> tuple[int, ...]:
+    """As `jnp.shape`; takes abstract arrays and row gradients too."""
+    return tuple(getattr(x, "shape", ()))
+
+
+def dtype_of(x: Any) -> Any:
+    """As `jnp.result_type`; takes PRNG keys and row gradients too."""
+    return x.dtype if hasattr(x, "dtype") else jax.dtypes.result_type(x)
+
+
 def children(node: Any) -> list[tuple[Any, Any]]:
     """[(key, child), ...]; of a leaf none."""
     if is_leaf(node):
@@ -114,23 +134,21 @@ def align(tree: Any, *others: Any, names: Sequence[str]) -> tuple[list[tuple[Any
                 f"the structure of {name} differs from that of {names[0]}: {difference}"
             ) from None
         for (path, leaf), x in zip(leaves, column, strict=True):
-            is_tree = not jax.tree_util.all_leaves([x], is_leaf=is_leaf)
+            if x is None:
+                continue
+            is_tree = not hasattr(x, "shape") and not jax.tree_util.all_leaves([x])
             if is_tree and (leaf is not None or jax.tree.leaves(x)):
                 raise ValueError(
                     f"{path!r} is {'None' if leaf is None else 'an array'} in {names[0]}, "
                     f"but a tree in {name}"
                 )
-            if leaf is not None and x is not None and _shape(x) != _shape(leaf):
+            if leaf is not None and getattr(x, "shape", ()) != getattr(leaf, "shape", ()):
                 raise ValueError(
-                    f"{path!r} has shape {list(_shape(leaf))} in {names[0]}, "
-                    f"but {list(_shape(x))} in {name}"
+                    f"{path!r} has shape {list(shape_of(leaf))} in {names[0]}, "
+                    f"but {list(shape_of(x))} in {name}"
                 )
         columns.append(column)
     return [(*leaf, *rest) for leaf, *rest in zip(leaves, *columns, strict=True)], treedef
-
-
-def _shape(x: Any) -> tuple[int, ...]:
-    return x.shape if isinstance(x, SparseRows) else jnp.shape(x)
 
 
 def _structure_difference(leaves: Any, other: Any, name: str, other_name: str) -> str | None:

@@ -80,6 +80,12 @@ def varying_axes(aval: Any) -> tuple[str, ...]:
     return tuple(aval.manual_axis_type.varying)
 
 
+def varying_like(aval: Any, x: jax.Array) -> jax.Array:
+    """`x` with a type that varies over the axes that `aval` varies over too."""
+    axes = varying_axes(aval)
+    return as_varying(x, axes) if axes else x
+
+
 def as_varying(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     """`x` with a type that varies over `axes` too."""
     axes = tuple(axis for axis in axes if axis not in varying_axes(jax.typeof(x)))

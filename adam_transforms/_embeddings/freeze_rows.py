@@ -10,12 +10,15 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from adam_transforms._core import arguments, patterns, trees
+from adam_transforms._core import arguments, patterns, state_layout, trees
+from adam_transforms._core.slots import find_slots
 from adam_transforms._core.sparse_rows import SparseRows
-from adam_transforms._embeddings.deferred.state import DeferredAdamState
-from adam_transforms._transforms.accumulation import AccumulateState
+from adam_transforms._core.state_layout import Role
+from adam_transforms._core.types import Params, Path, State, Updates
+from adam_transforms._embeddings.deferred.state import DeferredAdamState, idle_tables
 
 
+@state_layout.register(frozen=Role.ROW_MASK, inner_state=Role.INNER)
 class FreezeRowsState(NamedTuple):
     """State of `freeze_rows`.
 
@@ -88,14 +91,16 @@ def freeze_rows(
         _refuse_decayed(state, chosen)
         return FreezeRowsState(treedef.unflatten(frozen), state)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+    def update(
+        updates: Updates, state: State, params: Params | None = None, **extra_args: Any
+    ) -> tuple[Updates, State]:
         if params is None:
             raise ValueError("freeze_rows keeps rows of params: update needs params, got None")
         names = ("the updates", "the parameters")
         aligned, treedef = trees.align(updates, params, names=names)
         masks = _masks(treedef, state.frozen, aligned)
         gradients = [
-            g if g is None or mask is None else _without(mask, _as_gradient(path, g))
+            g if g is None or mask is None else _mask_rows(mask, _as_gradient(path, g))
             for (path, g, _), mask in zip(aligned, masks, strict=True)
         ]
         updates, inner_state = inner.update(
@@ -104,13 +109,13 @@ def freeze_rows(
         deferred = {
             path
             for found in trees.find_states(inner_state, DeferredAdamState)
-            for path in _deferred_paths(found)
+            for path in idle_tables(found)
         }
         names = ("the parameters", "the updates of `inner`")
         moved, treedef = trees.align(params, updates, names=names)
         # A deferred row whose turn it is has missed nothing if it is frozen.
         kept = [
-            u if u is None or mask is None or path in deferred else _without(mask, u)
+            u if u is None or mask is None or path in deferred else _mask_rows(mask, u)
             for (path, _, u), mask in zip(moved, masks, strict=True)
         ]
         # Rows that are padding have touched no slot.
@@ -120,9 +125,13 @@ def freeze_rows(
             if mask is not None and u is not None and not isinstance(u, SparseRows)
         }
         if dense:
-            leaves = [p for _, p, _ in moved]
-            shapes = _kept_by_row(inner, treedef, leaves, list(dense))
-            inner_state = _with_rows(dense, shapes, state.inner_state, inner_state)
+            leaves = find_slots(
+                *(inner.init, treedef, [p for _, p, _ in moved], list(dense)),
+                caller="freeze_rows",
+                probe_columns=False,
+            )
+            leaves = jax.tree.structure(inner_state).unflatten(leaves)
+            inner_state = _keep_frozen_rows(dense, leaves, state.inner_state, inner_state)
         return treedef.unflatten(kept), FreezeRowsState(state.frozen, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -174,7 +183,7 @@ def _as_gradient(path: str, g: Any) -> Any:
     return g if isinstance(g, SparseRows) else trees.as_gradient(path, g)
 
 
-def _without(mask: jax.Array, x: Any) -> Any:
+def _mask_rows(mask: jax.Array, x: Any) -> Any:
     """A gradient or an update without the frozen rows."""
     if not isinstance(x, SparseRows):
         return jnp.where(_column(mask, x), jnp.zeros((), x.dtype), x)
@@ -187,20 +196,10 @@ def _column(mask: jax.Array, x: Any) -> jax.Array:
     return jnp.reshape(mask, (-1, *[1] * (jnp.ndim(x) - 1)))
 
 
-def _deferred_paths(state: DeferredAdamState, *groups: str) -> set[str]:
-    """The tables of these groups of a deferred state; of both without any."""
-    found = [getattr(state, group) for group in groups or ("idle", "idle_decayed")]
-    return {
-        path
-        for group in found
-        if group is not None
-        for path, _ in trees.flatten_with_paths(group.last_step)[0]
-    }
-
-
-def _refuse_decayed(state: Any, frozen: set[str]) -> None:
+def _refuse_decayed(state: State, frozen: set[Path]) -> None:
     for found in trees.find_states(state, DeferredAdamState):
-        for path in sorted(frozen & _deferred_paths(found, "idle_decayed")):
+        decayed = {path for path, idle in idle_tables(found).items() if idle.decays}
+        for path in sorted(frozen & decayed):
             raise ValueError(
                 f"freeze_rows cannot keep rows of {path!r} from the weight decay of deferred_adam, "
                 "which acts on rows while they are idle: exclude the table with weight_decay_mask, "
@@ -208,56 +207,29 @@ def _refuse_decayed(state: Any, frozen: set[str]) -> None:
             )
 
 
-# ---- the slots of a table -----------------------------------------------------------------------
+def _keep_frozen_rows(masks: Mapping[int, jax.Array], leaves: Any, old: State, new: State) -> State:
+    """`new` with the frozen rows of all slots as in `old`.
 
-
-def _kept_by_row(
-    inner: optax.GradientTransformationExtraArgs,
-    treedef: Any,
-    params: list[Any],
-    tables: list[int],
-) -> Any:
-    """The inner state with, for each leaf, the table whose rows it is kept by, or -1.
-
-    `inner.init` is asked for its shapes with the tables as they are, and taller, each by a number
-    of rows of its own: kept by row is what grows by as many.
+    Args:
+      masks: for each table its frozen rows.
+      leaves: in the structure of the state, the `StateLeaf` of each leaf.
     """
-    shapes = [jax.eval_shape(lambda p=p: p) for p in params]
-    taller = [*shapes]
-    for more, i in enumerate(tables, start=1):
-        rows, *width = shapes[i].shape
-        taller[i] = jax.ShapeDtypeStruct((rows + more, *width), shapes[i].dtype)
 
-    def table_of(key_path: Any, now: Any, tall: Any) -> int:
-        if now.shape == tall.shape:
-            return -1
-        for more, i in enumerate(tables, start=1):
-            rows = shapes[i].shape[0]
-            if now.shape[:1] == (rows,) and tall.shape == (rows + more, *now.shape[1:]):
-                return i
-        raise ValueError(
-            f"freeze_rows needs a state that is kept by row, but {trees.path_str(key_path)!r}, of "
-            f"shape {list(now.shape)}, depends on the number of a table's rows otherwise"
-        )
+    def is_special(x: Any) -> bool:
+        return isinstance(x, DeferredAdamState) or state_layout.is_accumulation(x)
 
-    states = (jax.eval_shape(inner.init, treedef.unflatten(x)) for x in (shapes, taller))
-    return jax.tree_util.tree_map_with_path(table_of, *states)
-
-
-def _with_rows(masks: Mapping[int, jax.Array], tables: Any, old: Any, new: Any) -> Any:
-    """`new` with the frozen rows of all slots as in `old`."""
-
-    def special(x: Any) -> bool:
-        return isinstance(x, DeferredAdamState | AccumulateState)
-
-    def keep(new: Any, old: Any, table: Any) -> Any:
+    def keep(new: Any, old: Any, leaf: Any) -> Any:
         if isinstance(new, DeferredAdamState):
-            return new  # up to date after every step, whatever its rows have missed
-        if isinstance(new, AccumulateState):  # its sum has zeros there
-            inner_state = _with_rows(masks, table.inner_state, old.inner_state, new.inner_state)
-            return new._replace(inner_state=inner_state)
-        if table < 0:
+            return new  # a frozen row has no pending updates
+        if is_special(new):  # the buffer has zeros there
+            inner = {
+                name: _keep_frozen_rows(masks, getattr(leaf, name), getattr(old, name), value)
+                for name, value in new._asdict().items()
+                if state_layout.fields_of(type(new))[name].role is Role.INNER
+            }
+            return new._replace(**inner)
+        if leaf.table is None:
             return new
-        return jnp.where(_column(masks[table], new), old, new)
+        return jnp.where(_column(masks[leaf.table], new), old, new)
 
-    return jax.tree.map(keep, new, old, tables, is_leaf=special)
+    return jax.tree.map(keep, new, old, leaves, is_leaf=is_special)

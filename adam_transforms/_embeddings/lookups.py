@@ -1,7 +1,7 @@
 """Where a program reads the rows of a table.
 
-A jaxpr is followed, equation by equation, from the tables among its inputs to the equations that
-read their rows. `_autodiff` runs the jaxpr again by the steps found here.
+`follow` goes through a jaxpr, equation by equation, from the tables among its inputs to the
+equations that read their rows. `taps` runs the jaxpr again by the steps found here.
 """
 
 import math
@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 
-from adam_transforms._xla.jaxprs import CALLS, CHECKPOINTS, open_jaxpr
+from adam_transforms._xla.jaxprs import CALLS, CHECKPOINTS, Literal, open_jaxpr
 
 # Equations that give each operand back, its rows as they were; `stop_gradient` is not among them.
 _KEEP_ROWS = {
@@ -34,7 +33,8 @@ class Read(NamedTuple):
     table: int  # which leaf
     aval: Any  # what is read
     indices: Callable[..., jax.Array]  # from the equation's inputs to int32 (n,)
-    values: Callable[..., jax.Array]  # from an array like `aval`, and D's sharding, to (n, D...)
+    # From an array like `aval`, the sharding of D and a dtype to (n, D...).
+    values: Callable[..., jax.Array]
     placed: Callable[[jax.Array], jax.Array]  # from (n, D...) to an array like `aval`
 
 
@@ -47,33 +47,20 @@ def follow(
     jaxpr: Any, inputs: Sequence[int | None], others: dict[int, str]
 ) -> tuple[list[Any], list[int | None]]:
     """The steps of a jaxpr with tables among its `inputs`, and which of its outputs are tables."""
-    table_of: dict[Any, int] = {}
-
-    def mark(variables: Sequence[Any], tables: Sequence[int | None]) -> None:
-        for variable, table in zip(variables, tables, strict=True):
-            if table is not None:
-                table_of[variable] = table
-
-    def tables_in(atoms: Sequence[Any]) -> list[int | None]:
-        return [None if isinstance(x, jex.Literal) else table_of.get(x) for x in atoms]
-
-    mark(jaxpr.invars, inputs)
+    table_of: dict[Any, int | None] = dict(zip(jaxpr.invars, inputs, strict=True))
     steps: list[Any] = []
     for eqn in jaxpr.eqns:
-        tables = tables_in(eqn.invars)
+        tables = [None if isinstance(x, Literal) else table_of.get(x) for x in eqn.invars]
         name = eqn.primitive.name
-        step = None
+        step, outputs = None, []
         if all(table is None for table in tables) or name == "stop_gradient":
             pass
         elif name in _KEEP_ROWS:
-            step = KEPT
-            mark(eqn.outvars, tables[: len(eqn.outvars)])
+            step, outputs = KEPT, tables[: len(eqn.outvars)]
         elif name == "convert_element_type" and _is_inexact(eqn.outvars[0].aval):
-            step = CAST
-            mark(eqn.outvars, tables)
+            step, outputs = CAST, tables
         elif name in CALLS | CHECKPOINTS:
             step, outputs = follow(open_jaxpr(eqn.params["jaxpr"])[0], tables, others)
-            mark(eqn.outvars, outputs)
         elif tables[0] is not None and not any(t is not None for t in tables[1:]):
             step = _as_read(eqn, tables[0])
             if step is None:
@@ -83,7 +70,8 @@ def follow(
                 if table is not None:
                     others.setdefault(table, name)
         steps.append(step)
-    return steps, tables_in(jaxpr.outvars)
+        table_of.update(zip(eqn.outvars, outputs, strict=False))
+    return steps, [None if isinstance(x, Literal) else table_of.get(x) for x in jaxpr.outvars]
 
 
 def _is_inexact(aval: Any) -> bool:
@@ -112,10 +100,12 @@ def _as_read(eqn: Any, table: int) -> Read | None:
     width = operand.shape[1:]
     n = math.prod(out.shape[i] for i in order[: len(order) - len(width)])
 
-    def values(x: jax.Array, columns: Sequence[Any]) -> jax.Array:
+    def values(x: jax.Array, columns: Sequence[Any], dtype: Any) -> jax.Array:
+        if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
+            x = x.real  # the cotangent of a cast from real to complex
         axes = dict(zip(order[len(order) - len(columns) :], columns, strict=True))
         x = replicated(x, [axes.get(i) for i in range(len(order))])
-        return jnp.reshape(jnp.transpose(x, order), (n, *width))
+        return jnp.reshape(jnp.transpose(x, order), (n, *width)).astype(dtype)
 
     def placed(x: jax.Array) -> jax.Array:
         x = jnp.reshape(x, [out.shape[i] for i in order])

@@ -11,14 +11,15 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from adam_transforms._core import dtypes, state_layout, trees
+from adam_transforms._core.slots import owners
 from adam_transforms._core.sparse_rows import SparseRows
-from adam_transforms._embeddings.deferred.state import DeferredAdamState, IdleRows, turns_of
+from adam_transforms._core.state_layout import Role
+from adam_transforms._embeddings.deferred.state import (
+    DeferredAdamState,
+    idle_tables,
+    round_robin_schedule,
+)
 from adam_transforms._embeddings.deferred.sync import catch_up
-from adam_transforms._transforms.ema import ParamsEmaState
-from adam_transforms._transforms.master_weights import MasterWeightsState
-
-# States of which some leaves' new rows are not zeros.
-_KNOWN = (ParamsEmaState, MasterWeightsState, DeferredAdamState)
 
 
 def resize(params: Any, state: Any, rows: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -76,7 +77,7 @@ def resize(params: Any, state: Any, rows: Mapping[str, Any]) -> tuple[Any, Any]:
     params, state = _overdue_caught_up(params, state, new_rows)
     leaves, _ = trees.flatten_with_paths(params)
     larger = [_append(path, p, new_rows[path]) if path in new_rows else p for path, p in leaves]
-    growth = _Growth(shapes, new_rows, state_layout.owners(params, state))
+    growth = _Growth(shapes, new_rows, owners(params, state))
     return treedef.unflatten(larger), _grown(growth, "", state)
 
 
@@ -131,19 +132,34 @@ def _grown(growth: _Growth, path: str, state: Any, fill: _Fill = _zeros) -> Any:
         return _grown(growth, trees.joined(path, name), tree, fill)
 
     def is_apart(x: Any) -> bool:
-        return x is not state and isinstance(x, (*_KNOWN, SparseRows))
+        return x is not state and isinstance(x, (*state_layout.TABLE, SparseRows))
 
-    if isinstance(state, ParamsEmaState):
-        return state._replace(ema=below("ema", state.ema, _weighted_by(state.weight)))
-    if isinstance(state, MasterWeightsState):
-        master = below("master", state.master, lambda appended, _: appended)
-        return MasterWeightsState(master, below("inner_state", state.inner_state))
-    if isinstance(state, DeferredAdamState):
-        return _grown_deferred(state, below)
+    fields = state_layout.fields_of(type(state))
+    if fields:
+        return state._replace(
+            **{
+                name: below(name, getattr(state, name), _fill_of(field.role, state, fill))
+                for name, field in fields.items()
+                if field.role not in (Role.SCALAR, Role.SHARED)
+            }
+        )
     if isinstance(state, SparseRows) or jax.tree_util.all_leaves([state]):
         return _grown_leaf(growth, path, state, fill)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_apart)
     return treedef.unflatten([below(trees.path_str(key_path), x) for key_path, x in leaves])
+
+
+def _fill_of(role: Role, state: Any, outer: _Fill) -> _Fill:
+    """How the new rows of a field of `state` start; `outer` is the fill of the field that `state`
+    is in."""
+    if role is Role.AVERAGE:
+        return _weighted_by(state.weight)
+    if role is Role.COPY:
+        return lambda appended, _: appended
+    if isinstance(state, DeferredAdamState) and role is Role.INNER:
+        # The last steps: a new row has no pending updates.
+        return lambda appended, last: jnp.full(appended.shape[:1], state.count, last.dtype)
+    return outer if role is Role.LAST_STEP else _zeros
 
 
 def _weighted_by(weight: jax.Array) -> _Fill:
@@ -152,24 +168,6 @@ def _weighted_by(weight: jax.Array) -> _Fill:
         return dtypes.scale(appended.astype(dtype), weight.astype(dtypes.real_dtype(dtype)))
 
     return fill
-
-
-def _grown_deferred(state: DeferredAdamState, below: Callable[..., Any]) -> DeferredAdamState:
-    def up_to_date(appended: jax.Array, last: Any) -> jax.Array:
-        return jnp.full(appended.shape[:1], state.count, last.dtype)
-
-    def group(name: str, idle: IdleRows | None) -> IdleRows | None:
-        if idle is None:
-            return None
-        return idle._replace(last_step=below(f"{name}/last_step", idle.last_step, up_to_date))
-
-    return state._replace(
-        mu=below("mu", state.mu),
-        nu=below("nu", state.nu),
-        nu_max=below("nu_max", state.nu_max),
-        idle=group("idle", state.idle),
-        idle_decayed=group("idle_decayed", state.idle_decayed),
-    )
 
 
 def _grown_leaf(growth: _Growth, path: str, x: Any, fill: _Fill) -> Any:
@@ -184,7 +182,7 @@ def _grown_leaf(growth: _Growth, path: str, x: Any, fill: _Fill) -> Any:
     is_like_table = shape == (num_rows, *width)
     if isinstance(x, SparseRows) and is_like_table:
         size = num_rows + appended.shape[0]
-        indices = jnp.where(x.is_row, x.indices, size)  # padding stays behind the last row
+        indices = jnp.where(x.is_valid, x.indices, size)  # padding stays behind the last row
         return SparseRows(indices, x.values, size, unique=x.unique)
     if num_rows not in shape:
         return x
@@ -226,18 +224,15 @@ def _overdue_caught_up(
     and the ring remembers a limited number of steps.
     """
     for found in trees.find_states(state, DeferredAdamState):
-        for group in (found.idle, found.idle_decayed):
-            if group is None:
+        for path, idle in idle_tables(found).items():
+            if path not in new_rows:
                 continue
-            remembered = group.ring.weights.shape[0]
-            for path, last in trees.flatten_with_paths(group.last_step)[0]:
-                if path not in new_rows:
-                    continue
-                size = last.shape[0] + new_rows[path].shape[0]
-                turns, length = turns_of(size, remembered)
-                turn = np.arange(last.shape[0]) // length
-                due = int(found.count) + (turn - int(found.count)) % turns
-                overdue = np.flatnonzero(due - np.asarray(last) >= remembered)
-                if overdue.size:
-                    params, state = catch_up(params, state, {path: overdue})
+            num_rows, remembered = idle.last_step.shape[0], idle.history.weights.shape[0]
+            size = num_rows + new_rows[path].shape[0]
+            period, length = round_robin_schedule(size, remembered)
+            turn = np.arange(num_rows) // length
+            due = int(found.count) + (turn - int(found.count)) % period
+            overdue = np.flatnonzero(due - np.asarray(idle.last_step) >= remembered)
+            if overdue.size:
+                params, state = catch_up(params, state, {path: overdue})
     return params, state

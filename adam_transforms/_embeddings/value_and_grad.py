@@ -1,31 +1,25 @@
-"""Gradients of tables by the rows read, from functions that know nothing of it.
+"""Gradients of tables by the rows read, of unmodified functions.
 
-The function is traced to a jaxpr (1), in which each table is followed to where its rows are read,
-by `_reads`, and the tables are chosen (2). The jaxpr is run again with a zero array, a *tap*, added
-to every read (3). What is differentiated are the taps, in place of the tables: the gradient of a
-tap is that of the rows read there. Together with the indices of the reads they make the row
-gradients (4). No (V, D) gradient ever exists.
-
-Whatever depends on how JAX represents programs is in this file, in `_reads` and in `_jaxprs`.
+The function is traced to a jaxpr (1). `lookups` follows each table in it to the reads of its rows,
+and the tables are chosen (2). `taps` runs the jaxpr again with a zero array added to every read
+(3). The taps are differentiated in place of the tables. Their gradients and the indices of the
+reads make the row gradients (4). No (V, D) gradient ever exists.
 """
 
-import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
 from adam_transforms._core import dtypes, patterns, trees
 from adam_transforms._core.sparse_rows import SparseRows
-from adam_transforms._embeddings.collectives import as_varying, varying_axes
+from adam_transforms._core.types import Path
 from adam_transforms._embeddings.deferred.sync import current_rows
-from adam_transforms._embeddings.lookups import CAST, KEPT, Read, all_reads, follow, replicated
-from adam_transforms._xla.jaxprs import CHECKPOINTS, evaluate, open_jaxpr
+from adam_transforms._embeddings.lookups import Read, all_reads, follow, replicated
+from adam_transforms._embeddings.taps import TracedTable, make_tap, run_with_taps
 
 
 def value_and_grad(
@@ -116,17 +110,17 @@ def value_and_grad(
                 deferred.get(i, leaf.value) if i in chosen else next(rest)
                 for i, leaf in enumerate(leaves)
             ]
-            outputs, indices = _run(traced.jaxpr, traced.consts, steps, inputs, taps)
-            result = traced.rebuild([_as_array(x) for x in outputs])
+            outputs, indices = run_with_taps(traced.jaxpr, traced.consts, steps, inputs, taps)
+            result = traced.rebuild(outputs)
             value, aux = result if has_aux else (result, None)
             return value, (aux, indices)
 
         dense = [
-            deferred[i].now() if i in deferred else leaf.value
+            deferred[i].whole() if i in deferred else leaf.value
             for i, leaf in enumerate(leaves)
             if i not in chosen
         ]
-        taps = [_tap(read.aval) for read in reads]
+        taps = [make_tap(read.aval) for read in reads]
         differentiated = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
         (value, (aux, indices)), (dense, taps) = differentiated(dense, taps)
         rest = iter(dense)
@@ -174,8 +168,12 @@ def grad(
 
 
 class _Leaf(NamedTuple):
-    path: str
+    keys: tuple[Any, ...]
     value: Any
+
+    @property
+    def path(self) -> Path:
+        return trees.path_str(self.keys)
 
 
 class _Traced(NamedTuple):
@@ -204,7 +202,7 @@ def _leaves(args: Sequence[Any], positions: Sequence[int]) -> tuple[list[_Leaf],
     leaves = []
     for i in positions:
         found, _ = jax.tree_util.tree_flatten_with_path(args[i])
-        leaves += [_Leaf(trees.path_str(path), x) for path, x in found]
+        leaves += [_Leaf(keys, x) for keys, x in found]
     return leaves, jax.tree.structure(tuple(args[i] for i in positions))
 
 
@@ -230,7 +228,7 @@ def _trace(fun: Any, has_aux: bool, args: Any, kwargs: Any, positions: Sequence[
         static[:] = [out_tree, traced, others]
         return [x for x, is_array in zip(outputs, traced, strict=True) if is_array]
 
-    jaxpr, consts = open_jaxpr(jax.make_jaxpr(flat)(*inputs))
+    closed = jax.make_jaxpr(flat)(*inputs)
     out_tree, traced, others = static
 
     def rebuild(outputs: Sequence[Any]) -> Any:
@@ -239,10 +237,10 @@ def _trace(fun: Any, has_aux: bool, args: Any, kwargs: Any, positions: Sequence[
             [next(rest) if t else x for t, x in zip(traced, others, strict=True)]
         )
 
-    return _Traced(jaxpr, consts, rebuild)
+    return _Traced(closed.jaxpr, closed.consts, rebuild)
 
 
-def _deferred_leaves(state: Any, leaves: Sequence[_Leaf]) -> dict[int, "_Table"]:
+def _deferred_leaves(state: Any, leaves: Sequence[_Leaf]) -> dict[int, TracedTable]:
     """The leaves that are deferred tables, each with what brings the rows read up to date."""
     if state is None:
         return {}
@@ -255,7 +253,7 @@ def _deferred_leaves(state: Any, leaves: Sequence[_Leaf]) -> dict[int, "_Table"]
                 f"rows_from has a table at {path!r}, of which there must be one among the leaves "
                 f"that are differentiated; these are {paths}"
             )
-        deferred[found[0]] = _Table(leaves[found[0]].value, read_now)
+        deferred[found[0]] = TracedTable(leaves[found[0]].value, read_now)
     return deferred
 
 
@@ -274,7 +272,7 @@ def _choose(
     Raises:
       ValueError: a selected leaf is no table.
     """
-    selected = set() if select is None else select(leaves)
+    selected = set() if select is None else select([(leaf.path, leaf.value) for leaf in leaves])
     any_table = select is None and not deferred
     candidates = set(range(len(leaves))) if any_table else selected | deferred
     steps, others = _plan(jaxpr, candidates)
@@ -300,138 +298,6 @@ def _plan(jaxpr: Any, candidates: set[int]) -> tuple[list[Any], dict[int, str]]:
     return steps, others
 
 
-# ---- (3) running with taps ----------------------------------------------------------------------
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["table", "read_now"],
-    meta_fields=["casts"],
-)
-@dataclasses.dataclass(frozen=True)
-class _Table:
-    """A table on its way to where its rows are read, and what is to be done to these rows then.
-
-    Attributes:
-      table: the array.
-      read_now: of a deferred table, the function of `current_rows`; None of any other.
-      casts: what to cast the rows to, one dtype after the other. XLA would store the whole table
-        once more, were it cast and then read twice.
-    """
-
-    table: Any
-    read_now: Any = None
-    casts: tuple[Any, ...] = ()
-
-    def cast(self, x: jax.Array) -> jax.Array:
-        for dtype in self.casts:
-            x = jax.lax.convert_element_type(x, dtype)
-        return x
-
-    def now(self) -> jax.Array:
-        """All of the table, as it should be read."""
-        return self.table if self.read_now is None else self.read_now(self.table, None)
-
-    def up_to_date(self, read: Read, x: jax.Array, indices: jax.Array) -> jax.Array:
-        """`x`, which was read from the table, as it should have been read."""
-        if self.read_now is None:
-            return x
-        rows = SparseRows(indices, jnp.zeros((indices.size, 0)), self.table.shape[0])
-        now = jax.tree.map(_in_this_mesh, self.read_now)(self.table, rows)
-        exists = jnp.reshape(rows.is_row, (-1, *[1] * (now.ndim - 1)))
-        return jnp.where(read.placed(jnp.broadcast_to(exists, now.shape)), read.placed(now), x)
-
-
-def _as_table(x: Any) -> _Table:
-    return x if isinstance(x, _Table) else _Table(x)
-
-
-def _as_array(x: Any) -> Any:
-    return x.cast(x.now()) if isinstance(x, _Table) else x
-
-
-def _tap(aval: Any) -> jax.Array:
-    """Zeros to add to a read. Negative ones: x + -0.0 is x, even if that is -0.0."""
-    with _mesh_of(aval):
-        zeros = jax.lax.full(aval.shape, -0.0, aval.dtype, sharding=aval.sharding)
-    return as_varying(zeros, varying_axes(aval))
-
-
-def _mesh_of(aval: Any) -> Any:
-    """The context of an array's mesh: ``.at[ids].get(out_sharding=...)`` reads under another one
-    than it is called in."""
-    mesh = aval.sharding.mesh
-    if mesh == jax.sharding.get_abstract_mesh():
-        return contextlib.nullcontext()
-    return jax.sharding.use_abstract_mesh(mesh)
-
-
-def _in_this_mesh(x: jax.Array) -> jax.Array:
-    """`x` as an array of the context's mesh, which differs where part of a program leaves sharding
-    to XLA."""
-    mesh: Any = jax.sharding.get_abstract_mesh()
-    if mesh.empty or getattr(jax.typeof(x).sharding, "mesh", mesh) == mesh:
-        return x
-    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-
-
-def _run(
-    jaxpr: Any, consts: Sequence[Any], steps: Sequence[Any], inputs: Sequence[Any], taps: list[Any]
-) -> tuple[list[Any], list[jax.Array]]:
-    """Runs a jaxpr, adding the first of `taps` to its first read and so on.
-
-    Returns:
-      Its outputs, and the indices of each of its reads.
-    """
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    env.update(zip(jaxpr.invars, inputs, strict=True))
-
-    def value(atom: Any) -> Any:
-        return atom.val if isinstance(atom, jex.Literal) else env[atom]
-
-    indices: list[jax.Array] = []
-    for eqn, step in zip(jaxpr.eqns, steps, strict=True):
-        values = [value(x) for x in eqn.invars]
-        if step is None:
-            outputs = evaluate(jaxpr, eqn, [_as_array(x) for x in values])
-        elif step is CAST:
-            table = _as_table(values[0])
-            casts = (*table.casts, eqn.outvars[0].aval.dtype)
-            outputs = [dataclasses.replace(table, casts=casts)]
-        elif step is KEPT:
-            tables = [_as_table(x) for x in values]
-            kept = evaluate(jaxpr, eqn, [table.table for table in tables])
-            outputs = [
-                dataclasses.replace(table, table=x) for x, table in zip(kept, tables, strict=False)
-            ]
-        elif isinstance(step, Read):
-            table, *ids = [_as_table(values[0]), *values[1:]]
-            (read,) = evaluate(jaxpr, eqn, [table.table, *ids])
-            with _mesh_of(step.aval):
-                rows = step.indices(table.table, *ids)
-                read = table.up_to_date(step, read, rows)
-                outputs = [table.cast(read) + taps[len(indices)]]
-            indices.append(replicated(rows))
-        else:
-            outputs, found = _call(eqn, step, values, taps[len(indices) :])
-            indices += found
-        env.update(zip(eqn.outvars, outputs, strict=True))
-    return [value(x) for x in jaxpr.outvars], indices
-
-
-def _call(eqn: Any, steps: Sequence[Any], values: Sequence[Any], taps: list[Any]) -> Any:
-    """The body of a call with reads in it; a checkpointed body stays checkpointed."""
-    body, consts = open_jaxpr(eqn.params["jaxpr"])
-
-    def run(values: Sequence[Any], taps: list[Any]) -> Any:
-        return _run(body, consts, steps, values, taps)
-
-    if eqn.primitive.name in CHECKPOINTS:
-        params = eqn.params
-        run = jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])
-    return run(values, taps[: len(all_reads(steps))])
-
-
 # ---- (4) row gradients --------------------------------------------------------------------------
 
 
@@ -444,17 +310,10 @@ def _assemble(
     num_rows, *width = jnp.shape(table)
     _, *columns = jax.typeof(table).sharding.spec
     of_table = [k for k, read in enumerate(reads) if read.table == i]
-    values = [_as_dtype(reads[k].values(taps[k], columns), wide) for k in of_table]
+    values = [reads[k].values(taps[k], columns, wide) for k in of_table]
     rows = SparseRows(
-        jnp.concatenate([indices[k] for k in of_table] or [jnp.zeros((0,), jnp.int32)]),
+        jnp.concatenate([replicated(indices[k]) for k in of_table] or [jnp.zeros((0,), jnp.int32)]),
         jnp.concatenate(values or [jnp.zeros((0, *width), wide)]),
         num_rows=num_rows,
     ).sum_duplicates()
     return rows.with_values(rows.values.astype(dtype))
-
-
-def _as_dtype(x: jax.Array, dtype: Any) -> jax.Array:
-    """The cotangent of a cast: of a real array made complex, the real part."""
-    if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
-        x = x.real
-    return x.astype(dtype)

@@ -5,28 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 from adam_transforms._core import arguments, state_layout, trees
 from adam_transforms._core.sparse_rows import SparseRows
-from adam_transforms._embeddings.deferred.state import DeferredAdamState
+from adam_transforms._embeddings.deferred.state import DeferredAdamState, idle_tables
 from adam_transforms._transforms import numerics
-from adam_transforms._transforms.accumulation import AccumulateState
 from adam_transforms._transforms.learning_rates import ScaleByPathLearningRateState
-from adam_transforms._transforms.loss_scaling import (
-    DynamicLossScaleState,
-    SkipNonfiniteState,
-    StaticLossScaleState,
-)
-
-# (metric, field, the states that have it)
-_FIELDS = (
-    ("count", "count", (optax.ScaleByAdamState, optax.ScaleByAmsgradState, DeferredAdamState)),
-    ("loss_scale", "scale", (StaticLossScaleState, DynamicLossScaleState)),
-    ("skipped_steps", "skipped", (DynamicLossScaleState, SkipNonfiniteState)),
-    ("mini_step", "mini_step", (AccumulateState, optax.MultiStepsState)),
-)
 
 
 def metrics(
@@ -126,9 +111,9 @@ def scalars_of(state: Any) -> list[Scalar]:
         found.append(Scalar(name, place, owner, value))
 
     for owner, node in state_layout.walk(state):
-        for name, field, kinds in _FIELDS:
-            if isinstance(node, kinds):
-                add(name, owner, getattr(node, field), GetAttrKey(field))
+        for field, (_, metric) in state_layout.fields_of(type(node)).items():
+            if metric is not None:
+                add(metric, owner, getattr(node, field), GetAttrKey(field))
         for name, value in _injected(node):
             add(name, owner, value, GetAttrKey("hyperparams"), DictKey(name))
         for rule, rate in enumerate(_rates(node)):
@@ -168,8 +153,8 @@ def _distinct(scalars: list[Scalar]) -> list[Scalar]:
 def _norms(name: str, tree: Any, per_parameter: bool) -> dict[str, jax.Array]:
     leaves = {
         path: x
-        for path, x in state_layout.present(tree)
-        if state_layout.is_array(x) and jnp.issubdtype(state_layout.dtype_of(x), jnp.inexact)
+        for path, x in trees.non_none(tree)
+        if trees.is_array(x) and jnp.issubdtype(trees.dtype_of(x), jnp.inexact)
     }
     norms = {name: numerics.global_norm(leaves)}
     if per_parameter:
@@ -178,16 +163,15 @@ def _norms(name: str, tree: Any, per_parameter: bool) -> dict[str, jax.Array]:
 
 
 def _share_touched(rows: SparseRows) -> jax.Array:
-    distinct = jnp.sum(rows.sum_duplicates().is_row, dtype=jnp.int32)
+    distinct = jnp.sum(rows.sum_duplicates().is_valid, dtype=jnp.int32)
     return distinct.astype(jnp.float32) / float(max(rows.num_rows, 1))
 
 
 def _longest_gaps(state: Any) -> dict[str, jax.Array]:
     gaps = {}
     for found in trees.find_states(state, DeferredAdamState):
-        for group in (found.idle, found.idle_decayed):
-            for path, last in state_layout.present(None if group is None else group.last_step):
-                # Of the oldest alone: the gaps of all rows would be an array more.
-                oldest = jnp.min(last) if last.size else found.count
-                gaps[trees.joined("longest_gap", path)] = found.count - oldest
+        for path, idle in idle_tables(found).items():
+            # The minimum first: the gaps of all rows would be one more (V,) array.
+            oldest = jnp.min(idle.last_step) if idle.last_step.size else found.count
+            gaps[trees.joined("longest_gap", path)] = found.count - oldest
     return gaps

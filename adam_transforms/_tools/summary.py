@@ -11,9 +11,10 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from adam_transforms._core import arguments, state_layout, trees
+from adam_transforms._core.slots import Parameter, match
 from adam_transforms._core.sparse_rows import SparseRows
 from adam_transforms._embeddings.deferred import sync
-from adam_transforms._embeddings.deferred.missed_updates import Ring
+from adam_transforms._embeddings.deferred.missed_updates import UpdateHistory
 from adam_transforms._embeddings.deferred.state import DeferredAdamState
 from adam_transforms._embeddings.lazy import LazyState
 from adam_transforms._tools.metrics import scalars_of
@@ -73,7 +74,7 @@ def summary(params: Any, state: Any, *, rows: bool = True) -> Summary:
     """
     rows = arguments.flag("rows", rows)
     params, state = trees.unwrapped(params), trees.unwrapped(state)
-    parameters, rest = state_layout.match(params, state)
+    parameters, rest = match(params, state)
     told = _told_of_rows(parameters, state) if rows else {}
     scalars = scalars_of(state)
     named = {scalar.place.keys for scalar in scalars}
@@ -85,9 +86,9 @@ def summary(params: Any, state: Any, *, rows: bool = True) -> Summary:
     return Summary("\n\n".join("\n".join(lines) for lines in blocks if lines))
 
 
-def _kind(parameter: state_layout.Parameter) -> str:
+def _kind(parameter: Parameter) -> str:
     slots = parameter.slots
-    if any(slot.name == "last_step" for slot in slots):
+    if any(slot.place.role is state_layout.Role.LAST_STEP for slot in slots):
         return "deferred"
     if any(LazyState in slot.place.states for slot in slots):
         return "lazy"
@@ -97,7 +98,7 @@ def _kind(parameter: state_layout.Parameter) -> str:
 # ---- what the rows are like ---------------------------------------------------------------------
 
 
-def _told_of_rows(parameters: Sequence[state_layout.Parameter], state: Any) -> dict[str, str]:
+def _told_of_rows(parameters: Sequence[Parameter], state: Any) -> dict[str, str]:
     """{path: what is to tell of its rows}, of parameters that have values."""
     told = {}
     states = trees.find_states(state, DeferredAdamState)
@@ -109,9 +110,7 @@ def _told_of_rows(parameters: Sequence[state_layout.Parameter], state: Any) -> d
         p.path: slot.leaf
         for p in parameters
         for slot in p.slots
-        if _kind(p) == "lazy"
-        and slot.place.field == "nu"
-        and len(state_layout.shape_of(slot.leaf)) > 1
+        if _kind(p) == "lazy" and slot.place.field == "nu" and len(trees.shape_of(slot.leaf)) > 1
     }
     if nus and _has_values(nus):
         for path, untouched in jax.device_get(_untouched(nus)).items():
@@ -136,7 +135,7 @@ def _untouched(nus: dict[str, jax.Array]) -> dict[str, jax.Array]:
 # ---- text ---------------------------------------------------------------------------------------
 
 
-def _table(parameters: Sequence[state_layout.Parameter], told: dict[str, str]) -> list[str]:
+def _table(parameters: Sequence[Parameter], told: dict[str, str]) -> list[str]:
     """The lines for the parameters; columns without content are left out."""
     columns = {
         "parameter": [p.path or "(the parameter)" for p in parameters],
@@ -172,7 +171,7 @@ def _listed(facts: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _totals(
-    parameters: Sequence[state_layout.Parameter], rest: Sequence[tuple[state_layout.Place, Any]]
+    parameters: Sequence[Parameter], rest: Sequence[tuple[state_layout.Place, Any]]
 ) -> list[tuple[str, str]]:
     leaves = [p.leaf for p in parameters]
     by_slot: dict[str, list[Any]] = {}
@@ -182,7 +181,7 @@ def _totals(
     if other:
         by_slot["other"] = other
     state = list(by_slot.values())
-    elements = sum(math.prod(state_layout.shape_of(leaf)) for leaf in leaves)
+    elements = sum(math.prod(trees.shape_of(leaf)) for leaf in leaves)
     parts = ", ".join(f"{name} {_bytes(_size(x))}" for name, x in by_slot.items())
     counted = f"{_number(len(leaves), 'parameter')}, {_number(elements, 'element')}"
     totals = [
@@ -196,30 +195,30 @@ def _totals(
     return totals
 
 
-def _groups(parameter: state_layout.Parameter) -> str:
+def _groups(parameter: Parameter) -> str:
     groups = ("/".join(slot.place.groups) for slot in parameter.slots)
     return ", ".join(dict.fromkeys(group for group in groups if group))
 
 
-def _slots(parameter: state_layout.Parameter) -> str:
+def _slots(parameter: Parameter) -> str:
     """Names by dtype: "mu, nu: float32; ema: bfloat16"."""
     names: dict[str, list[str]] = {}
     for slot in parameter.slots:
-        kind = str(state_layout.dtype_of(slot.leaf))
+        kind = str(trees.dtype_of(slot.leaf))
         if isinstance(slot.leaf, SparseRows):
             kind += f", {slot.leaf.values.shape[0]:,} rows"
-        elif state_layout.shape_of(slot.leaf) != state_layout.shape_of(parameter.leaf):
+        elif trees.shape_of(slot.leaf) != trees.shape_of(parameter.leaf):
             kind = _type(slot.leaf)
         names.setdefault(kind, []).append(slot.name)
     return "; ".join(f"{', '.join(slots)}: {kind}" for kind, slots in names.items())
 
 
-def _shardings(parameter: state_layout.Parameter) -> str:
+def _shardings(parameter: Parameter) -> str:
     """The parameter's, and those of slots of its rank that have another."""
-    own, rank = _spec(parameter.leaf), len(state_layout.shape_of(parameter.leaf))
+    own, rank = _spec(parameter.leaf), len(trees.shape_of(parameter.leaf))
     others: dict[str, list[str]] = {}
     for slot in parameter.slots:
-        if len(state_layout.shape_of(slot.leaf)) == rank and _spec(slot.leaf) != own:
+        if len(trees.shape_of(slot.leaf)) == rank and _spec(slot.leaf) != own:
             others.setdefault(_spec(slot.leaf) or "replicated", []).append(slot.name)
     parts = [own] * bool(own)
     return "; ".join(parts + [f"{', '.join(names)}: {spec}" for spec, names in others.items()])
@@ -235,18 +234,14 @@ def _spec(x: Any) -> str:
 
 
 def _other(node: Any) -> str:
-    if isinstance(node, Ring):
+    if isinstance(node, UpdateHistory):
         return f"{_bytes(_size(node))}, what steps have done to idle rows"
-    return (
-        _value(node)
-        if state_layout.shape_of(node) == ()
-        else f"{_type(node)}, {_bytes(_size(node))}"
-    )
+    return _value(node) if trees.shape_of(node) == () else f"{_type(node)}, {_bytes(_size(node))}"
 
 
 def _value(x: Any) -> str:
     """Of a scalar."""
-    if not _has_values(x) or jnp.issubdtype(state_layout.dtype_of(x), jax.dtypes.extended):
+    if not _has_values(x) or jnp.issubdtype(trees.dtype_of(x), jax.dtypes.extended):
         return _type(x)
     value = np.asarray(x)[()]
     if jnp.issubdtype(value.dtype, jnp.integer):
@@ -255,7 +250,7 @@ def _value(x: Any) -> str:
 
 
 def _type(x: Any) -> str:
-    return f"{state_layout.dtype_of(x)}[{','.join(map(str, state_layout.shape_of(x)))}]"
+    return f"{trees.dtype_of(x)}[{','.join(map(str, trees.shape_of(x)))}]"
 
 
 def _bytes(size: float) -> str:
@@ -282,9 +277,9 @@ def _size(tree: Any, *, on_one_device: bool = False) -> int:
     """Bytes, on all devices together (what is replicated counts once), or on one of them."""
     total = 0
     for x in jax.tree.leaves(tree):
-        shape = state_layout.shape_of(x)
+        shape = trees.shape_of(x)
         sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
         if on_one_device and sharding is not None:
             shape = sharding.shard_shape(shape)
-        total += math.prod(shape) * state_layout.dtype_of(x).itemsize
+        total += math.prod(shape) * trees.dtype_of(x).itemsize
     return total

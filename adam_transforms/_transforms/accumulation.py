@@ -9,9 +9,11 @@ import optax
 
 from adam_transforms._core import arguments, dtypes, trees
 from adam_transforms._core.sparse_rows import SparseRows, is_rows, on_values
-from adam_transforms._transforms import conditional
+from adam_transforms._core.state_layout import Field, Role, register
+from adam_transforms._transforms import conditional_update
 
 
+@register(mini_step=Field(Role.SCALAR, metric="mini_step"), acc=Role.BUFFER, inner_state=Role.INNER)
 class AccumulateState(NamedTuple):
     """State of `accumulate`.
 
@@ -130,11 +132,11 @@ def accumulate(
 
         before = trees.wrapped_as(updates, state.acc)
         total = trees.map_leaves(add, updates, before, names=("the accumulator",), rows=True)
-        carried, inner_state = conditional.update_if(emits, step, total, state.inner_state)
+        carried, inner_state = conditional_update.update_if(emits, step, total, state.inner_state)
         acc = jax.tree.map(keep, carried, before, total, is_leaf=trees.is_leaf)
         acc = trees.wrapped_as(state.acc, acc)
         mini_step = jnp.where(emits, 0, state.mini_step + 1)
-        updates = conditional.select(emits, carried, updates, params)
+        updates = conditional_update.select(emits, carried, updates, params)
         return updates, AccumulateState(mini_step, acc, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -171,7 +173,7 @@ def _append(acc: SparseRows, rows: SparseRows, mini_step: jax.Array) -> SparseRo
     at = mini_step * size + jnp.arange(size, dtype=jnp.int32)
     # Scattered, not sliced in: XLA updates what it scatters into in place.
     return SparseRows(
-        acc.indices.at[at].set(rows.padded_indices),
+        acc.indices.at[at].set(rows.indices),
         acc.values.at[at].set(rows.values.astype(acc.dtype)),
         acc.num_rows,
     )

@@ -5,7 +5,7 @@ element is two moving averages and one ``alpha * m / (sqrt(v + eps_root) + eps)`
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import optax
 
 from adam_transforms._core import arguments, dtypes, trees
+from adam_transforms._core.state_layout import Role, register
+from adam_transforms._core.types import Params, Path, State, Updates
 from adam_transforms._transforms import numerics
-from adam_transforms._xla import scheduling
 
 
+@register(corrections=Role.SCALAR, inner_state=Role.INNER)
 class ScheduledDecayState(NamedTuple):
     """State of Adam or AMSGrad when a decay rate is a schedule.
 
@@ -224,51 +226,63 @@ def _moment_transformation(hp: Hyperparameters) -> optax.GradientTransformationE
     hp = hp.checked()
     scheduled = callable(hp.b1) or callable(hp.b2)
 
-    def init(params: Any) -> Any:
-        def nu() -> Any:
-            return trees.zeros_like(params, lambda p: hp.nu_dtype or least_nu_dtype(p))
-
-        count = jnp.zeros((), jnp.int32)
-        mu = trees.zeros_like(params, lambda p: hp.mu_dtype or p)
-        if hp.max_of is None:
-            state = optax.ScaleByAdamState(count, mu, nu())
-        else:
-            state = optax.ScaleByAmsgradState(count, mu, nu(), nu())
+    def init(params: Params) -> State:
+        state = init_state(hp, params)
         if not scheduled:
             return state
         dtype = dtypes.scalar_dtype()
         return ScheduledDecayState((jnp.zeros((), dtype), jnp.zeros((), dtype)), state)
 
-    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
+    def update(
+        updates: Updates, state: State, params: Params | None = None, **_: Any
+    ) -> tuple[Updates, State]:
         if not scheduled:
-            b1, b2 = hp.b1, hp.b2
+            coefficients = coefficients_of(hp, state.count)
             count = numerics.increment(state.count)
-            corrections = [numerics.bias_correction(b, count) for b in (b1, b2)]
-            coefficients = coefficients_of(hp, state.count, b1, b2, corrections)
-            return update_leaves(hp, coefficients, updates, state, params)
-        b1, b2 = (arguments.at_count(b, state.inner_state.count) for b in (hp.b1, hp.b2))
+            return update_leaves(hp, coefficients, count, updates, state, params)
+        inner = state.inner_state
+        b1, b2 = (arguments.at_count(b, inner.count) for b in (hp.b1, hp.b2))
         corrections = [
             numerics.moving_average(c, 1.0, b)
             for c, b in zip(state.corrections, (b1, b2), strict=True)
         ]
-        coefficients = coefficients_of(hp, state.inner_state.count, b1, b2, corrections)
-        updates, inner = update_leaves(hp, coefficients, updates, state.inner_state, params)
+        coefficients = coefficients_of(hp, inner.count, b1, b2, corrections)
+        count = numerics.increment(inner.count)
+        updates, inner = update_leaves(hp, coefficients, count, updates, inner, params)
         return updates, ScheduledDecayState((corrections[0], corrections[1]), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def least_nu_dtype(param_dtype: Any) -> Any:
-    return dtypes.real_dtype(dtypes.compute_dtype(param_dtype))
+def init_state(hp: Hyperparameters, params: Params) -> Any:
+    """Optax's state of Adam or AMSGrad before the first step."""
+    count = jnp.zeros((), jnp.int32)
+    likes = jax.tree.map(jnp.result_type, params)
+    mu = jax.tree.map(lambda p, like: jnp.zeros_like(p, hp.mu_dtype or like), params, likes)
+    likes = jax.tree.map(lambda like: hp.nu_dtype or dtypes.nu_dtype(like), likes)
+    nu, nu_max = (jax.tree.map(jnp.zeros_like, params, likes) for _ in range(2))
+    if hp.max_of is None:
+        return optax.ScaleByAdamState(count, mu, nu)
+    return optax.ScaleByAmsgradState(count, mu, nu, nu_max)
 
 
 def coefficients_of(
-    hp: Hyperparameters, count: jax.Array, b1: Any, b2: Any, corrections: list[jax.Array]
+    hp: Hyperparameters,
+    count: jax.Array,
+    b1: Any = None,
+    b2: Any = None,
+    corrections: Sequence[jax.Array] | None = None,
 ) -> Coefficients:
-    """The scalars of the step that follows `count` others, the bias corrections folded in."""
-    eps, eps_root = (
-        dtypes.as_scalar(arguments.at_count(value, count)) for value in (hp.eps, hp.eps_root)
-    )
+    """The scalars of the step that follows `count` others, the bias corrections folded in.
+
+    Args:
+      b1, b2, corrections: where the decay rates are schedules their values at this step, and the
+        bias corrections of mu and nu; None for constant rates.
+    """
+    eps, eps_root = numerics.scalar_at(hp.eps, count), numerics.scalar_at(hp.eps_root, count)
+    if corrections is None:
+        b1, b2, steps = hp.b1, hp.b2, numerics.increment(count)
+        corrections = [numerics.bias_correction(b, steps) for b in (b1, b2)]
     mu_correction = corrections[0] if hp.bias_correction_mu else 1.0
     nu_correction = corrections[1] if hp.bias_correction_nu else 1.0
 
@@ -289,60 +303,55 @@ def coefficients_of(
     root_correction = jnp.sqrt(nu_correction)
     if not hp.eps_hat:
         eps = eps * root_correction
-        eps_root = eps_root if _is_zero(eps_root) else eps_root * nu_correction
+        if not (isinstance(eps_root, float) and eps_root == 0.0):
+            eps_root = eps_root * nu_correction
     return Coefficients(b1, b2, mu_factor * root_correction, eps, eps_root, nesterov, None)
 
 
-def _is_zero(value: Any) -> bool:
-    return isinstance(value, float) and value == 0.0
-
-
 def update_leaves(
-    hp: Hyperparameters, c: Coefficients, updates: Any, state: Any, params: Any
-) -> tuple[Any, Any]:
+    hp: Hyperparameters,
+    c: Coefficients,
+    count: jax.Array,
+    updates: Updates,
+    state: Any,
+    params: Params | None,
+) -> tuple[Updates, Any]:
     """Moves the moments and rescales, leaf by leaf."""
     slots = {name: slot for name, slot in state._asdict().items() if name != "count"}
-    step: Callable[..., Any] = functools.partial(update_leaf, hp, c)
     # A parameter says no more than the dtype of its update; without parameters mu stands in.
     likes = slots["mu"] if params is None else params
-    updates, *slots_now = trees.map_leaves(
-        step,
+    updates, *new_slots = trees.map_leaves(
+        functools.partial(update_leaf, hp, c),
         updates,
         *slots.values(),
         likes,
         names=(*(f"the state's {name}" for name in slots), "the parameters"),
         outputs=1 + len(slots),
     )
-    count = numerics.increment(state.count)
-    return updates, type(state)(count, *slots_now)
+    return updates, type(state)(count, *new_slots)
 
 
 def update_leaf(
-    hp: Hyperparameters, c: Coefficients, path: str, g: jax.Array, *slots_and_like: jax.Array
+    hp: Hyperparameters, c: Coefficients, path: Path, g: jax.Array, *slots_and_like: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """One leaf's update and its new slots, in the dtypes that the slots came in."""
-    mu_was, nu_was, *nu_max_was, like = slots_and_like
-    dtype = dtypes.compute_dtype(g.dtype, mu_was.dtype)
+    """One leaf's update and its new slots, in the dtypes of the old slots."""
+    old_mu, old_nu, *old_nu_max, like = slots_and_like
+    dtype = dtypes.compute_dtype(g.dtype, old_mu.dtype)
     real = dtypes.real_dtype(dtype)
     out_dtype = dtypes.promote(g.dtype, jnp.result_type(like))
 
     g = g.astype(dtype)
-    mu = numerics.moving_average(mu_was.astype(dtype), g, c.b1)
-    nu_before = dtypes.real(nu_was).astype(real)
-    nu = numerics.moving_average(nu_before, dtypes.abs_sq(g), c.b2)
-    mu, nu = (scheduling.computed_once(x, instructions=6) for x in (mu, nu))
-    slots = [dtypes.store(path, mu, mu_was.dtype), dtypes.store(path, nu, nu_was.dtype)]
-
-    v = nu
-    for was in nu_max_was:
+    nu, square = dtypes.real(old_nu).astype(real), dtypes.abs_sq(g)
+    mu = numerics.moving_average(old_mu.astype(dtype), g, c.b1)
+    nu = numerics.moving_average(nu, square, c.b2)
+    m, v = mu, nu
+    if old_nu_max:
         if c.nu_correction is not None:
             v = nu / dtypes.as_scalar(c.nu_correction, real)
-        v = jnp.maximum(dtypes.real(was).astype(real), v)
-        v = scheduling.computed_once(v, instructions=6)
-        slots.append(dtypes.store(path, v, was.dtype))
-
-    m = mu
+        v = jnp.maximum(dtypes.real(old_nu_max[0]).astype(real), v)
     if c.nesterov is not None:
         on_mu, on_g = (dtypes.as_scalar(x, real) for x in c.nesterov)
         m = dtypes.scale(mu, on_mu) + dtypes.scale(g, on_g)
-    return direction(m, v, c).astype(out_dtype), *slots
+    u = direction(m, v, c).astype(out_dtype)
+    new, old = (mu, nu, v)[: 2 + len(old_nu_max)], (old_mu, old_nu, *old_nu_max)
+    return u, *(dtypes.store(path, x, y.dtype) for x, y in zip(new, old, strict=True))

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from adam_transforms._core import arguments, dtypes, trees
+from adam_transforms._core.state_layout import Role, register
 from adam_transforms._transforms import numerics
 from adam_transforms._transforms.apply_updates import apply_update
 
 
+@register(count=Role.SCALAR, weight=Role.SCALAR, ema=Role.AVERAGE)
 class ParamsEmaState(NamedTuple):
     """State of `params_ema`.
 

@@ -9,6 +9,7 @@ import optax
 
 from adam_transforms._core import arguments, dtypes, trees
 from adam_transforms._core.patterns import Patterns, Rules, compile_patterns, parse_rules
+from adam_transforms._core.state_layout import Role, register
 from adam_transforms._transforms import numerics
 
 
@@ -70,6 +71,7 @@ def by_path(
     return optax.multi_transform(groups, compiled.indices)
 
 
+@register(count=Role.SCALAR, rates=Role.SCALAR)
 class ScaleByPathLearningRateState(NamedTuple):
     """State of `scale_by_path_learning_rate`.
 
@@ -133,7 +135,7 @@ def scale_by_chosen_rate(
     """Each leaf times minus the learning rate, a number or a schedule, that its path chooses."""
 
     def rates_at(count: jax.Array) -> list[Any]:
-        return [dtypes.as_scalar(arguments.at_count(rate, count)) for rate in rates]
+        return [numerics.scalar_at(rate, count) for rate in rates]
 
     def kept(values: Sequence[Any]) -> tuple[jax.Array, ...]:
         # Copies: whoever donates the state must not delete the caller's arrays.

@@ -9,9 +9,14 @@ import optax
 
 from adam_transforms._core import arguments, dtypes, trees
 from adam_transforms._core.sparse_rows import on_values
-from adam_transforms._transforms import conditional, numerics
+from adam_transforms._core.state_layout import Field, Role, register
+from adam_transforms._transforms import conditional_update, numerics
+
+_SCALE = Field(Role.SCALAR, metric="loss_scale")
+_SKIPPED = Field(Role.SCALAR, metric="skipped_steps")
 
 
+@register(scale=_SCALE, inner_state=Role.INNER)
 class StaticLossScaleState(NamedTuple):
     """State of `static_loss_scale`: the scale, float32 (), and the inner state."""
 
@@ -19,6 +24,7 @@ class StaticLossScaleState(NamedTuple):
     inner_state: Any
 
 
+@register(scale=_SCALE, finite_steps=Role.SCALAR, skipped=_SKIPPED, inner_state=Role.INNER)
 class DynamicLossScaleState(NamedTuple):
     """State of `dynamic_loss_scale`.
 
@@ -35,6 +41,7 @@ class DynamicLossScaleState(NamedTuple):
     inner_state: Any
 
 
+@register(skipped=_SKIPPED, inner_state=Role.INNER)
 class SkipNonfiniteState(NamedTuple):
     """State of `skip_nonfinite`: int32 (), the steps skipped so far, and the inner state."""
 
@@ -230,8 +237,8 @@ def _step_if_finite(
     """(whether all gradients are finite, updates, state); the step is skipped if they are not."""
     gradients = trees.as_gradients(gradients)
     finite = numerics.all_finite(gradients)
-    carried, state = conditional.update_if(finite, step, gradients, state)
-    return finite, conditional.select(finite, carried, gradients, params), state
+    carried, state = conditional_update.update_if(finite, step, gradients, state)
+    return finite, conditional_update.select(finite, carried, gradients, params), state
 
 
 def _count_skip(skipped: jax.Array, finite: jax.Array) -> jax.Array:

@@ -8,10 +8,11 @@ import optax
 
 from adam_transforms._core import arguments, dtypes, trees
 from adam_transforms._core.sparse_rows import SparseRows, on_values
-from adam_transforms._embeddings.deferred.state import DeferredAdamState
+from adam_transforms._core.state_layout import Role, find_fields, register
 from adam_transforms._transforms.apply_updates import apply_update
 
 
+@register(master=Role.COPY, inner_state=Role.INNER)
 class MasterWeightsState(NamedTuple):
     """State of `master_weights`.
 
@@ -85,7 +86,7 @@ def master_weights(
                     "parameters with a master must be float16 or bfloat16"
                 )
         masters = [_copy(p) if _is_narrow(p) else None for _, p in leaves]
-        state = inner.init(_instead(treedef, masters, leaves))
+        state = inner.init(_with_masters(treedef, masters, leaves))
         _refuse_deferred(state, {path for path, p in leaves if _is_narrow(p)})
         return MasterWeightsState(treedef.unflatten(masters), state)
 
@@ -110,8 +111,8 @@ def master_weights(
                 )
             # Of a table with a row gradient the rows follow when they are updated.
             whole = master is not None and p is not None and not isinstance(g, SparseRows)
-            masters.append(_followed(p, master) if whole else master)
-        seen = _instead(treedef, masters, [(path, p) for path, p, *_ in aligned])
+            masters.append(_resync(p, master) if whole else master)
+        seen = _with_masters(treedef, masters, [(path, p) for path, p, *_ in aligned])
         updates, inner_state = inner.update(updates, state.inner_state, seen, **extra_args)
 
         def leaf(path: str, p: Any, u: Any, master: Any) -> tuple[Any, Any]:
@@ -147,7 +148,7 @@ def _copy(p: Any) -> jax.Array:
     return jnp.asarray(p).astype(jnp.float32)
 
 
-def _instead(treedef: Any, masters: list[Any], leaves: list[tuple[str, Any]]) -> Any:
+def _with_masters(treedef: Any, masters: list[Any], leaves: list[tuple[str, Any]]) -> Any:
     """The parameters, with the masters of those that have one."""
     return treedef.unflatten(
         [p if m is None else m for m, (_, p) in zip(masters, leaves, strict=True)]
@@ -156,17 +157,15 @@ def _instead(treedef: Any, masters: list[Any], leaves: list[tuple[str, Any]]) ->
 
 def _refuse_deferred(state: Any, narrow: set[str]) -> None:
     """A deferred row is read ahead of its parameter, of which the master knows nothing."""
-    for found in trees.find_states(state, DeferredAdamState):
-        for group in (found.idle, found.idle_decayed):
-            paths = {} if group is None else dict(trees.flatten_with_paths(group.last_step)[0])
-            for path in sorted(narrow & paths.keys()):
-                raise ValueError(
-                    f"{path!r} is a table of deferred_adam inside master_weights: keep it in "
-                    "float32, or use lazy_adam"
-                )
+    for found in find_fields(state, Role.LAST_STEP):
+        for path in sorted(narrow & found.leaves().keys()):
+            raise ValueError(
+                f"{path!r} is a table of deferred_adam inside master_weights: keep it in float32, "
+                "or use lazy_adam"
+            )
 
 
-def _followed(p: Any, master: Any) -> jax.Array:
+def _resync(p: Any, master: Any) -> jax.Array:
     """The master, started anew from `p` where it does not round to it."""
     p = jnp.asarray(p)
     wide = p.astype(jnp.float32)
@@ -175,7 +174,7 @@ def _followed(p: Any, master: Any) -> jax.Array:
 
 def _moved(path: str, p: jax.Array, master: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The update that takes `p` to the master's rounded value after `u`, and that master."""
-    master = apply_update(path, _followed(p, master), u)
+    master = apply_update(path, _resync(p, master), u)
     target, wide = dtypes.rounded(master, p.dtype), p.astype(jnp.float32)
     # Of two infinities there is no difference.
     change = jnp.where(target == wide, jnp.zeros((), jnp.float32), target - wide)

@@ -1,6 +1,7 @@
 """The arithmetic that the transformations share: averages, bias corrections, norms."""
 
 import math
+import operator
 from typing import Any
 
 import jax
@@ -13,9 +14,9 @@ from adam_transforms._core.dtypes import (
     compute_dtype,
     promote,
     real_dtype,
-    scalar_dtype,
     scale,
 )
+from adam_transforms._core.sparse_rows import is_rows
 
 
 def moving_average(average: jax.Array, x: jax.Array | float, decay: Any) -> jax.Array:
@@ -27,14 +28,22 @@ def moving_average(average: jax.Array, x: jax.Array | float, decay: Any) -> jax.
     """
     if isinstance(decay, float):
         weight = 1.0 - decay
+        times = scale if jnp.iscomplexobj(average) else operator.mul
         if decay < 0.5:
-            return scale(average, decay) + weight * x
-        return average + scale(x - average, weight)
+            return times(average, decay) + weight * x
+        return average + times(x - average, weight)
     decay = as_scalar(decay, real_dtype(average.dtype))
     weight = 1.0 - decay
     x = jnp.asarray(x, average.dtype)
     textbook = scale(average, decay) + scale(x, weight)
     return jnp.where(decay < 0.5, textbook, average + scale(x - average, weight))
+
+
+def scalar_at(value: Any, count: jax.Array) -> Any:
+    """The value of a hyperparameter, perhaps a schedule, when `count` steps have been taken: a
+    Python float, or a scalar of the widest float."""
+    value = value(count) if callable(value) else value
+    return value if isinstance(value, float) else as_scalar(value)
 
 
 def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
@@ -44,7 +53,7 @@ def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
     float32 is off by 1.3e-5 at decay 0.999 and by 1.3e-2 at 0.999999 in the first steps. A decay
     given as a float32 array carries an error of that size itself: pass Python floats.
     """
-    count = jnp.asarray(count).astype(scalar_dtype())
+    count = jnp.asarray(count, float)  # in the widest float that JAX is configured for
     if isinstance(decay, float):
         if decay == 0.0:  # log 0
             return jnp.ones_like(count)
@@ -75,15 +84,11 @@ def global_norm(tree: Any) -> jax.Array:
     """
     leaves = [
         # Of a row gradient, the norm of the array that it stands for.
-        x.sum_duplicates().values if _is_rows(x) else jnp.asarray(x)
-        for x in jax.tree.leaves(tree, is_leaf=_is_rows)
+        x.sum_duplicates().values if is_rows(x) else jnp.asarray(x)
+        for x in jax.tree.leaves(tree, is_leaf=is_rows)
     ]
     dtype = real_dtype(compute_dtype(*(x.dtype for x in leaves)))
     return jnp.sqrt(sum((sum_of_squares(x, dtype) for x in leaves), jnp.zeros((), dtype)))
-
-
-def _is_rows(x: Any) -> bool:
-    return hasattr(type(x), "sum_duplicates")
 
 
 def sum_of_squares(x: jax.Array, dtype: Any) -> jax.Array:
@@ -102,6 +107,6 @@ def all_finite(tree: Any) -> jax.Array:
         # XLA reduces on CPU; all(isfinite(x)) is right too, but writes an array of bools.
         return jnp.sum(x * 0.0) == 0.0
 
-    leaves = jax.tree.leaves(tree, is_leaf=_is_rows)
-    leaves = [x.masked_values() if _is_rows(x) else jnp.asarray(x) for x in leaves]
+    leaves = jax.tree.leaves(tree, is_leaf=is_rows)
+    leaves = [x.masked_values() if is_rows(x) else jnp.asarray(x) for x in leaves]
     return jnp.all(jnp.array([finite(x) for x in leaves], bool))

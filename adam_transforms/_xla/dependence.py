@@ -7,11 +7,9 @@ zeros. The jaxpr tells the two cases apart.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 
-from adam_transforms._xla.jaxprs import open_jaxpr
+from adam_transforms._xla.jaxprs import Literal, open_jaxpr, trace
 
 
 def depends_on(fun: Callable[[Any], Any], argument: Any) -> list[bool]:
@@ -20,7 +18,7 @@ def depends_on(fun: Callable[[Any], Any], argument: Any) -> list[bool]:
     As for a gradient tape, no dependence passes through `stop_gradient` or through an array of
     integers or booleans.
     """
-    jaxpr = jax.make_jaxpr(fun)(argument).jaxpr
+    jaxpr, _ = trace(fun, argument)
     return _inputs_of(jaxpr, [True] * len(jaxpr.outvars))
 
 
@@ -30,7 +28,7 @@ def _inputs_of(jaxpr: Any, wanted: Sequence[bool]) -> list[bool]:
 
     def need(atoms: Sequence[Any], flags: Sequence[bool]) -> None:
         for atom, flag in zip(atoms, flags, strict=True):
-            if flag and not isinstance(atom, jex.Literal) and _carries_gradient(atom.aval):
+            if flag and not isinstance(atom, Literal) and _carries_gradient(atom.aval):
                 needed.add(atom)
 
     need(jaxpr.outvars, wanted)

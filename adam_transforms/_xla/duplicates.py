@@ -1,4 +1,4 @@
-"""Which of some indices are equal, without an array of the table's size."""
+"""Which of some indices are equal, in O(n) memory whatever the size of the table."""
 
 import math
 from typing import Any
@@ -6,63 +6,78 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adam_transforms._xla.platform import on_cpu
+
 # Slots to an index in the hash table: few collisions, and little memory.
 _SLOTS_PER_INDEX = 8
 # 2^32 over the golden ratio: multiplying by it spreads consecutive indices (Knuth, TAOCP 3, 6.4).
 _MULTIPLIER = 2654435769
 
 
-def first_positions(indices: jax.Array, num_rows: int) -> jax.Array:
-    """For each of (n,) indices in [0, num_rows] the position of the first that equals it.
-
-    On a CPU by hashing, where sorting takes ten times as long. Elsewhere by sorting: whether to
-    hash once more is for the host to say, and the device would wait for it.
-    """
-    if jax.default_backend() == "cpu":
-        return by_hashing(indices, num_rows)
-    return by_sorting(indices)
-
-
 def by_sorting(indices: jax.Array) -> jax.Array:
-    """O(n log n)."""
+    """`first_positions` in O(n log n)."""
     order = jnp.argsort(indices).astype(jnp.int32)  # stable
     return order[jnp.searchsorted(indices[order], indices, method="scan_unrolled")]
 
 
-def by_hashing(indices: jax.Array, num_rows: int) -> jax.Array:
-    """O(n).
+def by_hashing(indices: jax.Array) -> jax.Array:
+    """`first_positions` in O(n).
 
-    Each index writes its position into its slot of a small table, the first one wins, and all that
-    find their own index there are done. The others, whose slot went to another index, try again
-    with another hash. An index is its own slot, and nobody's else, where that does not take a
-    larger table.
+    Each index writes its position into its slot of a hash table, and the smallest position wins. An
+    index that finds an equal index at the winner's position is settled. The others, which lost
+    their slot to a different index, try again with another hash.
     """
     n = indices.size
-    positions = jnp.arange(n, dtype=jnp.int32)
     if n == 0:
-        return positions
-    bits = max(1, math.ceil(math.log2(n * _SLOTS_PER_INDEX)))
-    slots = 1 << bits
-
-    def winners(slot: jax.Array, slots: int, contend: Any = True) -> jax.Array:
-        owner = jnp.full((slots,), n, jnp.int32)
-        owner = owner.at[jnp.where(contend, slot, slots)].min(positions, mode="drop")
-        return owner[slot]
-
-    if num_rows < slots:
-        return winners(indices, num_rows + 1)
+        return jnp.zeros_like(indices)
+    slots = _slots(n)
 
     def settle(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        attempt, open_, first = state
+        attempt, is_open, first = state
         salted = indices.astype(jnp.uint32) * jnp.uint32(2) + jnp.uint32(1)
         hashed = salted * (jnp.uint32(_MULTIPLIER) + attempt * jnp.uint32(0x9E3779B2))
-        slot = (hashed ^ (hashed >> 15)) * jnp.uint32(0x85EBCA6B) >> jnp.uint32(32 - bits)
-        winner = winners(slot.astype(jnp.int32), slots, open_)
-        settled = open_ & (indices[jnp.minimum(winner, n - 1)] == indices) & (winner < n)
+        hashed = (hashed ^ (hashed >> 15)) * jnp.uint32(0x85EBCA6B)
+        slot = hashed >> jnp.uint32(33 - slots.bit_length())
+        winner = _winners(jnp.where(is_open, slot.astype(jnp.int32), slots), slots)
+        settled = is_open & (indices[jnp.minimum(winner, n - 1)] == indices) & (winner < n)
         first = jnp.where(settled, winner, first)
-        return attempt + jnp.uint32(1), open_ & ~settled, first
+        return attempt + jnp.uint32(1), is_open & ~settled, first
 
-    # Made from `indices`, to vary over the mesh axes that they vary over inside `shard_map`.
+    # Computed from `indices`, to vary over the mesh axes that they vary over inside `shard_map`.
     zeros = jnp.zeros_like(indices)
-    start = (jnp.uint32(0), zeros == 0, positions + zeros)
+    start = (jnp.uint32(0), zeros == 0, jnp.arange(n, dtype=jnp.int32) + zeros)
     return jax.lax.while_loop(lambda state: jnp.any(state[1]), settle, start)[2]
+
+
+def by_own_slot(indices: jax.Array) -> jax.Array:
+    """`first_positions` in O(n) where every index is less than the number of slots: each row has
+    its own slot."""
+    return _winners(indices, _slots(indices.size))
+
+
+def _slots(n: int) -> int:
+    """The size of the hash table for n indices, a power of two."""
+    return 1 << max(1, math.ceil(math.log2(max(1, n * _SLOTS_PER_INDEX))))
+
+
+def _winners(slot: jax.Array, slots: int) -> jax.Array:
+    """For each of (n,) slots the smallest position that has it; n for a slot of `slots`."""
+    n = slot.size
+    owner = jnp.full((slots,), n, jnp.int32)
+    owner = owner.at[slot].min(jnp.arange(n, dtype=jnp.int32), mode="drop")
+    return owner.at[slot].get(mode="fill", fill_value=n)
+
+
+_hash = on_cpu(by_sorting)(by_hashing)
+_look_up = on_cpu(by_sorting)(by_own_slot)
+
+
+def first_positions(indices: jax.Array, num_rows: int) -> jax.Array:
+    """For each of (n,) indices in [0, num_rows] the position of the first that equals it.
+
+    Buys: on a CPU hashing takes a tenth of the time of sorting; a lazy step that sorts takes 1.3 to
+    2 times as long (`benchmarks/bench_sparse.py`). On a GPU a data-dependent while_loop
+    synchronizes with the host at every iteration, so other platforms sort.
+    Noticed by: `test_platforms`.
+    """
+    return (_look_up if num_rows < _slots(indices.size) else _hash)(indices)

@@ -1,13 +1,16 @@
-"""How JAX represents programs, as far as `_reads`, `_autodiff` and `_rowwise` need to know."""
+"""How JAX represents programs, as far as the analyses of them need to know."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.extend.core as jex
 
 # Equations that call a jaxpr, which is their parameter "jaxpr".
 CALLS = {"jit", "pjit", "closed_call", "core_call"}
 CHECKPOINTS = {"checkpoint", "remat", "remat2"}
+
+Literal = jex.Literal
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
@@ -15,16 +18,42 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
-def evaluate(jaxpr: Any, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
-    """One equation of `jaxpr`, as the jaxpr that consists of it: JAX knows how to run that."""
-    inputs = [
-        (x, v) for x, v in zip(eqn.invars, values, strict=True) if not isinstance(x, jex.Literal)
-    ]
-    one = jaxpr.replace(
+def trace(fun: Callable[..., Any], *args: Any) -> tuple[Any, Sequence[Any]]:
+    """The bare jaxpr of ``fun(*args)`` and its constants."""
+    return open_jaxpr(jax.make_jaxpr(fun)(*args))
+
+
+def run_equations(jaxpr: Any, eqns: Sequence[Any], read: Callable[[Any], Any]) -> dict[Any, Any]:
+    """{variable: value} of all that consecutive equations of `jaxpr` compute.
+
+    Args:
+      read: from a variable that they do not compute themselves to its value.
+
+    They are run as a jaxpr of their own, which JAX knows how to run.
+    """
+    outvars = {x: None for eqn in eqns for x in eqn.outvars}
+    invars = {
+        x: None
+        for eqn in eqns
+        for x in eqn.invars
+        if not isinstance(x, jex.Literal) and x not in outvars
+    }
+    part = jaxpr.replace(
         constvars=[],
-        invars=[x for x, _ in inputs],
-        outvars=eqn.outvars,
-        eqns=[eqn],
-        effects=eqn.effects,
+        invars=[*invars],
+        outvars=[*outvars],
+        eqns=[*eqns],
+        effects=frozenset().union(*(eqn.effects for eqn in eqns)),
     )
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(one, []))(*(v for _, v in inputs))
+    values = jex.jaxpr_as_fun(jex.ClosedJaxpr(part, []))(*map(read, invars))
+    return dict(zip(outvars, values, strict=True))
+
+
+def run_equation(jaxpr: Any, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """The outputs of one equation of `jaxpr` for these inputs."""
+    inputs = {
+        x: value
+        for x, value in zip(eqn.invars, values, strict=True)
+        if not isinstance(x, jex.Literal)
+    }
+    return [*run_equations(jaxpr, [eqn], inputs.__getitem__).values()]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex
 
-from adam_transforms._xla.jaxprs import CALLS, evaluate, open_jaxpr
+from adam_transforms._xla.jaxprs import CALLS, open_jaxpr, run_equation
 
 # An element of the result depends on those in the same place of the operands, which are repeated
 # along axes where they have but one.
@@ -163,7 +163,7 @@ class _Program:
         arrays = dict(known)
         for step in reversed(steps):
             eqn = step.eqn if num_rows is None else _with_rows(step.eqn, num_rows)
-            outputs = evaluate(step.jaxpr, eqn, [arrays[value] for value in step.inputs])
+            outputs = run_equation(step.jaxpr, eqn, [arrays[value] for value in step.inputs])
             arrays.update(zip(step.outputs, outputs, strict=True))
         return arrays
 

@@ -1,39 +1,51 @@
-"""Scheduling."""
+"""Forms of the identity that decide in which kernel, and in which order, XLA computes an array."""
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
-# LLVM unrolls a loop over a row's elements of fewer instructions than this, and then it leaves it
-# scalar: several times as many instructions, of which so many fewer rows are under way at a time.
-_UNROLLED = 300
-_INSTRUCTIONS_OF_A_CHOICE = 3
+from adam_transforms._xla.platform import on_cpu
+
+# LLVM unrolls the loop over a row's elements if it has fewer instructions than this. An unrolled
+# loop is scalar code with several times the instructions, so that fewer rows are in flight.
+_UNROLL_LIMIT = 300
+# Instructions for an element of gathered rows, and of one select that does nothing.
+_KERNEL_INSTRUCTIONS, _SELECT_INSTRUCTIONS = 4, 3
+_MOST_SELECTS = 2
 
 
-def computed_once(x: jax.Array, instructions: int) -> jax.Array:
-    """`x`, which XLA on CPU then computes once for all its uses. Elsewhere one kernel has them all.
+def _identity(x: jax.Array) -> jax.Array:
+    return x
 
-    XLA repeats cheap arithmetic in every kernel that needs the result. Where rows gathered from a
-    table go into it, the gather becomes a kernel of its own instead, and a gather without
-    arithmetic is a scalar copy that takes four times as long. XLA does not repeat divisions, so
-    this divides `x` by a 1 that depends on `x`: by two shifts, which XLA takes as they are. LLVM,
-    which gets the kernel then, sees through them, and nothing is left of the division.
 
-    Args:
-      x: (n, D...).
-      instructions: about how many the kernel has for an element of `x`. If a row's are few enough
-        to be unrolled, choices between `x` and `x` are added, unless it would take many.
+@on_cpu(_identity)
+def materialize(x: jax.Array) -> jax.Array:
+    """The identity: XLA on CPU computes `x`, (n, D...), once for all its uses.
+
+    XLA repeats cheap arithmetic in every kernel that needs its result. A gather that two kernels
+    need becomes a kernel of its own instead, without any arithmetic: a scalar copy that takes four
+    times as long. XLA does not repeat a division. So this divides `x` by a one that XLA cannot see
+    through: all bits of `x` shifted out, then those of 1.0 put in. LLVM, which compiles the kernel
+    afterwards, does see through it and removes the division. Where LLVM would unroll the loop over
+    a short row, selects between `x` and `x` make the loop long enough that it does not.
+
+    Buys: a lazy Adam step of (10^6, 64) with 8,192 rows takes 1.6 times as long without it; at 16
+    columns nothing is gained or lost (`benchmarks/bench_sparse.py`).
+    Noticed by: `test_scheduling.test_materialized_rows_are_computed_once`.
     """
-    # A complex division by 1 is not exact, and integers need more.
-    if jax.default_backend() != "cpu" or not jnp.issubdtype(x.dtype, jnp.floating):
+    # A complex division by 1 is not exact, and integers do not divide.
+    if not jnp.issubdtype(x.dtype, jnp.floating):
         return x
     columns = x.shape[-1] if x.ndim else 1
-    missing = _UNROLLED / max(columns, 1) - instructions
-    choices = math.ceil(missing / _INSTRUCTIONS_OF_A_CHOICE)
-    for limit in range(1, 1 + choices) if choices <= 2 else ():
+    missing = _UNROLL_LIMIT / max(columns, 1) - _KERNEL_INSTRUCTIONS
+    selects = math.ceil(missing / _SELECT_INSTRUCTIONS)
+    for limit in range(1, 1 + selects) if selects <= _MOST_SELECTS else ():
         x = jnp.where(x > limit, jnp.maximum(x, float(limit)), x)
     unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(x, unsigned)
@@ -43,25 +55,45 @@ def computed_once(x: jax.Array, instructions: int) -> jax.Array:
     return x / jax.lax.bitcast_convert_type(bits | ones, x.dtype)
 
 
-def witness(x: jax.Array) -> jax.Array:
-    """A scalar for `after`: XLA has it only when it has `x`, or some other use of what is in it."""
-    return jnp.min(jnp.abs(x), initial=1.0)
+@on_cpu(_identity)
+def gather_separately(x: jax.Array) -> jax.Array:
+    """The identity: XLA on CPU computes `x`, gathered rows (n, D...), before its only use.
 
+    A short kernel has more rows in flight than a long one that gathers and computes.
 
-def computed_before(x: jax.Array) -> jax.Array:
-    """`x`, (n, D...), which XLA on CPU then computes in a kernel of its own, before its only use.
-
-    For rows gathered from a table: of a short kernel more rows are under way at a time.
+    Buys: a deferred table is read in 0.9 of the time (`benchmarks/bench_deferred.py`).
+    Noticed by: `test_scheduling.test_rows_gathered_separately_have_a_kernel_of_their_own`.
     """
-    return after([witness(x[:1])], x) if jax.default_backend() == "cpu" else x
+    return depend_on(x, [token(x[:1])])
 
 
-def after(witnesses: Sequence[jax.Array], x: jax.Array) -> jax.Array:
-    """`x`, which XLA then has only after all that the `witnesses` are of.
+def token(x: jax.Array) -> jax.Array:
+    """A scalar that depends on `x`; pass it to `depend_on` to order a write after the read of `x`.
 
-    XLA writes into an array in place where it knows all reads of it to come before; else it copies
-    the array. That a write depends on what was read is how it knows.
+    The first row of an array that is materialized stands for all of it; over an explicit mesh all
+    rows do, for the first is on one device only.
     """
-    for witness in witnesses:
-        x = jnp.where(witness == 2.0, jnp.zeros((), x.dtype), x)  # it is 1 at most
-    return x
+    is_explicit = AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+    x = x if is_explicit else x[:1]
+    return jnp.min(jnp.abs(x).astype(jnp.float32), initial=1.0)
+
+
+def depend_on(x: jax.Array, tokens: Sequence[jax.Array]) -> jax.Array:
+    """Returns `x` with an artificial data dependency on `tokens`.
+
+    XLA then sees that the reads behind the tokens are complete before anything computed from `x` is
+    written, and updates a donated array in place where it would copy it.
+
+    Buys: without it the (V,) steps of a deferred table and its update history are copied at every
+    step, 15 ms for 10^7 rows (`benchmarks/bench_deferred.py`).
+    Noticed by: `test_deferred`'s tests that the compiled step copies no table.
+    """
+    if not tokens:
+        return x
+    least = functools.reduce(jnp.minimum, tokens)
+    return jnp.where(least == 2.0, jnp.zeros((), x.dtype), x)  # a token is at most 1
+
+
+def token_of_all(tree: Any) -> jax.Array:
+    """One token that depends on all arrays of a tree."""
+    return functools.reduce(jnp.minimum, map(token, jax.tree.leaves(tree)))

@@ -1,31 +1,39 @@
 """Dense Adam's trajectory at the cost of the rows touched.
 
-While its gradient is zero a row of dense Adam still moves, on the momentum it has left. What it
-misses here while idle is summed in closed form (`_quadrature`) and made up for when the row is next
-read, touched, or its turn comes in the round that brings every row up to date within `max_idle`
-steps.
+While its gradient is zero, a row of dense Adam still moves on its remaining momentum. Here such a
+row is left alone, and the updates that it misses are pending. They are applied in closed form
+(`missed_updates`) when the row is next read, when it is next touched, or when its turn comes in the
+round robin that synchronizes every row at least once in `max_idle` steps.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from adam_transforms._core import arguments, dtypes, patterns, trees
-from adam_transforms._core.sparse_rows import SparseRows, is_rows
-from adam_transforms._embeddings.deferred import missed_updates
+from adam_transforms._core.sparse_rows import SparseRows, is_rows, sum_with_run
+from adam_transforms._core.types import Params, Path, State, Updates
 from adam_transforms._embeddings.deferred.chebyshev import make_rule
+from adam_transforms._embeddings.deferred.missed_updates import (
+    HistoryRows,
+    UpdateHistory,
+    advance,
+    empty_history,
+    gather_history,
+)
 from adam_transforms._embeddings.deferred.state import (
     DeferredAdamState,
     IdleRows,
-    Table,
-    idle_by_path,
-    slot_trees_of,
-    turns_of,
-    with_leaves,
+    TableRows,
+    idle_tables,
+    map_idle,
+    round_robin_schedule,
+    slot_trees,
+    with_last_steps,
     with_slots,
 )
 from adam_transforms._embeddings.row_blocks import block_length, over_blocks
@@ -33,10 +41,11 @@ from adam_transforms._transforms import numerics
 from adam_transforms._transforms.adam import (
     Hyperparameters,
     coefficients_of,
-    least_nu_dtype,
+    init_state,
     update_leaf,
 )
-from adam_transforms._xla import scheduling
+from adam_transforms._xla.platform import by_platform
+from adam_transforms._xla.scheduling import depend_on, token, token_of_all
 
 
 def deferred_adam(
@@ -57,19 +66,23 @@ def deferred_adam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam(W) that updates the touched rows of a table now, and the others when they are needed.
 
-    The parameters that it yields are dense Adam's, to rounding, while a step takes time and memory
-    in the rows touched. A row up to date after step s, with moments m and v, that is idle until t
-    has missed
+    The parameters are dense Adam's, to rounding, and a step costs time and memory for the rows
+    touched. A row that is synchronized after step s, with moments m and v, and idle until t has
+    missed the update
 
     .. math::
       \sum_{j=1}^{t-s} \frac{A_{s+j}\, \rho^j\, m}{\sqrt v + x_j}, \qquad
       A_t = \eta_t \frac{\sqrt{1-b_2^t}}{1-b_1^t}, \quad \rho = \frac{b_1}{\sqrt{b_2}}, \quad
       x_j = \epsilon_{s+j}\, b_2^{-j/2}
 
-    which takes a few terms to sum, however long the gap. Reading a table therefore takes what
-    knows of this: ``value_and_grad(loss, rows_from=state)`` in training, `catch_up` for any other
-    code that reads some rows, `flush` before the whole table is read (evaluated, exported, or
-    handed to another optimizer). Until then the rows in `params` lag behind. `owed` tells how far.
+    which a few terms sum, however long the gap. Rows in `params` may therefore be stale. Read
+    tables through one of:
+
+    - ``value_and_grad(loss, rows_from=state)`` in training;
+    - `catch_up`, for any other code that reads some rows;
+    - `flush`, before the whole table is read: evaluated, exported, or handed to another optimizer.
+
+    `owed` counts the rows that are stale, and their longest gap.
 
     Args:
       learning_rate: a number, a scalar array or a schedule ``count -> value``.
@@ -77,27 +90,26 @@ def deferred_adam(
       eps: Python number > 0, and not below some 1e-17.
       tables: which parameters, all (V, D...), are tables: one regular expression or several,
         searched for in the path, or a predicate ``(path, leaf) -> bool``. All other parameters get
-        Adam as it is.
+        dense Adam.
       eps_hat, amsgrad, max_of, mu_dtype, nu_dtype: as for `adam`.
       weight_decay: decoupled: ``learning_rate * weight_decay * p`` is subtracted. A number or a
         scalar array.
       weight_decay_mask: as for `adam`.
-      max_idle: every row is brought up to date at least once in so many steps, ceil(V / max_idle)
-        rows a step. The state has some 30 to 400 bytes for each step of it.
+      max_idle: every row is synchronized at least once in so many steps, ceil(V / max_idle) rows a
+        step. The state has some 30 to 400 bytes for each step of it.
 
     Returns:
       A transformation with `DeferredAdamState`; `update` needs `params`. A table takes a
-      `SparseRows` gradient; its update has the rows touched and those whose turn it was (a
-      `SparseRows` of no rows lets the momentum of all go on). A dense gradient brings the whole
-      table up to date; so does None, and then the step leaves the table and its moments as they
-      are.
+      `SparseRows` gradient; its update has the rows touched and the rows of the round robin. A
+      gradient of no rows is a step in which all rows are idle. A dense gradient synchronizes the
+      whole table. So does None, and then the step leaves the table and its moments as they are.
 
     Raises:
       ValueError: b1 >= sqrt(b2), eps = 0, a momentum that outlasts `max_idle`; `tables` matches
         nothing, or a scalar.
       TypeError: a table is not of a real floating dtype.
 
-    Decay by L2, added to the gradient, is not of this form: use `weight_decay`. Clip before, inside
+    L2 decay, added to the gradient, is not of this form: use `weight_decay`. Clip before, inside
     `lazy`: ``optax.chain(lazy(optax.clip_by_global_norm(1.0)), deferred_adam(...))``.
 
     >>> import jax.numpy as jnp, optax
@@ -109,7 +121,7 @@ def deferred_adam(
     ...     grads = {"table": SparseRows(jnp.array([row]), jnp.ones((1, 1)), num_rows=4)}
     ...     updates, state = tx.update(grads, state, params)
     ...     params = optax.apply_updates(params, updates)
-    >>> params["table"].round(3).tolist()  # row 2 has moved once, and owes a step
+    >>> params["table"].round(3).tolist()  # row 2 has moved once; one update is pending
     [[-0.074...], [0.0], [-0.1...], [0.0]]
     >>> params, state = flush(params, state)
     >>> params["table"].round(3).tolist()
@@ -135,7 +147,7 @@ def deferred_adam(
     )
     select = patterns.selector("tables", tables)
 
-    def is_decayed(params: Any) -> list[bool]:
+    def is_decayed(params: Params) -> list[bool]:
         """Whether weight decay acts on each leaf."""
         paths, treedef = trees.flatten_with_paths(params)
         if weight_decay is None or weight_decay_mask is None:
@@ -143,7 +155,7 @@ def deferred_adam(
         mask = weight_decay_mask(params) if callable(weight_decay_mask) else weight_decay_mask
         return [bool(flag) for flag in treedef.flatten_up_to(mask)]
 
-    def init(params: Any) -> Any:
+    def init(params: Params) -> DeferredAdamState:
         leaves, treedef = trees.flatten_with_paths(params)
         chosen = select(leaves)
         for i in chosen:
@@ -156,149 +168,149 @@ def deferred_adam(
                 trees.zeros_per_row(leaf, jnp.int32) if i in members else optax.MaskedNode()
                 for i, (_, leaf) in enumerate(leaves)
             ]
-            return IdleRows(
-                treedef.unflatten(last_step), missed_updates.empty_ring(rule, decays=decays)
-            )
-
-        def nu() -> Any:
-            return trees.zeros_like(params, lambda p: hp.nu_dtype or least_nu_dtype(p))
+            return IdleRows(treedef.unflatten(last_step), empty_history(rule, decays=decays))
 
         decayed = {i for i, decays in enumerate(is_decayed(params)) if decays}
+        adam_state = init_state(hp, params)
         return DeferredAdamState(
-            count=jnp.zeros((), jnp.int32),
-            mu=trees.zeros_like(params, lambda p: hp.mu_dtype or p),
-            nu=nu(),
-            nu_max=nu() if amsgrad else None,
+            count=adam_state.count,
+            mu=adam_state.mu,
+            nu=adam_state.nu,
+            nu_max=adam_state.nu_max if amsgrad else None,
             idle=idle_rows(chosen - decayed, decays=False),
             idle_decayed=idle_rows(chosen & decayed, decays=True),
         )
 
-    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
+    def update(
+        updates: Updates, state: State, params: Params | None = None, **_: Any
+    ) -> tuple[Updates, State]:
         if params is None:
             raise ValueError("deferred_adam moves parameters: update needs params, got None")
-        rate = dtypes.as_scalar(arguments.at_count(learning_rate, state.count))
+        rate = numerics.scalar_at(learning_rate, state.count)
         count = numerics.increment(state.count)
-        corrections = [numerics.bias_correction(b, count) for b in (hp.b1, hp.b2)]
-        coefficients = coefficients_of(hp, state.count, hp.b1, hp.b2, corrections)
+        coefficients = coefficients_of(hp, state.count)
 
         def step(
-            path: str, g: jax.Array, p: jax.Array, slots: Sequence[jax.Array], *, decays: bool
+            path: Path, g: jax.Array, p: jax.Array, slots: Sequence[jax.Array], *, decays: bool
         ) -> tuple[jax.Array, Sequence[jax.Array]]:
             u, *slots = update_leaf(hp, coefficients, path, g, *slots, p)
             if decays:
                 u = u + p.astype(u.dtype) * dtypes.as_scalar(weight_decay, u.dtype)
             return -dtypes.as_scalar(rate, u.dtype) * u, slots
 
-        slot_trees = slot_trees_of(state)
-        names = ("the updates", "the parameters", *("the state's moments" for _ in slot_trees))
-        aligned, treedef = trees.align(updates, params, *slot_trees, names=names)
-        idle, last_steps, witnesses = idle_by_path(state), {}, []
+        old_slots = slot_trees(state)
+        names = ("the updates", "the parameters", *("the state's moments" for _ in old_slots))
+        aligned, treedef = trees.align(updates, params, *old_slots, names=names)
+        idle, last_steps, tokens = idle_tables(state), {}, []
         results = []
         for (path, g, p, *slots), decays in zip(aligned, is_decayed(params), strict=True):
+            if not (g is None or is_rows(g)):
+                g = trees.as_gradient(path, g)
             if path in idle:
-                last, ring = idle[path]
-                table = Table(jnp.asarray(p), tuple(slots), last)
-                if not (g is None or is_rows(g)):
-                    g = trees.as_gradient(path, g)
+                table = TableRows(jnp.asarray(p), tuple(slots), idle[path].last_step)
                 rule_of_table = functools.partial(step, path, decays=decays)
-                u, table, witness = _step_table(g, table, ring, state.count, rule_of_table)
-                results.append((u, *table.slots))
-                last_steps[path] = table.last
-                witnesses += witness
+                done = _step_table(g, table, idle[path].history, state.count, rule_of_table)
+                results.append((done.update, *done.table.slots))
+                last_steps[path] = done.table.last_step
+                tokens.append(done.token)
             elif g is None:
                 results.append((None, *slots))
             else:
-                g = trees.as_gradient(path, g)
-                u, slots = step(path, g, jnp.asarray(p), slots, decays=decays)
+                u, slots = step(
+                    path, trees.as_gradient(path, g), jnp.asarray(p), slots, decays=decays
+                )
                 results.append((u, *slots))
-        updates, *slot_trees = trees.unzip(results, treedef, 1 + len(slot_trees))
+        updates, *new_slots = trees.unzip(results, treedef, 1 + len(old_slots))
+        # All that is written into the histories depends on this count.
+        count_after_reads = depend_on(count, tokens)
 
-        def advance(group: IdleRows | None, decay: Any) -> IdleRows | None:
-            if group is None:
-                return None
-            ring = missed_updates.advance(rule, group.ring, count, rate, decay, witnesses)
-            return IdleRows(with_leaves(group.last_step, last_steps), ring)
+        def advanced(field: str, group: IdleRows) -> IdleRows:
+            decay = weight_decay if field == "idle_decayed" else 0.0
+            return group._replace(ring=advance(rule, group.ring, count_after_reads, rate, decay))
 
-        state = with_slots(state, slot_trees)._replace(
-            count=count,
-            idle=advance(state.idle, 0.0),
-            idle_decayed=advance(state.idle_decayed, weight_decay),
-        )
-        return updates, state
+        state = with_last_steps(with_slots(state, new_slots), last_steps)._replace(count=count)
+        return updates, map_idle(advanced, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+class _TableStep(NamedTuple):
+    """The result of a step for one table: its update, the table with new slots and last steps but
+    its values as they are, and a token of the reads of its history."""
+
+    update: Any
+    table: TableRows
+    token: jax.Array
+
+
+# From a gradient, parameters and slots to what is added to the parameters, and the new slots.
+_Step = Callable[..., tuple[jax.Array, Sequence[jax.Array]]]
+
+
 def _step_table(
-    g: Any,
-    table: Table,
-    ring: missed_updates.Ring,
-    count: jax.Array,
-    step: Callable[..., tuple[jax.Array, Sequence[jax.Array]]],
-) -> tuple[Any, Table, tuple[jax.Array, ...]]:
-    """The step after `count` others for one table.
-
-    Args:
-      step: from a gradient, parameters and slots to what is added to these, and the new slots.
-
-    Returns:
-      (update, the table with its new slots and last steps but the values as they are, witnesses
-      that the ring was read).
-    """
+    g: Any, table: TableRows, history: UpdateHistory, count: jax.Array, step: _Step
+) -> _TableStep:
+    """The step after `count` others for one table; `g` is a row gradient, a dense one or None."""
     if not is_rows(g):
-        u, now, witness = _step_rows(g, table, ring, count, step)
-        return u, table.put(None, now), witness
-    rows = _with_those_in_turn(g, count, ring.weights.shape[0])
+        entries = gather_history(history, table.last_step, count)
+        u, now = _step_rows(g, table, entries, count, step)
+        return _TableStep(u, table.scatter(None, now), _token(entries))
+    rows = add_round_robin_rows(g, count, history.weights.shape[0])
 
-    def step_some(some: SparseRows, table: Table) -> tuple[jax.Array, Table, Any]:
-        before = table.take(some)
-        u, now, witness = _step_rows(some.values, before, ring, count, step)
-        # What was read for the gradient, with `rows_from`, was read before; so was `before`.
-        witness = (*witness, scheduling.witness(some.values[:1]))
-        last = scheduling.after(witness, now.last)
-        return u, table.put(some, now._replace(last=last)), witness
+    def at_once(some: SparseRows, table: TableRows) -> _Stepped:
+        before = table.gather(some)
+        entries = gather_history(history, before.last_step, count)
+        u, now = _step_rows(some.values, before, entries, count, step)
+        # With `rows_from` the forward pass read the slots before the gradient was there.
+        reads = jnp.minimum(_token(entries), token(some.values))
+        now = table.scatter(some, now._replace(last_step=depend_on(now.last_step, [reads])))
+        return u, (now.slots, now.last_step), reads
+
+    def in_blocks(rows: SparseRows, table: TableRows) -> _Stepped:
+        def block(some: SparseRows, so_far: Any) -> tuple[jax.Array, Any]:
+            u, now, _ = at_once(some, TableRows(table.values, *so_far))
+            return u, now
+
+        u, now = over_blocks(block, rows, (table.slots, table.last_step), length)
+        return u, now, token(u)
 
     length = block_length(rows)
-    if length is None:
-        u, table, witness = step_some(rows, table)
-        return rows.with_values(u), table, witness
+    stepped = at_once if length is None else functools.partial(by_platform, in_blocks, at_once)
+    u, now, reads = stepped(rows, table)
+    return _TableStep(rows.with_values(u), TableRows(table.values, *now), reads)
 
-    def step_block(some: SparseRows, so_far: tuple[Any, Any]) -> tuple[jax.Array, tuple[Any, Any]]:
-        u, table_now, _ = step_some(some, Table(table.values, *so_far))
-        return u, (table_now.slots, table_now.last)
 
-    rows, (slots, last) = over_blocks(step_block, rows, (table.slots, table.last), length)
-    return rows, Table(table.values, slots, last), (scheduling.witness(rows.values[:1]),)
+# The update of some rows, the table's slots and last steps after it, and a token of what was read.
+_Stepped = tuple[jax.Array, Any, jax.Array]
+
+
+def _token(entries: HistoryRows) -> jax.Array:
+    return token_of_all((entries.weights, entries.nodes, entries.log_decay))
 
 
 def _step_rows(
-    g: jax.Array | None,
-    before: Table,
-    ring: missed_updates.Ring,
-    count: jax.Array,
-    step: Callable[..., tuple[jax.Array, Sequence[jax.Array]]],
-) -> tuple[jax.Array, Table, tuple[jax.Array, ...]]:
-    """The step of some rows, or a whole table, from a dense gradient or None.
+    g: jax.Array | None, before: TableRows, entries: HistoryRows, count: jax.Array, step: _Step
+) -> tuple[jax.Array, TableRows]:
+    """The step of some rows, or of a whole table, from a dense gradient or None.
 
     Returns:
-      (update, what becomes of `before` with the values as they are, witnesses that the ring was
-      read).
+      (update, the rows after the step, their values as they are).
     """
-    missed = before.missed(ring, count)
-    values, slots = missed.p_now(before.values), before.slots_now(missed)
-    made_up_for = missed.p_change(before.values)
-    if g is None:  # this step does not move the table, so no row owes it
-        u = made_up_for.astype(before.values.dtype)
+    pending = before.pending(entries)
+    slots = before.decayed_slots(pending)
+    delta = pending.delta(before.values)
+    if g is None:  # the step does not move the table
+        u = delta.astype(before.values.dtype)
     else:
-        move, slots = step(g, values, slots)
-        wide = dtypes.promote(made_up_for.dtype, move.dtype)
-        u = made_up_for.astype(wide) + move.astype(wide)
+        move, slots = step(g, pending.apply_to_params(before.values), slots)
+        wide = dtypes.promote(delta.dtype, move.dtype)
+        u = delta.astype(wide) + move.astype(wide)
         u = u.astype(dtypes.promote(g.dtype, before.values.dtype))
-    last = jnp.maximum(before.last, numerics.increment(count))
-    return u, Table(before.values, tuple(slots), last), missed.witness
+    last_step = jnp.maximum(before.last_step, numerics.increment(count))
+    return u, TableRows(before.values, tuple(slots), last_step)
 
 
-def _check_table(path: str, leaf: Any) -> None:
+def _check_table(path: Path, leaf: Any) -> None:
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
         raise TypeError(
             f"{path!r} is selected by tables and must be of a real floating dtype, "
@@ -306,7 +318,7 @@ def _check_table(path: str, leaf: Any) -> None:
         )
 
 
-def _with_those_in_turn(rows: SparseRows, count: jax.Array, max_idle: int) -> SparseRows:
-    """The rows, unique, and those whose turn it is to be brought up to date, with zeros."""
-    turns, length = turns_of(rows.num_rows, max_idle)
-    return rows.sum_duplicates(and_run=((count % turns) * length, length))
+def add_round_robin_rows(rows: SparseRows, count: jax.Array, max_idle: int) -> SparseRows:
+    """The rows, unique, and with zeros the rows that this step of the round robin synchronizes."""
+    period, length = round_robin_schedule(rows.num_rows, max_idle)
+    return sum_with_run(rows, (count % period) * length, length)

@@ -1,6 +1,6 @@
 r"""What dense Adam does to a row while its gradient is zero, at the cost of a few divisions.
 
-A row that is up to date after step s, with moments m and v, is after the idle steps s+1..t
+A row that is synchronized after step s, with moments m and v, is after the idle steps s+1..t
 
     nu = b2^(t-s) v,    mu = b1^(t-s) m,
     p_t = D(s,t) p_s - m * sum_{j=1}^{t-s} D(s+j,t) A_{s+j} rho^j / (q + x_j(s))
@@ -13,16 +13,15 @@ A row that is up to date after step s, with moments m and v, is after the idle s
 Under AMSGrad the denominator's maximum stands still: q is its root, rho = b1 and x_j(s) = e_{s+j};
 with ``max_of="corrected"`` moreover A_t = lr_t / (1-b1^t) and e_t = eps.
 
-The sum over j is interpolated in x (`_interpolation`): for a row it is one of Q fractions,
+The sum over j is interpolated in x (`chebyshev`): for a row it is one of Q fractions,
 
     sum_j D A rho^j / (q + x_j)  ~  sum_{i=1}^{Q} W_i(s) / (q + X_i(s)),
 
 with nodes X that depend on s alone. The weights W are linear in the terms, so each step adds one
-term to those of the K steps before it. Both are kept in a ring, for the last `max_idle` steps,
+term to those of the K steps before it. A ring buffer keeps both for the last `max_idle` steps,
 whatever the number of rows.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,19 +37,21 @@ from adam_transforms._embeddings.deferred.chebyshev import (
     nodes_of,
 )
 from adam_transforms._transforms import numerics
-from adam_transforms._xla import scheduling
+from adam_transforms._xla.scheduling import materialize
 
 
-class Ring(NamedTuple):
-    """What idle rows are owed, by the step s since which they idle: entry s mod (max_idle + 1).
+class UpdateHistory(NamedTuple):
+    """The effect of the last steps on an idle row: entry s mod (max_idle + 1) holds that of the
+    steps after s.
 
-    It holds all that `missed` needs, so that tables can be read with a state alone.
+    It contains all that `pending_update` needs, so that a state alone is enough to read tables.
 
     Attributes:
       weights, nodes: W(s) and X(s), (max_idle + 1, Q).
       log_decay: log D(0,s) as an unevaluated sum of two floats, (max_idle + 1, 2): one float32
-        would round away the decay of a step. None for tables that do not decay.
-      scalars: the numbers of the rule: some that `missed` needs, and all that tell it from another.
+        would round away the decay of a step. None for tables without weight decay.
+      scalars: the numbers of the rule: those that `pending_update` needs, and all that distinguish
+        it from another rule.
 
     All in float32 (float64 in x64 mode).
     """
@@ -61,17 +62,36 @@ class Ring(NamedTuple):
     scalars: Scalars
 
 
-class Missed(NamedTuple):
-    """The steps that n rows missed. Each of the methods brings rows (n, D...) up to date, in the
-    dtype of `move` at least; what missed nothing comes out bit for bit.
+class HistoryRows(NamedTuple):
+    """The entries of an `UpdateHistory` for n rows.
 
     Attributes:
-      idle: whether any step was missed, bool (n,).
+      gap: int32 (n,), the steps that each row has been idle.
+      weights, nodes: (n, Q), of the row's last step.
+      log_decay: (n, 2) at the present step, at the row's last step, and at the end of its window;
+        None without weight decay.
+      scalars: as in the history.
+    """
+
+    gap: jax.Array
+    weights: jax.Array
+    nodes: jax.Array
+    log_decay: tuple[jax.Array, jax.Array, jax.Array] | None
+    scalars: Scalars
+
+
+class PendingUpdate(NamedTuple):
+    """The updates that n rows missed while idle.
+
+    Each method applies the pending updates, in at least `move`'s dtype. Rows without any are
+    returned unchanged, bit for bit.
+
+    Attributes:
+      idle: bool (n,), whether any step was missed.
       decay, mu, nu: D(s,t), b1^(t-s) and b2^(t-s), each an unevaluated sum of two floats, (n, 2):
         0.999 rounded to float32, applied step by step, would bias nu by 1.3e-5. `decay` is None
-        where there is none.
-      move: what the momentum takes from the parameters, (n, D...).
-      witness: what depends on all that was read from the ring (`_numerics.after`).
+        without weight decay.
+      move: (n, D...), the movement of the parameters on their momentum.
     """
 
     idle: jax.Array
@@ -79,69 +99,62 @@ class Missed(NamedTuple):
     mu: jax.Array
     nu: jax.Array
     move: jax.Array
-    witness: tuple[jax.Array, ...]
 
-    def p_now(self, p: jax.Array) -> jax.Array:
+    def apply_to_params(self, p: jax.Array) -> jax.Array:
         if self.decay is not None:
-            return self._now(p, self.decay, self.move)
+            return self._where_idle(p, self.decay, self.move)
         p = p.astype(dtypes.promote(p.dtype, self.move.dtype))
         return jnp.where(_column(self.idle, p.ndim), p - self.move.astype(p.dtype), p)
 
-    def p_change(self, p: jax.Array) -> jax.Array:
-        """``p_now(p) - p``, without `p` where there is no decay: XLA then does not read it."""
+    def delta(self, p: jax.Array) -> jax.Array:
+        """``apply_to_params(p) - p``; without weight decay `p` is not read."""
         if self.decay is not None:
-            now = self.p_now(p)
+            now = self.apply_to_params(p)
             return now - p.astype(now.dtype)
         zero = jnp.zeros((), self.move.dtype)
         return jnp.where(_column(self.idle, self.move.ndim), -self.move, zero)
 
-    def mu_now(self, mu: jax.Array) -> jax.Array:
-        return self._now(mu, self.mu, jnp.zeros((), self.move.dtype))
+    def decay_mu(self, mu: jax.Array) -> jax.Array:
+        return self._where_idle(mu, self.mu, jnp.zeros((), self.move.dtype))
 
-    def nu_now(self, nu: jax.Array) -> jax.Array:
-        return self._now(nu, self.nu, jnp.zeros((), dtypes.real_dtype(self.move.dtype)))
+    def decay_nu(self, nu: jax.Array) -> jax.Array:
+        return self._where_idle(nu, self.nu, jnp.zeros((), dtypes.real_dtype(self.move.dtype)))
 
-    def _now(self, x: jax.Array, pair: jax.Array, move: jax.Array) -> jax.Array:
-        """``pair * x - move`` where idle, else `x`."""
+    def _where_idle(self, x: jax.Array, factor: jax.Array, move: jax.Array) -> jax.Array:
+        """``factor * x - move`` where idle, else `x`."""
         x = x.astype(dtypes.promote(x.dtype, move.dtype))
-        pair = pair.astype(dtypes.real_dtype(x.dtype))
-        high, low = (_column(pair[:, i], x.ndim) for i in (0, 1))
+        factor = factor.astype(dtypes.real_dtype(x.dtype))
+        high, low = (_column(factor[:, i], x.ndim) for i in (0, 1))
         now = dtypes.scale(x, high) + (dtypes.scale(x, low) - move.astype(x.dtype))
         return jnp.where(_column(self.idle, x.ndim), now, x)
 
 
-def empty_ring(rule: Rule, *, decays: bool = True) -> Ring:
-    """The ring before the first step, of tables that decay or of such that do not."""
+def empty_history(rule: Rule, *, decays: bool = True) -> UpdateHistory:
+    """The history before the first step; `decays` says whether the tables have weight decay."""
     size, dtype = rule.max_idle + 1, dtypes.scalar_dtype()
     scalars = Scalars(*(jnp.asarray(x, dtype) for x in rule.scalars))
     log_decay = jnp.zeros((size, 2), dtype) if decays else None
     first = nodes_of(rule, jnp.zeros((1,), dtype), jnp)
     nodes = jnp.broadcast_to(first, (size, rule.nodes))
-    return Ring(jnp.zeros_like(nodes), nodes, log_decay, scalars)
+    return UpdateHistory(jnp.zeros_like(nodes), nodes, log_decay, scalars)
 
 
 def advance(
-    rule: Rule,
-    ring: Ring,
-    count: jax.Array,
-    learning_rate: Any,
-    weight_decay: Any,
-    witness: Sequence[jax.Array] = (),
-) -> Ring:
-    """The ring after one more step: O(window * nodes**2), in place where the ring is donated.
+    rule: Rule, history: UpdateHistory, count: jax.Array, learning_rate: Any, weight_decay: Any
+) -> UpdateHistory:
+    """The history after one more step: O(window * nodes**2), in place where it is donated.
 
     Args:
       count: int32 (), the number of the step: 1 for the first.
-      learning_rate, weight_decay: of this step; `weight_decay` counts only for a ring of tables
-        that decay. Their product is below 1: from 1 on, where dense Adam would turn a parameter's
-        sign, the row comes out as without its parameter.
-      witness: of what was read from the ring before this.
+      learning_rate, weight_decay: of this step; `weight_decay` counts only where tables decay.
+        Their product is below 1: from 1 on, where dense Adam would turn a parameter's sign, the
+        parameter counts as zero.
     """
-    ring = _as_arrays(ring)
-    dtype, size = ring.weights.dtype, rule.max_idle + 1
+    history = _as_arrays(history)
+    dtype, size = history.weights.dtype, rule.max_idle + 1
     learning_rate = jnp.asarray(learning_rate, dtype)
 
-    # Entry s = t - j gets the j-th term of its sum; for j = 0 it is opened.
+    # Entry s = t - j gets the j-th term of its sum; for j = 0 it starts.
     j = jnp.arange(rule.window + 1, dtype=jnp.int32)
     s = count - j
     factor = learning_rate / numerics.bias_correction(rule.b1, count).astype(dtype)
@@ -149,85 +162,83 @@ def advance(
         factor = factor * jnp.sqrt(numerics.bias_correction(rule.b2, count).astype(dtype))
     term = factor * jnp.exp(j.astype(dtype) * rule.log_rho)
     basis = lagrange_polynomials(rule, jnp.maximum(s, 0).astype(dtype), j.astype(dtype), jnp)
-    slots = jnp.mod(s, size)
-    was = ring.weights.at[slots].get(mode="promise_in_bounds")
+    entries = jnp.mod(s, size)
+    before = history.weights.at[entries].get(mode="promise_in_bounds")
     change = term[:, None] * basis
     log_decay = None
-    if ring.log_decay is not None:
+    if history.log_decay is not None:
         loss = jnp.minimum(learning_rate * jnp.asarray(weight_decay, dtype), 1.0)
-        change = change - loss * was
-        before = ring.log_decay.at[jnp.mod(count - 1, size)].get(mode="promise_in_bounds")
-        after = scheduling.after(witness, _add(before, jnp.maximum(jnp.log1p(-loss), -100.0)))
-        at = ring.log_decay.at[jnp.mod(count, size)]
-        log_decay = at.set(after, mode="promise_in_bounds")
-    now = was + change
-    now = scheduling.after(witness, jnp.where(((j > 0) & (s >= 0))[:, None], now, 0.0))
-    weights = ring.weights.at[slots].set(now, mode="promise_in_bounds", unique_indices=True)
-    opened = scheduling.after(witness, nodes_of(rule, count.astype(dtype)[None], jnp))
-    nodes = ring.nodes.at[slots[:1]].set(opened, mode="promise_in_bounds")
-    return Ring(weights, nodes, log_decay, ring.scalars)
+        change = change - loss * before
+        last = history.log_decay.at[jnp.mod(count - 1, size)].get(mode="promise_in_bounds")
+        now = _add(last, jnp.maximum(jnp.log1p(-loss), -100.0))
+        at = history.log_decay.at[jnp.mod(count, size)]
+        log_decay = at.set(now, mode="promise_in_bounds")
+    after = jnp.where(((j > 0) & (s >= 0))[:, None], before + change, 0.0)
+    weights = history.weights.at[entries].set(after, mode="promise_in_bounds", unique_indices=True)
+    first = nodes_of(rule, count.astype(dtype)[None], jnp)
+    nodes = history.nodes.at[entries[:1]].set(first, mode="promise_in_bounds")
+    return UpdateHistory(weights, nodes, log_decay, history.scalars)
 
 
-def missed(ring: Ring, mu: jax.Array, nu: jax.Array, last: jax.Array, count: jax.Array) -> Missed:
-    """What rows missed in the steps after `last`, up to `count`, computed in at least float32.
+def gather_history(history: UpdateHistory, last_step: jax.Array, count: jax.Array) -> HistoryRows:
+    """The entries of the history for rows that are synchronized after `last_step`.
 
     Args:
-      mu: (n, D...), the first moments.
-      nu: (n, D...), the second moments; with AMSGrad their maxima.
-      last: int32 (n,), the step after which each row is up to date; at most `max_idle` ago.
+      last_step: int32 (n,), at most `max_idle` steps ago.
       count: int32 (), the steps made.
     """
-    ring, mu, nu, last, count = _as_arrays((ring, mu, nu, last, count))
-    dtype = dtypes.compute_dtype(mu.dtype, nu.dtype)
-    real = dtypes.real_dtype(dtype)
-    size, scalars = ring.weights.shape[0], ring.scalars
+    history, last_step, count = _as_arrays((history, last_step, count))
+    size = history.weights.shape[0]
 
-    def read(array: jax.Array, step: jax.Array) -> jax.Array:
-        """What a ring holds for each step, sharded as the steps are."""
+    def entries(array: jax.Array, step: jax.Array) -> jax.Array:
+        """The entry of each step, sharded as the steps are."""
         sharding = explicit_sharding(step)
         if sharding is not None:
             spec = PartitionSpec(*sharding.spec, *[None] * (array.ndim - 1))
             sharding = NamedSharding(sharding.mesh, spec)
         at = array.at[jnp.mod(step, size)]
-        return at.get(mode="promise_in_bounds", out_sharding=sharding)
+        return materialize(at.get(mode="promise_in_bounds", out_sharding=sharding))
 
-    weights, nodes = (
-        scheduling.computed_once(read(array, last), instructions=4)
-        for array in (ring.weights, ring.nodes)
-    )
-    decay, were_read = None, [weights, nodes]
-    if ring.log_decay is not None:
+    weights, nodes = (entries(array, last_step) for array in (history.weights, history.nodes))
+    log_decay = None
+    if history.log_decay is not None:
         # The weights are those of the last step of the window.
-        end = jnp.minimum(last + scalars.window.astype(jnp.int32), count)
-        now, then, end = (
-            scheduling.computed_once(read(ring.log_decay, step), instructions=4)
-            for step in (count, last, end)
-        )
-        were_read += [now, then, end]
+        end = jnp.minimum(last_step + history.scalars.window.astype(jnp.int32), count)
+        now, then, end = (entries(history.log_decay, step) for step in (count, last_step, end))
+        log_decay = (now, then, end)
+    return HistoryRows(count - last_step, weights, nodes, log_decay, history.scalars)
+
+
+def pending_update(rows: HistoryRows, mu: jax.Array, nu: jax.Array) -> PendingUpdate:
+    """The updates that rows missed, computed in at least float32.
+
+    Args:
+      rows: their entries of the history.
+      mu: (n, D...), the first moments.
+      nu: (n, D...), the second moments; with AMSGrad their maxima.
+    """
+    mu, nu = _as_arrays((mu, nu))
+    dtype = dtypes.compute_dtype(mu.dtype, nu.dtype)
+    real = dtypes.real_dtype(dtype)
+    weights, decay = rows.weights, None
+    if rows.log_decay is not None:
+        now, then, end = rows.log_decay
         weights = weights * jnp.exp(_difference(now, end))[:, None]
         decay = _exp(_difference(now, then))
-
     root = jnp.sqrt(dtypes.real(nu).astype(real))
-    total = _sum_of_fractions(weights.astype(real), nodes.astype(real), root)
-
-    gap = (count - last).astype(ring.weights.dtype)
-    return Missed(
-        idle=gap > 0,
+    total = _sum_of_fractions(weights.astype(real), rows.nodes.astype(real), root)
+    gap = rows.gap.astype(rows.weights.dtype)
+    return PendingUpdate(
+        idle=rows.gap > 0,
         decay=decay,
-        mu=_exp(gap * scalars.log_b1),
-        nu=_exp(gap * scalars.log_b2),
+        mu=_exp(gap * rows.scalars.log_b1),
+        nu=_exp(gap * rows.scalars.log_b2),
         move=dtypes.scale(mu.astype(dtype), total),
-        witness=tuple(map(_witness, were_read)),
     )
-
-
-def _witness(x: jax.Array) -> jax.Array:
-    """Of all of an array that is computed once: by its first row, if every device has that."""
-    return scheduling.witness(x if explicit_sharding(x) else x[:1])
 
 
 def _as_arrays(tree: Any) -> Any:
-    """Of NumPy's arrays, as restored, and of Flax's variables around arrays, the JAX arrays."""
+    """JAX arrays in place of NumPy's, as restored, and of Flax's variables around arrays."""
     return jax.tree.map(jnp.asarray, tree, is_leaf=lambda x: hasattr(x, "__jax_array__"))
 
 

@@ -1,29 +1,46 @@
-"""Tables whose rows lag behind: the state of `deferred_adam`, and what is in it for each table."""
+"""The state of `deferred_adam`, and the part of it that belongs to each table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from adam_transforms._core import trees
-from adam_transforms._core.sparse_rows import SparseRows, put_rows, take_rows
-from adam_transforms._embeddings.deferred import missed_updates
+from adam_transforms._core import state_layout, trees
+from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._core.state_layout import COUNT, Role
+from adam_transforms._core.types import Params, Path, State
+from adam_transforms._embeddings.deferred.missed_updates import (
+    HistoryRows,
+    PendingUpdate,
+    UpdateHistory,
+    gather_history,
+    pending_update,
+)
 
 
+@state_layout.register(last_step=Role.LAST_STEP, ring=Role.SHARED)
 class IdleRows(NamedTuple):
-    """What is known of the idle rows of some tables.
+    """What the state keeps of the idle rows of some tables.
 
     Attributes:
-      last_step: for each of these tables, int32 (V,), the step that each row is up to date after;
-        optax.MaskedNode in place of every other parameter.
-      ring: what the steps since have done to a row that was idle.
+      last_step: for each of these tables, int32 (V,), the step after which each row is
+        synchronized; optax.MaskedNode in place of every other parameter.
+      ring: the effect of the last steps on a row that is idle.
     """
 
     last_step: Any
-    ring: missed_updates.Ring
+    ring: UpdateHistory
 
 
+@state_layout.register(
+    count=COUNT,
+    mu=Role.SLOT,
+    nu=Role.SLOT,
+    nu_max=Role.SLOT,
+    idle=Role.INNER,
+    idle_decayed=Role.INNER,
+)
 class DeferredAdamState(NamedTuple):
     """State of `deferred_adam`.
 
@@ -43,90 +60,139 @@ class DeferredAdamState(NamedTuple):
     idle_decayed: IdleRows | None
 
 
-class Table(NamedTuple):
-    """A table, or some rows of one, with what belongs to it."""
+class IdleTable(NamedTuple):
+    """What the state keeps of the idle rows of one table.
 
-    values: jax.Array  # (n, D...)
-    slots: tuple[jax.Array, ...]  # mu, nu and perhaps nu_max, each (n, D...)
-    last: jax.Array  # int32 (n,)
+    Attributes:
+      last_step: int32 (V,), the step after which each row is synchronized.
+      history: the `UpdateHistory` of tables with, or without, weight decay.
+      decays: whether the table has weight decay.
+    """
 
-    def take(self, rows: SparseRows | None) -> "Table":
-        """These rows; all of them for None."""
-        return jax.tree.map(lambda x: take_rows(x, rows), self)
-
-    def put(self, rows: SparseRows | None, new: "Table") -> "Table":
-        """With the slots of these rows replaced."""
-        slots = tuple(
-            put_rows(x, rows, y.astype(x.dtype)) for x, y in zip(self.slots, new.slots, strict=True)
-        )
-        return self._replace(slots=slots, last=put_rows(self.last, rows, new.last))
-
-    def missed(self, ring: missed_updates.Ring, count: jax.Array) -> missed_updates.Missed:
-        """What these rows missed up to step `count`."""
-        mu, nu, *nu_max = self.slots
-        return missed_updates.missed(ring, mu, nu_max[0] if nu_max else nu, self.last, count)
-
-    def slots_now(self, missed: missed_updates.Missed) -> tuple[jax.Array, ...]:
-        mu, nu, *nu_max = self.slots
-        return missed.mu_now(mu), missed.nu_now(nu), *nu_max
-
-    def up_to_date(self, ring: missed_updates.Ring, count: jax.Array) -> "Table":
-        """As of step `count`, computed in float32 at least."""
-        missed = self.missed(ring, count)
-        last = jnp.maximum(self.last, count)
-        return Table(missed.p_now(self.values), self.slots_now(missed), last)
+    last_step: jax.Array
+    history: UpdateHistory
+    decays: bool
 
 
-def turns_of(num_rows: int, max_idle: int) -> tuple[int, int]:
-    """After how many steps it is a row's turn again, and how many rows have theirs at a step."""
-    turns = min(max_idle, num_rows)
-    return turns, -(-num_rows // turns)
+def _groups(state: DeferredAdamState) -> Iterator[tuple[str, IdleRows]]:
+    """The fields of the state that keep idle rows, with their values."""
+    for field in ("idle", "idle_decayed"):
+        group = getattr(state, field)
+        if group is not None:
+            yield field, group
 
 
-def slot_trees_of(state: DeferredAdamState) -> list[Any]:
-    return [state.mu, state.nu] + ([] if state.nu_max is None else [state.nu_max])
-
-
-def with_slots(state: DeferredAdamState, trees: Sequence[Any]) -> DeferredAdamState:
-    return state._replace(**dict(zip(("mu", "nu", "nu_max"), trees, strict=False)))
-
-
-def with_leaves(tree: Any, by_path: Mapping[str, Any]) -> Any:
-    """`tree` with new leaves at these paths."""
-    leaves, treedef = trees.flatten_with_paths(tree)
-    return treedef.unflatten([by_path.get(path, leaf) for path, leaf in leaves])
-
-
-def idle_by_path(state: DeferredAdamState) -> dict[str, tuple[jax.Array, missed_updates.Ring]]:
-    """Each table's last steps, and the ring that belongs to it."""
+def idle_tables(state: DeferredAdamState) -> dict[Path, IdleTable]:
+    """The deferred tables of a state."""
     return {
-        path: (last, group.ring)
-        for group in (state.idle, state.idle_decayed)
-        if group is not None
-        for path, last in trees.flatten_with_paths(group.last_step)[0]
+        path: IdleTable(last_step, group.ring, field == "idle_decayed")
+        for field, group in _groups(state)
+        for path, last_step in trees.non_none(group.last_step)
     }
 
 
-def deferred_states(state: Any) -> list[DeferredAdamState]:
+def map_idle(
+    fn: Callable[[str, IdleRows], IdleRows], state: DeferredAdamState
+) -> DeferredAdamState:
+    """`state` with ``fn(field, idle rows)`` for each of its fields of idle rows."""
+    return state._replace(**{field: fn(field, group) for field, group in _groups(state)})
+
+
+def with_last_steps(
+    state: DeferredAdamState, last_steps: Mapping[Path, jax.Array]
+) -> DeferredAdamState:
+    """`state` with new last steps for the tables at these paths."""
+    return map_idle(
+        lambda _, group: group._replace(last_step=with_leaves(group.last_step, last_steps)), state
+    )
+
+
+def deferred_states(state: State) -> list[DeferredAdamState]:
     found = trees.find_states(state, DeferredAdamState)
     if not found:
         raise ValueError("the optimizer state has no DeferredAdamState in it")
     return found
 
 
-def slots_by_path(state: DeferredAdamState) -> dict[str, tuple[jax.Array, ...]]:
-    columns = [trees.flatten_with_paths(tree)[0] for tree in slot_trees_of(state)]
+def slot_trees(state: DeferredAdamState) -> list[Any]:
+    """mu, nu, and with AMSGrad nu_max."""
+    return [getattr(state, name) for name in state_layout.slot_names(state)]
+
+
+def with_slots(state: DeferredAdamState, slots: Sequence[Any]) -> DeferredAdamState:
+    return state._replace(**dict(zip(state_layout.slot_names(state), slots, strict=True)))
+
+
+def with_leaves(tree: Any, by_path: Mapping[Path, Any]) -> Any:
+    """`tree` with new leaves at these paths."""
+    leaves, treedef = trees.flatten_with_paths(tree)
+    return treedef.unflatten([by_path.get(path, leaf) for path, leaf in leaves])
+
+
+class TableRows(NamedTuple):
+    """Some rows of a table, or all of them, with their slots."""
+
+    values: jax.Array  # (n, D...)
+    slots: tuple[jax.Array, ...]  # mu, nu and perhaps nu_max, each (n, D...)
+    last_step: jax.Array  # int32 (n,)
+
+    def gather(self, rows: SparseRows | None) -> "TableRows":
+        """These rows; all of them for None."""
+        if rows is None:
+            return self
+        arrays, treedef = jax.tree.flatten(self)
+        return treedef.unflatten(rows.gather_each(arrays))
+
+    def scatter(self, rows: SparseRows | None, new: "TableRows") -> "TableRows":
+        """With the slots and last steps of these rows replaced, but not their values."""
+        before, after = [*self.slots, self.last_step], [*new.slots, new.last_step]
+        if rows is None:
+            after = [y.astype(x.dtype) for x, y in zip(before, after, strict=True)]
+        else:
+            after = rows.scatter_each(before, after)
+        *slots, last_step = after
+        return TableRows(self.values, tuple(slots), last_step)
+
+    def pending(self, entries: HistoryRows) -> PendingUpdate:
+        """The updates that these rows missed."""
+        mu, nu, *nu_max = self.slots
+        return pending_update(entries, mu, nu_max[0] if nu_max else nu)
+
+    def decayed_slots(self, pending: PendingUpdate) -> tuple[jax.Array, ...]:
+        """The slots after the pending updates."""
+        mu, nu, *nu_max = self.slots
+        return pending.decay_mu(mu), pending.decay_nu(nu), *nu_max
+
+    def synchronized(self, history: UpdateHistory, count: jax.Array) -> "TableRows":
+        """As of step `count`, computed in at least float32."""
+        pending = self.pending(gather_history(history, self.last_step, count))
+        last_step = jnp.maximum(self.last_step, count)
+        return TableRows(
+            pending.apply_to_params(self.values), self.decayed_slots(pending), last_step
+        )
+
+
+def slots_by_path(state: DeferredAdamState) -> dict[Path, tuple[jax.Array, ...]]:
+    columns = [trees.flatten_with_paths(tree)[0] for tree in slot_trees(state)]
     return {row[0][0]: tuple(x for _, x in row) for row in zip(*columns, strict=True)}
 
 
 def tables_of(
-    params: Any, state: DeferredAdamState
-) -> dict[str, tuple[Table, missed_updates.Ring]]:
-    """Each deferred table, and the ring that belongs to it."""
+    params: Params, state: DeferredAdamState
+) -> dict[Path, tuple[TableRows, UpdateHistory]]:
+    """All rows of each deferred table, and the history that belongs to it."""
     leaves, slots = dict(trees.flatten_with_paths(params)[0]), slots_by_path(state)
     tables = {}
-    for path, (last, ring) in idle_by_path(state).items():
+    for path, idle in idle_tables(state).items():
         if leaves.get(path) is None:
             raise ValueError(f"params have no {path!r}, which is a table of the deferred state")
-        tables[path] = (Table(jnp.asarray(leaves[path]), slots[path], last), ring)
+        rows = TableRows(jnp.asarray(leaves[path]), slots[path], idle.last_step)
+        tables[path] = (rows, idle.history)
     return tables
+
+
+def round_robin_schedule(num_rows: int, max_idle: int) -> tuple[int, int]:
+    """(period, length): every step synchronizes `length` consecutive rows, and every row has its
+    turn once in `period` steps, which is at most `max_idle`."""
+    period = max(1, min(max_idle, num_rows))
+    return period, -(-num_rows // period)

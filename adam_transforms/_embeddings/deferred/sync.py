@@ -1,4 +1,4 @@
-"""Reading what lags behind: deferred tables brought up to date, whole or some rows of them."""
+"""Synchronizing the stale rows of deferred tables: `catch_up`, `flush`, `owed`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,50 +7,63 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adam_transforms._core.sparse_rows import SparseRows, put_rows
+from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._core.types import P, Params, Path, S, State
 from adam_transforms._embeddings.deferred.state import (
     DeferredAdamState,
-    IdleRows,
-    Table,
+    TableRows,
     deferred_states,
-    idle_by_path,
-    slot_trees_of,
+    idle_tables,
+    slot_trees,
     slots_by_path,
     tables_of,
+    with_last_steps,
     with_leaves,
     with_slots,
 )
-from adam_transforms._xla import scheduling
+from adam_transforms._xla.scheduling import gather_separately
 
 
-def catch_up(params: Any, state: Any, ids: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Brings some rows of tables up to date, for code that reads them from `params` itself.
+def catch_up(params: P, state: S, ids: Mapping[Path, Any]) -> tuple[P, S]:
+    """Synchronizes some rows of tables, for code that reads them from `params` itself.
 
     Args:
       params: the parameters that `state` belongs to.
       state: an optimizer state with a `DeferredAdamState` anywhere in it.
-      ids: for the path of each table to be read, integers of any shape: its rows, repetitions
-        allowed. What lies outside [0, V) means nothing.
+      ids: {path of a table: the rows to be read, integers of any shape}. Repetitions are allowed;
+        ids outside of [0, V) are ignored.
 
     Returns:
-      (params, state), both with these rows as dense Adam has them. Done twice, the second time
-      changes no bit.
+      (params, state), both with these rows as dense Adam has them. A second call changes no bit.
 
     Raises:
       ValueError: a path is of no deferred table.
+
+    >>> import jax.numpy as jnp
+    >>> from adam_transforms import deferred_adam
+    >>> tx = deferred_adam(0.1, tables="table")
+    >>> params = {"table": jnp.zeros((4, 1))}
+    >>> state = tx.init(params)
+    >>> for row in (2, 0):
+    ...     grads = {"table": SparseRows(jnp.array([row]), jnp.ones((1, 1)), num_rows=4)}
+    ...     updates, state = tx.update(grads, state, params)
+    ...     params = {"table": params["table"] + updates["table"]}
+    >>> params, state = catch_up(params, state, {"table": jnp.array([2, 3])})
+    >>> params["table"][2].round(3).tolist()  # -0.1 before
+    [-0.16...]
     """
-    known = {path for found in deferred_states(state) for path in idle_by_path(found)}
+    known = {path for found in deferred_states(state) for path in idle_tables(found)}
     for path in ids:
         if path not in known:
             raise ValueError(f"{path!r} is no table of deferred_adam; these are: {sorted(known)}")
-    return _bring_up_to_date(params, state, ids)
+    return _synchronize(params, state, ids)
 
 
-def flush(params: Any, state: Any) -> tuple[Any, Any]:
-    """Brings all rows of all deferred tables up to date, as dense Adam has them.
+def flush(params: P, state: S) -> tuple[P, S]:
+    """Synchronizes all rows of all deferred tables, as dense Adam has them.
 
-    For whatever reads whole tables: evaluation, export, another optimizer. O(V) time and memory.
-    Done twice, the second time changes no bit; and training can go on from the result.
+    For code that reads whole tables: evaluation, export, another optimizer. O(V) time and memory. A
+    second call changes no bit, and training can continue from the result.
 
     Args:
       params: the parameters that `state` belongs to.
@@ -58,15 +71,28 @@ def flush(params: Any, state: Any) -> tuple[Any, Any]:
 
     Returns:
       (params, state).
+
+    >>> import jax.numpy as jnp
+    >>> from adam_transforms import deferred_adam
+    >>> tx = deferred_adam(0.1, tables="table")
+    >>> params = {"table": jnp.zeros((4, 1))}
+    >>> state = tx.init(params)
+    >>> for row in (2, 0):
+    ...     grads = {"table": SparseRows(jnp.array([row]), jnp.ones((1, 1)), num_rows=4)}
+    ...     updates, state = tx.update(grads, state, params)
+    ...     params = {"table": params["table"] + updates["table"]}
+    >>> params, state = flush(params, state)
+    >>> params["table"].round(3).tolist()
+    [[-0.074...], [0.0], [-0.16...], [0.0]]
     """
-    return _bring_up_to_date(params, state, None)
+    return _synchronize(params, state, None)
 
 
 class Owed(NamedTuple):
-    """What a table owes.
+    """How stale a table is.
 
     Attributes:
-      rows: int32 (), how many rows have missed steps that move them.
+      rows: int32 (), how many rows have pending updates that move them.
       longest_gap: int32 (), the most steps that a row has been idle.
     """
 
@@ -74,101 +100,120 @@ class Owed(NamedTuple):
     longest_gap: jax.Array
 
 
-def owed(params: Any, state: Any) -> dict[str, Owed]:
-    """For the path of each deferred table, how far it lags behind dense Adam's.
+def owed(params: Params, state: State) -> dict[Path, Owed]:
+    """{path of a deferred table: how stale it is}.
 
-    Reads whole tables, so now and then is often enough.
+    Reads whole tables: call it now and then, not at every step.
+
+    >>> import jax.numpy as jnp
+    >>> from adam_transforms import deferred_adam
+    >>> tx = deferred_adam(0.1, tables="table")
+    >>> params = {"table": jnp.zeros((4, 1))}
+    >>> state = tx.init(params)
+    >>> for row in (2, 0):
+    ...     grads = {"table": SparseRows(jnp.array([row]), jnp.ones((1, 1)), num_rows=4)}
+    ...     updates, state = tx.update(grads, state, params)
+    ...     params = {"table": params["table"] + updates["table"]}
+    >>> int(owed(params, state)["table"].rows)  # row 2
+    1
     """
     result = {}
     for found in deferred_states(state):
-        for path, (table, ring) in tables_of(params, found).items():
-            now = table.up_to_date(ring, found.count).values
+        for path, (table, history) in tables_of(params, found).items():
+            now = table.synchronized(history, found.count).values
             moves = jnp.reshape(now != table.values.astype(now.dtype), (now.shape[0], -1))
             rows = jnp.sum(jnp.any(moves, axis=1), dtype=jnp.int32)
-            result[path] = Owed(rows, jnp.max(found.count - table.last, initial=0))
+            result[path] = Owed(rows, jnp.max(found.count - table.last_step, initial=0))
     return result
 
 
-def dense_equivalent(params: Any, state: Any) -> tuple[Any, Any]:
-    """Dense Adam's parameters and state at this point, to go on with it or to export.
+def dense_equivalent(params: P, state: State) -> tuple[P, Any]:
+    """Dense Adam's parameters and state at this point, to continue with it or to export.
 
     Args:
       params: the parameters that `state` belongs to.
       state: an optimizer state with one `DeferredAdamState` in it.
 
     Returns:
-      (params, optax.ScaleByAdamState or optax.ScaleByAmsgradState), that of `scale_by_adam` or
+      (params, optax.ScaleByAdamState or optax.ScaleByAmsgradState), the state of `scale_by_adam` or
       `scale_by_amsgrad` after the same gradients.
 
     Raises:
       ValueError: there is not exactly one `DeferredAdamState`.
+
+    >>> import jax.numpy as jnp
+    >>> from adam_transforms import deferred_adam
+    >>> params = {"table": jnp.zeros((4, 1))}
+    >>> state = deferred_adam(0.1, tables="table").init(params)
+    >>> params, adam_state = dense_equivalent(params, state)
+    >>> type(adam_state).__name__, int(adam_state.count)
+    ('ScaleByAdamState', 0)
     """
     params, state = flush(params, state)
     found = deferred_states(state)
     if len(found) != 1:
         raise ValueError(f"expected one DeferredAdamState in the state, found {len(found)}")
-    count, *slots = found[0].count, *slot_trees_of(found[0])
+    count, *slots = found[0].count, *slot_trees(found[0])
     if len(slots) == 3:
         return params, optax.ScaleByAmsgradState(count, *slots)
     return params, optax.ScaleByAdamState(count, *slots)
 
 
-def current_rows(state: Any) -> dict[str, Callable[[jax.Array, SparseRows | None], jax.Array]]:
-    """For the path of each deferred table, a function that reads it as dense Adam has it now: from
-    the table and the rows to read to (n, D...), or for None to all of it."""
+def current_rows(
+    state: State,
+) -> dict[Path, Callable[[jax.Array, SparseRows | None], jax.Array]]:
+    """For the path of each deferred table a function that reads it as dense Adam has it now: from
+    the table and the rows to read to (n, D...); for None it reads all rows."""
     readers = {}
     for found in deferred_states(state):
         slots = slots_by_path(found)
-        for path, (last, ring) in idle_by_path(found).items():
+        for path, idle in idle_tables(found).items():
             if path in readers:
                 raise ValueError(f"two deferred states in rows_from have a table at {path!r}")
-            readers[path] = jax.tree_util.Partial(_read, slots[path], last, ring, found.count)
+            readers[path] = jax.tree_util.Partial(
+                _read, slots[path], idle.last_step, idle.history, found.count
+            )
     return readers
 
 
-def _read(slots: Any, last: Any, ring: Any, count: Any, table: Any, rows: Any) -> jax.Array:
-    before = Table(table, slots, last).take(rows)
+def _read(slots: Any, last_step: Any, history: Any, count: Any, table: Any, rows: Any) -> jax.Array:
+    stale = TableRows(table, slots, last_step).gather(rows)
     if rows is not None:
-        before = before._replace(slots=tuple(map(scheduling.computed_before, before.slots)))
-    return before.up_to_date(ring, count).values.astype(table.dtype)
+        stale = stale._replace(slots=tuple(map(gather_separately, stale.slots)))
+    return stale.synchronized(history, count).values.astype(table.dtype)
 
 
-def _bring_up_to_date(params: Any, state: Any, ids: Mapping[str, Any] | None) -> tuple[Any, Any]:
-    """`catch_up`, or for None `flush`."""
+def _synchronize(
+    params: Params, state: State, ids: Mapping[Path, Any] | None
+) -> tuple[Params, State]:
+    """`catch_up`, or `flush` for None."""
     deferred_states(state)  # there is one
     new_params = {}
 
     def renew(found: Any) -> Any:
         if not isinstance(found, DeferredAdamState):
             return found
-        new = {}
-        for path, (table, ring) in tables_of(params, found).items():
-            if ids is None:
-                rows = None
-            elif path in ids:
-                indices = jnp.ravel(jnp.asarray(ids[path]))
-                num_rows = table.values.shape[0]
-                rows = SparseRows(indices, jnp.zeros((indices.size, 0)), num_rows).sum_duplicates()
-            else:
+        new: dict[Path, TableRows] = {}
+        for path, (table, history) in tables_of(params, found).items():
+            if ids is not None and path not in ids:
                 continue
-            now = table.take(rows).up_to_date(ring, found.count)
-            new[path] = table.put(rows, now)
-            now_values = now.values.astype(table.values.dtype)
-            new_params[path] = put_rows(table.values, rows, now_values)
-
-        def with_last_steps(group: IdleRows | None) -> IdleRows | None:
-            if group is None:
-                return None
-            lasts = {path: table.last for path, table in new.items()}
-            return group._replace(last_step=with_leaves(group.last_step, lasts))
-
-        trees = [
+            rows = None if ids is None else _unique_rows(ids[path], table.values.shape[0])
+            now = table.gather(rows).synchronized(history, found.count)
+            new[path] = table.scatter(rows, now)
+            values = now.values.astype(table.values.dtype)
+            new_params[path] = values if rows is None else rows.scatter(table.values, values)
+        slots = [
             with_leaves(tree, {path: table.slots[i] for path, table in new.items()})
-            for i, tree in enumerate(slot_trees_of(found))
+            for i, tree in enumerate(slot_trees(found))
         ]
-        return with_slots(found, trees)._replace(
-            idle=with_last_steps(found.idle), idle_decayed=with_last_steps(found.idle_decayed)
-        )
+        last_steps = {path: table.last_step for path, table in new.items()}
+        return with_last_steps(with_slots(found, slots), last_steps)
 
     state = jax.tree.map(renew, state, is_leaf=lambda x: isinstance(x, DeferredAdamState))
     return with_leaves(params, new_params), state
+
+
+def _unique_rows(ids: Any, num_rows: int) -> SparseRows:
+    """The rows that `ids` name, without values."""
+    indices = jnp.ravel(jnp.asarray(ids))
+    return SparseRows(indices, jnp.zeros((indices.size, 0)), num_rows).sum_duplicates()

@@ -12,11 +12,12 @@ from helpers import assert_bits_equal, types, x64
 
 from adam_transforms._embeddings.deferred.chebyshev import Rule, make_rule
 from adam_transforms._embeddings.deferred.missed_updates import (
-    Missed,
-    Ring,
+    PendingUpdate,
+    UpdateHistory,
     advance,
-    empty_ring,
-    missed,
+    empty_history,
+    gather_history,
+    pending_update,
 )
 
 EPS = 1e-8
@@ -40,7 +41,12 @@ def rule_of(
     return make_rule(b1, b2, eps, max_idle=max_idle, dtype=dtype, **FORMS[form])
 
 
-read = jax.jit(missed)
+def pending(history: Any, mu: Any, nu: Any, last: Any, count: Any) -> PendingUpdate:
+    """The updates that rows missed in the steps after `last`, up to `count`."""
+    return pending_update(gather_history(history, last, count), mu, nu)
+
+
+read = jax.jit(pending)
 
 
 def column(x: Any, dtype: Any = jnp.float32) -> jax.Array:
@@ -54,28 +60,32 @@ def steps(*x: int) -> jax.Array:
 
 @functools.cache
 def runner(rule: Rule) -> Any:
-    """Advances a ring through the steps from `first` to `last`; ``rates[t]`` is that of step t."""
+    """Advances a history through steps `first` to `last`, at learning rates ``rates[t]``."""
 
     @jax.jit
-    def run(ring: Ring, first: Any, last: Any, rates: Any, weight_decay: Any) -> Ring:
-        def step(t: Any, ring: Ring) -> Ring:
-            return advance(rule, ring, t.astype(jnp.int32), rates[t], weight_decay)
+    def run(
+        history: UpdateHistory, first: Any, last: Any, rates: Any, weight_decay: Any
+    ) -> UpdateHistory:
+        def step(t: Any, history: UpdateHistory) -> UpdateHistory:
+            return advance(rule, history, t.astype(jnp.int32), rates[t], weight_decay)
 
-        return jax.lax.fori_loop(first, last + 1, step, ring)
+        return jax.lax.fori_loop(first, last + 1, step, history)
 
     return run
 
 
-def ring_after(rule: Rule, count: int, rate: float = 0.01, weight_decay: float = 0.0) -> Ring:
+def history_after(
+    rule: Rule, count: int, rate: float = 0.01, weight_decay: float = 0.0
+) -> UpdateHistory:
     rates = jnp.full(count + 1, rate)
-    return runner(rule)(empty_ring(rule), 1, count, rates, jnp.asarray(weight_decay))
+    return runner(rule)(empty_history(rule), 1, count, rates, jnp.asarray(weight_decay))
 
 
 # Trajectories: dense Adam in float64 with zero gradients from each of the starts on.
 
 STARTS = np.array([0, 5, 1000])
 GAPS = np.array([1, 2, 3, 10, 40, 150, 500, 1200, 2300, 3000])
-STEPS = 3300  # more than the ring holds
+STEPS = 3300  # more than the history holds
 T = np.arange(STEPS + 1) - 1  # a schedule sees the number of steps before
 RATES = 0.01 * np.stack([T**0, 0.5 + 0.5 * np.cos(np.pi * T / 4000), np.minimum(T / 500, 1)])
 WEIGHT_DECAY = np.array([0.0, 0.1, 0.1])
@@ -121,21 +131,21 @@ def follow(form: str, b1: float, b2: float, dtype: Any, tolerance: float) -> Non
     mu, nu, p = (column(np.tile(x, len(STARTS)), dtype) for x in (MU, NU, P))
 
     @jax.jit
-    def caught_up(ring: Ring, last: Any, count: Any) -> Any:
-        def one(ring: Ring) -> Any:
-            out = missed(ring, mu, nu, last, count)
+    def caught_up(history: UpdateHistory, last: Any, count: Any) -> Any:
+        def one(history: UpdateHistory) -> Any:
+            out = pending(history, mu, nu, last, count)
             ones = jnp.ones_like(mu)
-            return out.p_now(p)[:, 0], out.mu_now(ones)[:, 0], out.nu_now(ones)[:, 0]
+            return out.apply_to_params(p)[:, 0], out.decay_mu(ones)[:, 0], out.decay_nu(ones)[:, 0]
 
-        return jax.vmap(one)(ring)
+        return jax.vmap(one)(history)
 
     run = jax.vmap(runner(rule), (0, None, None, 0, 0))
     rates, weight_decay = jnp.asarray(RATES, dtype), jnp.asarray(WEIGHT_DECAY, dtype)
-    ring = jax.tree.map(lambda x: jnp.tile(x, (len(RATES), *[1] * x.ndim)), empty_ring(rule))
+    history = jax.tree.map(lambda x: jnp.tile(x, (len(RATES), *[1] * x.ndim)), empty_history(rule))
     eps, now = np.finfo(dtype).eps, 0
     for t in sorted({int(s + g) for s in STARTS for g in GAPS if s + g <= STEPS}):
-        ring, now = run(ring, now + 1, t, rates, weight_decay), t
-        out = caught_up(ring, steps(*np.minimum(starts, t)), jnp.int32(t))
+        history, now = run(history, now + 1, t, rates, weight_decay), t
+        out = caught_up(history, steps(*np.minimum(starts, t)), jnp.int32(t))
         assert all(x.dtype == dtype for x in out)
         p_now, *factors = (np.asarray(x, np.float64) for x in out)
         for start in STARTS[np.isin(t - STARTS, GAPS)]:
@@ -180,11 +190,11 @@ def test_idle_rows_move_as_under_dense_adam_up_to_roundings(
 def test_without_momentum_nothing_moves(form: str) -> None:
     rule = rule_of(form, b1=0.0, b2=0.99)
     assert (rule.window, rule.nodes) == (1, 1)
-    out = read(ring_after(rule, 5), column([1.0]), column([4.0]), steps(3), jnp.int32(5))
+    out = read(history_after(rule, 5), column([1.0]), column([4.0]), steps(3), jnp.int32(5))
     assert out.move.tolist() == [[0.0]]
-    assert out.p_now(column([3.0])).tolist() == [[3.0]]
-    assert out.mu_now(column([3.0])).tolist() == [[0.0]]
-    np.testing.assert_allclose(out.nu_now(column([1.0])), [[0.99**2]], rtol=2e-7)
+    assert out.apply_to_params(column([3.0])).tolist() == [[3.0]]
+    assert out.decay_mu(column([3.0])).tolist() == [[0.0]]
+    np.testing.assert_allclose(out.decay_nu(column([1.0])), [[0.99**2]], rtol=2e-7)
 
 
 # The rule
@@ -238,20 +248,22 @@ def test_amsgrad_takes_any_decay_rates() -> None:
             assert rule_of(form, 0.95, b2).nodes <= 12
 
 
-# The ring
+# The history
 
 
 def test_a_row_that_missed_nothing_comes_out_bit_for_bit() -> None:
     rule = rule_of()
     values = column([1.5, -0.0, 0.0, np.inf, -np.inf, np.nan, 1e-42, 3e38])
     for count in (0, 7, 3500):
-        ring = empty_ring(rule) if count == 0 else ring_after(rule, count, weight_decay=0.1)
+        history = empty_history(rule)
+        if count:
+            history = history_after(rule, count, weight_decay=0.1)
         last = jnp.full(len(values), count, jnp.int32)
         for x in (values, values.astype(jnp.bfloat16)):
-            out = read(ring, x, jnp.abs(values), last, jnp.int32(count))
-            for now in (out.p_now, out.mu_now, out.nu_now):
+            out = read(history, x, jnp.abs(values), last, jnp.int32(count))
+            for now in (out.apply_to_params, out.decay_mu, out.decay_nu):
                 assert_bits_equal(now(x).astype(x.dtype), x)
-        out = read(ring, column([1e-3]), column([1e-6]), last[:1], jnp.int32(count))
+        out = read(history, column([1e-3]), column([1e-6]), last[:1], jnp.int32(count))
         assert out.move.tolist() == [[0.0]]
         assert out.decay.tolist() == out.mu.tolist() == out.nu.tolist() == [[1.0, 0.0]]
 
@@ -262,16 +274,16 @@ def test_the_ring_is_a_scan_carry_and_resumes_bit_for_bit(in_x64: bool) -> None:
         rule = rule_of(max_idle=250)
         rates = jnp.linspace(0.0, 0.1, 601)
 
-        def step(ring: Ring, t: Any) -> Any:
-            return advance(rule, ring, t, rates[t], 0.1), None
+        def step(history: UpdateHistory, t: Any) -> Any:
+            return advance(rule, history, t, rates[t], 0.1), None
 
-        scan = jax.jit(lambda ring, t: jax.lax.scan(step, ring, t)[0])
+        scan = jax.jit(lambda history, t: jax.lax.scan(step, history, t)[0])
         t = jnp.arange(1, 601, dtype=jnp.int32)
-        whole = scan(empty_ring(rule), t)
-        assert types(whole) == types(empty_ring(rule))
+        whole = scan(empty_history(rule), t)
+        assert types(whole) == types(empty_history(rule))
         assert whole.weights.dtype == (jnp.float64 if in_x64 else jnp.float32)
         assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(whole))
-        half = jax.tree.map(np.array, scan(empty_ring(rule), t[:300]))
+        half = jax.tree.map(np.array, scan(empty_history(rule), t[:300]))
         assert_bits_equal(scan(jax.tree.map(jnp.asarray, half), t[300:]), whole)
 
     if in_x64:
@@ -287,37 +299,42 @@ def test_the_smallest_ring_serves_gaps_up_to_max_idle() -> None:
     rows = steps(*range(150 - window, 151))
     ones = jnp.ones((window + 1, 3))
 
-    def owed(rule: Rule) -> Missed:
-        ring = ring_after(rule, 150, weight_decay=0.1)
-        return read(ring, ones, 1e-16 * ones, rows, jnp.int32(150))
+    def owed(rule: Rule) -> PendingUpdate:
+        history = history_after(rule, 150, weight_decay=0.1)
+        return read(history, ones, 1e-16 * ones, rows, jnp.int32(150))
 
     assert_bits_equal(owed(small), owed(large))
 
 
 def test_shapes_and_dtypes_of_rows() -> None:
     rule = rule_of()
-    ring, last, count = ring_after(rule, 20), steps(3, 12), jnp.int32(20)
+    history, last, count = history_after(rule, 20), steps(3, 12), jnp.int32(20)
     rng = np.random.default_rng(1)
     wide = jnp.asarray(rng.standard_normal((2, 3, 4)), jnp.bfloat16).astype(jnp.float32)
-    expected = read(ring, wide, wide**2, last, count)
+    expected = read(history, wide, wide**2, last, count)
     assert expected.move.shape == wide.shape
-    narrow = read(ring, wide.astype(jnp.bfloat16), wide**2, last, count)
+    narrow = read(history, wide.astype(jnp.bfloat16), wide**2, last, count)
     assert_bits_equal(narrow, expected)
-    assert narrow.p_now(wide.astype(jnp.bfloat16)).dtype == jnp.float32
+    assert narrow.apply_to_params(wide.astype(jnp.bfloat16)).dtype == jnp.float32
     with x64():
         wider = wide.astype(jnp.float64)
-        assert expected.p_now(wider).dtype == jnp.float64
-        double = jax.tree.map(lambda x: x.astype(jnp.float64), ring)
+        assert expected.apply_to_params(wider).dtype == jnp.float64
+        double = jax.tree.map(lambda x: x.astype(jnp.float64), history)
         out = read(double, wide, wide**2, last, count)
-        assert out.move.dtype == out.p_now(wide).dtype == out.nu_now(wide).dtype == jnp.float32
+        assert (
+            out.move.dtype
+            == out.apply_to_params(wide).dtype
+            == out.decay_nu(wide).dtype
+            == jnp.float32
+        )
         np.testing.assert_allclose(out.move, expected.move, rtol=1e-6)
-    vector = read(ring, wide[:, 0, 0], wide[:, 0, 0] ** 2, last, count)
+    vector = read(history, wide[:, 0, 0], wide[:, 0, 0] ** 2, last, count)
     np.testing.assert_allclose(vector.move, expected.move[:, 0, 0], rtol=3e-7)
     z = jax.lax.complex(wide, -wide)
-    out = read(ring, z, wide**2, last, count)
+    out = read(history, z, wide**2, last, count)
     np.testing.assert_allclose(out.move, jax.lax.complex(expected.move, -expected.move), rtol=3e-7)
-    assert out.p_now(z).dtype == out.mu_now(z).dtype == jnp.complex64
-    assert out.nu_now(wide).dtype == jnp.float32
+    assert out.apply_to_params(z).dtype == out.decay_mu(z).dtype == jnp.complex64
+    assert out.decay_nu(wide).dtype == jnp.float32
 
 
 # Decay
@@ -327,8 +344,8 @@ def test_shapes_and_dtypes_of_rows() -> None:
 def test_decay_is_right_after_a_hundred_thousand_steps(rate: float) -> None:
     count, gaps = 100_000, np.array([1, 10, 100, 1000])
     rule = rule_of(b1=0.5, max_idle=1000)
-    ring, zeros = ring_after(rule, count, rate, 0.1), jnp.zeros((len(gaps), 1))
-    out = read(ring, zeros, zeros, steps(*(count - gaps)), jnp.int32(count))
+    history, zeros = history_after(rule, count, rate, 0.1), jnp.zeros((len(gaps), 1))
+    out = read(history, zeros, zeros, steps(*(count - gaps)), jnp.int32(count))
     exact = np.expm1(gaps * math.log1p(-0.1 * np.float64(np.float32(rate))))
     # 1 - decay, to 4 roundings: of 0.1, of the logarithm, of the difference and of expm1.
     actual = np.sum(np.asarray(out.decay, np.float64), axis=1) - 1
@@ -342,13 +359,13 @@ def test_catching_up_at_every_step_does_not_drift() -> None:
     zeros = jnp.zeros_like(x)
 
     def step(t: Any, carry: Any) -> Any:
-        ring, p, nu = carry
-        ring = advance(rule, ring, t, 1e-3, 0.1)
-        out = read(ring, zeros, zeros, jnp.full(len(x), t - 1), t)
-        return ring, out.p_now(p), out.nu_now(nu)
+        history, p, nu = carry
+        history = advance(rule, history, t, 1e-3, 0.1)
+        out = read(history, zeros, zeros, jnp.full(len(x), t - 1), t)
+        return history, out.apply_to_params(p), out.decay_nu(nu)
 
     loop = jax.jit(lambda carry: jax.lax.fori_loop(jnp.int32(1), jnp.int32(count + 1), step, carry))
-    _, p, nu = loop((empty_ring(rule), x, x))
+    _, p, nu = loop((empty_history(rule), x, x))
     exact = np.asarray(x, np.float64)
     # Roundings at random, the worst of 1000. 1 - 1e-4 in float32 is off by 1.7e-8, 1.7e-4 in all.
     bound = 3 * 6e-8 * math.sqrt(count)
@@ -359,11 +376,11 @@ def test_catching_up_at_every_step_does_not_drift() -> None:
 @pytest.mark.parametrize(("rate", "kept"), [(0.5, 0.5), (0.999, 0.001), (1.0, 0.0), (3.0, 0.0)])
 def test_fierce_decay_stays_finite(rate: float, kept: float) -> None:
     rule = rule_of()
-    ring, p, m = ring_after(rule, 600, 1.0, rate), 2.0, 1e-3
+    history, p, m = history_after(rule, 600, 1.0, rate), 2.0, 1e-3
     last, count = steps(2, 599, 500), jnp.int32(600)
-    out = read(ring, column([m, 0, m]), column([0, 0, 1]), last, count)
+    out = read(history, column([m, 0, m]), column([0, 0, 1]), last, count)
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(out))
-    p_now = out.p_now(jnp.full((3, 1), p))
+    p_now = out.apply_to_params(jnp.full((3, 1), p))
     np.testing.assert_allclose(p_now[1], p * kept, rtol=1e-4, atol=1e-40)
     np.testing.assert_allclose(p_now[::2, 0], [0, 0], atol=1e-4)
 
@@ -374,11 +391,11 @@ def test_fierce_decay_stays_finite(rate: float, kept: float) -> None:
 @pytest.mark.parametrize("form", ["eps", "eps hat"])
 def test_a_donated_ring_is_updated_in_place(form: str) -> None:
     rule = rule_of(form, max_idle=100_000)
-    ring = jax.eval_shape(lambda: empty_ring(rule))
+    history = jax.eval_shape(lambda: empty_history(rule))
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    step = jax.jit(lambda ring, count, *rates: advance(rule, ring, count, *rates), donate_argnums=0)
+    step = jax.jit(functools.partial(advance, rule), donate_argnums=0)
     count = jax.ShapeDtypeStruct((), jnp.int32)
-    compiled = step.lower(ring, count, scalar, scalar).compile()
+    compiled = step.lower(history, count, scalar, scalar).compile()
     assert not re.search(r"\[100001,\d+\]\S* copy\(", compiled.as_text())
     memory: Any = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < 4 * 100_001
@@ -387,14 +404,15 @@ def test_a_donated_ring_is_updated_in_place(form: str) -> None:
 def test_reading_has_no_temporary_of_rows_by_nodes() -> None:
     n, d, rule = 4096, 64, rule_of(b2=0.95)
     assert rule.nodes == 22
-    ring = jax.eval_shape(lambda: empty_ring(rule))
+    history = jax.eval_shape(lambda: empty_history(rule))
     rows = jax.ShapeDtypeStruct((n, d), jnp.float32)
     last, count = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((n,), ()))
 
     @jax.jit
-    def caught_up(ring: Ring, p: Any, mu: Any, nu: Any, last: Any, count: Any) -> Any:
-        out = missed(ring, mu, nu, last, count)
-        return out.p_now(p), out.mu_now(mu), out.nu_now(nu)
+    def caught_up(history: UpdateHistory, p: Any, mu: Any, nu: Any, last: Any, count: Any) -> Any:
+        out = pending(history, mu, nu, last, count)
+        return out.apply_to_params(p), out.decay_mu(mu), out.decay_nu(nu)
 
-    memory: Any = caught_up.lower(ring, rows, rows, rows, last, count).compile().memory_analysis()
+    compiled = caught_up.lower(history, rows, rows, rows, last, count).compile()
+    memory: Any = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < 4 * n * d + 2 * 4 * n * rule.nodes  # not 4 * n * d * nodes

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import assert_bits_equal, types
 
-from adam_transforms._transforms import conditional
+from adam_transforms._transforms import conditional_update
 
 TRUE, FALSE = jnp.array(True), jnp.array(False)
 
@@ -22,7 +22,9 @@ def poisonous(gradients, state):
 
 
 def gated(update):
-    return jax.jit(lambda condition, g, state: conditional.update_if(condition, update, g, state))
+    return jax.jit(
+        lambda condition, g, state: conditional_update.update_if(condition, update, g, state)
+    )
 
 
 def state_of_every_kind():
@@ -66,7 +68,7 @@ def test_a_nan_in_the_gradients_leaves_no_trace_in_updates_or_state():
 
     carried, new_state = gated(update)(FALSE, gradients, state)
     assert_bits_equal(new_state, state)
-    updates = conditional.select(FALSE, carried, gradients, None)
+    updates = conditional_update.select(FALSE, carried, gradients, None)
     assert updates["a"].tolist() == [0.0]
 
 
@@ -142,7 +144,7 @@ def test_no_lane_of_a_vmap_sees_what_another_made():
 
 def test_it_runs_inside_a_scan():
     def step(state, condition):
-        carried, state = conditional.update_if(condition, doubling, jnp.ones(2), state)
+        carried, state = conditional_update.update_if(condition, doubling, jnp.ones(2), state)
         return state, carried
 
     conditions = jnp.array([True, False, False, True, True])
@@ -157,7 +159,7 @@ def test_it_has_a_forward_mode_derivative():
 
     for condition, expected in ((TRUE, (9.0, 6.0, 4.0, 1.0)), (FALSE, (3.0, 1.0, 1.0, 0.0))):
         primals, tangents = jax.jvp(
-            lambda g, condition=condition: conditional.update_if(
+            lambda g, condition=condition: conditional_update.update_if(
                 condition, squared, g, jnp.array(1.0)
             ),
             (jnp.array(3.0),),
@@ -170,15 +172,15 @@ def test_select_gives_zeros_without_the_condition():
     carried = {"a": jnp.array([jnp.nan, 5.0]), "b": None}
     gradients = {"a": jnp.ones(2, jnp.bfloat16), "b": None}
     params = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2)}
-    zeros = conditional.select(FALSE, carried, gradients, params)
+    zeros = conditional_update.select(FALSE, carried, gradients, params)
     assert zeros["a"].dtype == jnp.bfloat16
     assert zeros["a"].tolist() == [0.0, 0.0]
     assert zeros["b"] is None
-    kept = conditional.select(TRUE, carried, gradients, {"a": jnp.ones(2), "b": jnp.ones(2)})
+    kept = conditional_update.select(TRUE, carried, gradients, {"a": jnp.ones(2), "b": jnp.ones(2)})
     assert kept["a"].dtype == jnp.float32
     assert kept["a"][1] == 5.0
 
 
 def test_an_update_that_changes_the_structure_is_refused():
     with pytest.raises(ValueError, match="must return updates of the gradients' structure"):
-        conditional.update_if(TRUE, lambda g, s: ([g["a"]], s), {"a": jnp.ones(1)}, None)
+        conditional_update.update_if(TRUE, lambda g, s: ([g["a"]], s), {"a": jnp.ones(1)}, None)

@@ -1,0 +1,182 @@
+"""Which leaf of an optimizer state is a slot of which parameter.
+
+A transformation that sees a table's rows finds its slots by shape (`find_slots`): it asks `init`
+for the state of tables with more rows. Tools that get a finished state find them by path
+(`match`), with the table of state classes (`state_layout`).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from adam_transforms._core import trees
+from adam_transforms._core.state_layout import MIRRORS, PER_ROW, Place, Role, walk
+from adam_transforms._core.types import Params, Path, State
+
+# ---- by shape -----------------------------------------------------------------------------------
+
+
+class StateLeaf(NamedTuple):
+    """A leaf of a state as `init` makes it.
+
+    Attributes:
+      keys: the key path to it.
+      shape: its shape.
+      table: the position of the parameter whose rows it is kept by; None for any other leaf.
+    """
+
+    keys: tuple[Any, ...]
+    shape: tuple[int, ...]
+    table: int | None
+
+    @property
+    def path(self) -> Path:
+        return trees.path_str(self.keys)
+
+
+def find_slots(
+    init: Callable[[Params], State],
+    treedef: Any,
+    params: Sequence[Any],
+    tables: Sequence[int],
+    *,
+    caller: str,
+    probe_columns: bool = True,
+) -> list[StateLeaf]:
+    """All leaves of ``init(params)``, each with the table whose rows it is kept by.
+
+    `init` is evaluated abstractly, for the parameters as they are and for taller and wider tables:
+    the k-th has 2 k more rows and, with `probe_columns`, one more column. A leaf is kept by the
+    rows of a table if its first axis grows by that table's 2 k and no other axis by more than one.
+
+    Args:
+      init: of the inner transformation.
+      treedef, params: the structure and the leaves of the parameters.
+      tables: the positions of the tables among `params`.
+      caller: what the error calls the transformation that needs a state by row.
+      probe_columns: whether a leaf that depends on the number of columns alone is refused too.
+
+    Raises:
+      ValueError: a leaf depends on the shape of a table in another way.
+    """
+    shapes = [jax.eval_shape(lambda p=p: p) for p in params]
+    larger = [*shapes]
+    for k, table in enumerate(tables, start=1):
+        rows, *columns = shapes[table].shape
+        shape = (rows + 2 * k, *(size + probe_columns for size in columns))
+        larger[table] = jax.ShapeDtypeStruct(shape, shapes[table].dtype)
+    state, grown_state = (jax.eval_shape(init, treedef.unflatten(x)) for x in (shapes, larger))
+    table_of_growth = {2 * k: table for k, table in enumerate(tables, start=1)}
+
+    found = []
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    for (keys, now), grown in zip(leaves, jax.tree.leaves(grown_state), strict=True):
+        table = None
+        if now.shape != grown.shape:
+            growth = [b - a for a, b in zip(now.shape, grown.shape, strict=True)]
+            table = table_of_growth.get(growth[0])
+            if table is None or now.shape[0] != shapes[table].shape[0] or {*growth[1:]} - {0, 1}:
+                raise ValueError(
+                    f"{caller} needs a state that is kept by row, but {trees.path_str(keys)!r}, "
+                    f"of shape {list(now.shape)}, depends on the shape of a table in another way"
+                )
+        found.append(StateLeaf(keys, now.shape, table))
+    return found
+
+
+# ---- by path ------------------------------------------------------------------------------------
+
+
+class Slot(NamedTuple):
+    """An array of the state that mirrors a parameter; `place` is the place of its tree."""
+
+    name: str
+    place: Place
+    leaf: Any
+
+
+class Parameter(NamedTuple):
+    """A parameter and its slots; `is_masked` says that a tree of slots holds an
+    `optax.MaskedNode` in its place."""
+
+    path: Path
+    leaf: Any
+    slots: list[Slot]
+    is_masked: bool
+
+
+def match(params: Params, state: State) -> tuple[list[Parameter], list[tuple[Place, Any]]]:
+    """The parameters with their slots, and all other leaves of the state.
+
+    A part of the state holds slots if every leaf in it has the path of a parameter, and the table
+    of state classes does not say otherwise. Factored slots (`optax.adafactor`) have other shapes
+    than the parameter. A field of shared arrays counts as one leaf.
+    """
+    leaves = {path: x for path, x in trees.non_none(params) if trees.is_array(x)}
+    slots: dict[Path, list[Slot]] = {path: [] for path in leaves}
+    masked: set[Path] = set()
+    rest = []
+
+    def stop(place: Place, node: Any) -> bool:
+        return place.role is Role.SHARED or _mirrors(params, leaves, place, node)
+
+    for place, node in walk(state, stop):
+        if _mirrors(params, leaves, place, node):
+            for path, leaf in trees.non_none(node):
+                slots[path].append(Slot(place.field or str(place), place, leaf))
+            masked |= _masked(node, leaves)
+        elif place.role is Role.SHARED or (_is_leaf(node) and trees.is_array(node)):
+            rest.append((place, node))
+    parameters = [
+        Parameter(path, leaf, _distinct(slots[path]), path in masked)
+        for path, leaf in leaves.items()
+    ]
+    return parameters, rest
+
+
+def owners(params: Params, state: State) -> dict[Path, Path]:
+    """{path in the state: path of the parameter} of each slot."""
+    parameters, _ = match(trees.unwrapped(params), trees.unwrapped(state))
+    return {trees.joined(str(s.place), p.path): p.path for p in parameters for s in p.slots}
+
+
+def _is_leaf(node: Any) -> bool:
+    return jax.tree_util.all_leaves([node], is_leaf=trees.is_leaf)
+
+
+def _mirrors(params: Params, leaves: dict[Path, Any], place: Place, node: Any) -> bool:
+    """Whether a node of the state is a tree like the parameters, or like some of them."""
+    if place.role in (Role.SCALAR, Role.SHARED):
+        return False
+    if _is_leaf(node):
+        if "" not in leaves or not trees.is_array(node):  # "" is the path of a lone parameter
+            return False
+        # A lone parameter has no path to know its slots by: the role or the shape decides.
+        shape, shape_of_parameter = trees.shape_of(node), trees.shape_of(leaves[""])
+        if shape == ():
+            return shape_of_parameter == () and place.role in MIRRORS
+        return shape == shape_of_parameter or place.role in PER_ROW
+    if isinstance(node, tuple) and type(node) is not type(params):
+        return False
+    found = trees.non_none(node)
+    return bool(found) and all(path in leaves for path, _ in found)
+
+
+def _masked(tree: Any, paths: Iterable[Path]) -> set[Path]:
+    """The paths at or below which `tree` has a MaskedNode."""
+    nodes, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
+    )
+    masked = [trees.path_str(keys) for keys, x in nodes if isinstance(x, optax.MaskedNode)]
+    return {p for p in paths if any(p == m or p.startswith(f"{m}/") for m in masked)}
+
+
+def _distinct(slots: list[Slot]) -> list[Slot]:
+    """Slots that share a name get the path of their tree for a name."""
+    names = [slot.name for slot in slots]
+    return [
+        slot if names.count(slot.name) == 1 else slot._replace(name=str(slot.place))
+        for slot in slots
+    ]

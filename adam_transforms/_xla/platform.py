@@ -1,0 +1,32 @@
+"""The one place that depends on a platform.
+
+The platform that a program is lowered for decides, not the default backend of the process that
+traces it: a step exported on a CPU host for a GPU gets the GPU's form, and a step placed on the CPU
+of a GPU host gets the CPU's.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def by_platform(cpu: Callable[..., Any], other: Callable[..., Any], *args: Any) -> Any:
+    """``cpu(*args)`` in a program lowered for a CPU, ``other(*args)`` in any other.
+
+    Both are traced and must return the same shapes and dtypes. The lowered program contains one of
+    them.
+    """
+    return jax.lax.platform_dependent(*args, cpu=cpu, default=other)
+
+
+def on_cpu(other: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator: the function is the form for CPUs, `other` the form for every other platform.
+
+    Both take arrays. The result is jitted, so that a program that calls it for many arrays of one
+    shape contains it once, and that a call outside of `jax.jit` does not trace it anew.
+    """
+    return lambda cpu: jax.jit(
+        functools.partial(jax.lax.platform_dependent, cpu=cpu, default=other)
+    )

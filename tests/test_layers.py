@@ -1,0 +1,146 @@
+"""The floors of the package: what may import what, and what only some modules may know.
+
+The table below is the whole rule. A module imports only from its own floor and from those above it
+in the table.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import adam_transforms
+
+PACKAGE = Path(adam_transforms.__file__).parent
+NAME = "adam_transforms"
+
+# From the ground up; the floors of one line do not know each other.
+FLOORS: list[tuple[str, ...]] = [
+    ("_xla",),
+    ("_core",),
+    ("_transforms",),
+    ("_embeddings",),
+    ("_optimizers",),
+    ("_tools", "flax", "interop"),
+    ("compat",),
+    ("__init__",),
+    ("_demo",),
+    ("__main__",),
+]
+
+# What only these modules may mention.
+KNOWN_TO = {
+    "the platform": ("_xla/platform.py",),
+    "JAX's program representation": (
+        "_xla/jaxprs.py",
+        "_xla/row_independence.py",
+        "_embeddings/lookups.py",
+        "_embeddings/taps.py",
+        "_embeddings/value_and_grad.py",
+        "_xla/dependence.py",
+    ),
+}
+PLATFORM_WORDS = {"default_backend", "platform_dependent", "local_devices", "jax.devices"}
+PROGRAM_WORDS = {"eqns", "primitive", "invars", "outvars"}
+
+PUBLIC_NAMES = """
+    AccumulateState DeferredAdamState DynamicLossScaleState FreezeRowsState LazyState
+    MasterWeightsState Owed ParamsEmaState ScaleByPathLearningRateState ScheduledDecayState
+    SkipNonfiniteState SparseRows StaticLossScaleState accumulate adam adamw all_reduce_rows
+    apply_updates by_path catch_up check_state clip_by_global_norm clip_by_norm clip_by_value compat
+    deferred_adam dense_equivalent dynamic_loss_scale ema_params finalize flax flush freeze_rows
+    global_norm grad interop lazy lazy_adam master_weights metrics owed params_ema path_mask
+    path_str resize scale_by_adam scale_by_amsgrad scale_by_path_learning_rate scale_loss
+    shard_slots skip_nonfinite static_loss_scale summary to_dense value_and_grad
+""".split()
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def floor_of(parts: tuple[str, ...]) -> str:
+    """The floor of a module, given its path below the package without the suffix."""
+    return parts[0] if parts else "__init__"
+
+
+def imports(path: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """(line, module path below the package) of each import of this package in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            module = node.module or ""
+            names = [f"{module}.{alias.name}" if module == NAME else module for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            top, *parts = name.split(".")
+            if top == NAME:
+                yield node.lineno, tuple(parts)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_the_floors_below(path: Path) -> None:
+    level = {name: i for i, names in enumerate(FLOORS) for name in names}
+    own = floor_of(path.relative_to(PACKAGE).with_suffix("").parts)
+    assert own in level, f"{own} is on no floor"
+    for line, parts in imports(path):
+        used = floor_of(parts)
+        used = used if used in level else "__init__"  # a public name
+        assert used == own or level[used] < level[own], f"{path}:{line} imports {used}"
+
+
+def mentioned(path: Path) -> set[str]:
+    """Every attribute, name and imported module that a file uses."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            found |= {node.attr, f"{getattr(node.value, 'id', '')}.{node.attr}"}
+        elif isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            found |= {alias.name for alias in node.names}
+            found.add(getattr(node, "module", None) or "")
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_modules_of_the_table_know_platforms_and_programs(path: Path) -> None:
+    name, words = path.relative_to(PACKAGE).as_posix(), mentioned(path)
+    if name.startswith("_demo/"):
+        return  # a program, which may ask what it runs on
+    if name not in KNOWN_TO["the platform"]:
+        assert not words & PLATFORM_WORDS
+    if name not in KNOWN_TO["JAX's program representation"]:
+        assert not words & PROGRAM_WORDS
+        assert not any(word.startswith("jax.extend") for word in words)
+
+
+def test_the_tables_name_modules_that_exist() -> None:
+    for names in KNOWN_TO.values():
+        for name in names:
+            assert (PACKAGE / name).exists(), name
+    for names in FLOORS:
+        for name in names:
+            assert (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists(), name
+
+
+def test_no_import_is_dodged_by_probing_attributes() -> None:
+    """`hasattr(x, "sum_duplicates")` in place of an `isinstance` hides a dependency."""
+    methods = {name for name in vars(adam_transforms.SparseRows) if not name.startswith("_")}
+    # What arrays have too tells nothing of a class.
+    methods -= {"dtype", "shape", "values", "indices"}
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
+                "hasattr",
+                "getattr",
+            ):
+                name = node.args[1]
+                assert not (isinstance(name, ast.Constant) and name.value in methods), path
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted({*adam_transforms.__all__, "flax"}) == PUBLIC_NAMES

@@ -1,0 +1,92 @@
+"""The platform that a program is lowered for decides its form, not the host that traces it."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax import export
+
+import adam_transforms as at
+
+V, D, N = 100_000, 64, 16_384  # 4 MiB of gradients, which a CPU updates in blocks
+SORTED = 10**9  # rows; more than a hash table of N ids has slots
+
+
+def exported(tx: Any, platform: str, *, rows: int = V, dense: bool = False) -> str:
+    """The StableHLO of a step, exported on this host for another platform."""
+    shape = jax.ShapeDtypeStruct
+    params = {"table": shape((rows, D), jnp.float32)}
+
+    def step(params: Any, state: Any, ids: Any, values: Any) -> Any:
+        gradient = values if dense else at.SparseRows(ids, values, rows)
+        updates, state = tx.update({"table": gradient}, state, params)
+        return optax.apply_updates(params, updates), state
+
+    values = shape((rows if dense else N, D), jnp.float32)
+    inputs = params, jax.eval_shape(tx.init, params), shape((N,), jnp.int32), values
+    program = export.export(jax.jit(step), platforms=[platform])(*inputs)
+    return str(program.mlir_module())
+
+
+STEPS: dict[str, Any] = {
+    "lazy": lambda: at.lazy_adam(0.1),
+    "lazy, clipped": lambda: at.lazy_adam(0.1, clip_global_norm=1.0),
+    "deferred": lambda: at.deferred_adam(0.1, tables="table"),
+    "deferred, decayed": lambda: at.deferred_adam(0.1, tables="table", weight_decay=0.1),
+}
+
+
+def loops(program: str) -> int:
+    return program.count("stablehlo.while")
+
+
+def bit_tricks(program: str) -> int:
+    return program.count("stablehlo.shift_right_logical")
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_accelerators_get_sorting_and_no_trick_for_cpus(name: str, platform: str) -> None:
+    program = exported(STEPS[name](), platform, rows=SORTED)
+    assert loops(program) == 0
+    assert bit_tricks(program) == 0
+    assert program.count("stablehlo.sort") == 1
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_cpu_gets_hashing_and_its_tricks(name: str) -> None:
+    program = exported(STEPS[name](), "cpu", rows=SORTED)
+    assert "stablehlo.sort" not in program
+    assert bit_tricks(program) > 0
+    # One loop hashes, one goes over the blocks.
+    assert loops(program) == 2
+    assert loops(exported(STEPS[name](), "cpu")) == 1
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_a_dense_step_is_the_same_program_everywhere(platform: str) -> None:
+    def form(platform: str) -> str:
+        program = exported(at.adam(0.1, clip_global_norm=1.0), platform, rows=1000, dense=True)
+        return re.sub(r"(loc\(.*\)|#loc.*|mhlo\.\w+ = [^,}]*)", "", program)
+
+    program = form(platform)
+    assert program == form("cpu")
+    assert loops(program) == bit_tricks(program) == program.count("stablehlo.case") == 0
+
+
+def test_a_step_placed_on_a_cpu_is_lowered_for_it() -> None:
+    """Whatever the default backend of the process is."""
+    tx = at.lazy_adam(0.1)
+    params = {"table": jnp.zeros((V, D))}
+    rows = at.SparseRows(jnp.zeros(N, jnp.int32), jnp.zeros((N, D)), V)
+    placed = jax.device_put((params, tx.init(params), rows), jax.devices("cpu")[0])
+
+    def step(params: Any, state: Any, rows: Any) -> Any:
+        return tx.update({"table": rows}, state, params)
+
+    program = jax.jit(step).lower(*placed).as_text()
+    assert bit_tricks(program) > 0
+    assert "stablehlo.sort" not in program

@@ -1,0 +1,86 @@
+"""Each form of the identity is one, and buys in the compiled program what its docstring says."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import x64
+
+from adam_transforms._core import dtypes
+from adam_transforms._xla import scheduling
+
+
+def kernels(fn: Any, *inputs: Any, **options: Any) -> list[str]:
+    """The computations of the compiled program; a fusion is one kernel."""
+    return str(jax.jit(fn, **options).lower(*inputs).compile().as_text()).split("\n\n")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16, jnp.complex64, int])
+@pytest.mark.parametrize("columns", [1, 30, 60, 300])  # with no, two, one and no selects
+@pytest.mark.parametrize("name", ["materialize", "gather_separately"])
+def test_every_value_is_returned_bit_for_bit(name, dtype, columns):
+    x: list[Any] = [0, 1, -3]
+    if jnp.issubdtype(dtype, jnp.inexact):
+        finfo = jnp.finfo(dtype)
+        x = [0.0, -0.0, 1.0, -3.7, finfo.tiny, finfo.max, -finfo.max, np.inf, -np.inf, np.nan]
+    with x64():
+        x = jnp.tile(jnp.asarray(x, dtype)[:, None], columns)
+        same = jax.jit(getattr(scheduling, name))(x)
+        assert same.dtype == x.dtype
+        wide = dtypes.compute_dtype(dtype)
+        np.testing.assert_array_equal(same.astype(wide), x.astype(wide))
+        np.testing.assert_array_equal(jnp.signbit(same.real), jnp.signbit(x.real))
+
+
+@pytest.mark.parametrize("columns", [16, 32, 64, 128])
+def test_materialized_rows_are_computed_once(columns):
+    def fn(table, rows):
+        x = 0.5 * table.at[rows].get(mode="clip") + 1.0
+        x = scheduling.materialize(x)
+        return table.at[rows].set(x), jnp.sqrt(x) + 1.0
+
+    inputs = jax.ShapeDtypeStruct((10**6, columns), jnp.float32), jnp.zeros(1000, jnp.int32)
+    gathering = [k for k in kernels(fn, *inputs, donate_argnums=0) if " gather(" in k]
+    assert len(gathering) == 1
+    assert " divide(" in gathering[0]
+
+
+def test_rows_gathered_separately_have_a_kernel_of_their_own():
+    def kernels_that_gather(separate: Any) -> list[str]:
+        def fn(table, rows):
+            return jnp.exp(separate(table.at[rows].get(mode="clip"))) * 2.0
+
+        inputs = jax.ShapeDtypeStruct((10**6, 64), jnp.float32), jnp.zeros(1000, jnp.int32)
+        return [k for k in kernels(fn, *inputs) if " gather(" in k]
+
+    assert any(" exponential(" in k for k in kernels_that_gather(lambda x: x))
+    assert not any(" exponential(" in k for k in kernels_that_gather(scheduling.gather_separately))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -5.0, np.inf, -np.inf, np.nan])
+def test_a_dependency_changes_no_value_whatever_was_read(value):
+    read = {"a": jnp.full((3, 2), value), "b": jnp.zeros((0, 2))}
+    tokens = [scheduling.token(read["a"]), scheduling.token_of_all(read)]
+    x = jnp.array([1.0, -0.0, jnp.inf])
+    np.testing.assert_array_equal(scheduling.depend_on(x, tokens), x)
+
+
+def test_a_write_that_depends_on_the_read_copies_nothing():
+    rows = jax.ShapeDtypeStruct((8,), jnp.int32)
+    table = jax.ShapeDtypeStruct((100_000, 3), jnp.float32)
+
+    def copies(order: bool) -> int:
+        def fn(table, rows, new):
+            read = scheduling.materialize(table.at[rows].get(mode="clip"))
+            if order:
+                new = scheduling.depend_on(new, [scheduling.token(read)])
+            total = jnp.sum(jnp.cos(read))
+            return table.at[rows].set(new, mode="drop"), total
+
+        new = jax.ShapeDtypeStruct((8, 3), jnp.float32)
+        compiled = jax.jit(fn, donate_argnums=0).lower(table, rows, new).compile()
+        return str(compiled.as_text()).count("f32[100000,3]{1,0} copy(")
+
+    assert copies(order=True) == 0
