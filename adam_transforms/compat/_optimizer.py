@@ -11,13 +11,11 @@ import optax
 
 from adam_transforms._core import trees
 from adam_transforms._core.sparse_rows import SparseRows, to_dense
+from adam_transforms._core.state_layout import Role, find_fields
 from adam_transforms._core.types import Params, Path, State, Updates
-from adam_transforms._embeddings.deferred.state import DeferredAdamState
 from adam_transforms._embeddings.value_and_grad import grad
 from adam_transforms._transforms.apply_updates import apply_updates
 from adam_transforms._xla.dependence import depends_on
-
-ADAM_STATES = (optax.ScaleByAdamState, optax.ScaleByAmsgradState, DeferredAdamState)
 
 
 class Variable(NamedTuple):
@@ -69,12 +67,11 @@ class Optimizer:
           var: a `Variable` or another (path, value) pair, or a path.
           name: one of `get_slot_names`.
         """
-        path, field = path_of(var), self.slot_fields.get(name)
-        for found in trees.find_states(state, ADAM_STATES):
-            slots = getattr(found, field, None) if field else None
-            for at_path, slot in trees.flatten_with_paths(slots)[0]:
-                if at_path == path:
-                    return slot
+        path, field_name = path_of(var), self.slot_fields.get(name)
+        for field in find_fields(state, Role.SLOT):
+            slots = field.leaves() if field.name == field_name else {}
+            if path in slots:
+                return slots[path]
         return None
 
     def get_slot_names(self) -> list[str]:

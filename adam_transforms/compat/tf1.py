@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_transforms._core import dtypes, trees
+from adam_transforms._core.state_layout import Role, find_fields
 from adam_transforms._core.types import Params, State, Updates
 from adam_transforms._embeddings.deferred import sync
 from adam_transforms._embeddings.deferred.adam import deferred_adam
@@ -45,6 +46,8 @@ from adam_transforms._transforms.adam import (
 )
 from adam_transforms.compat import _optimizer
 from adam_transforms.compat._optimizer import Variable, current_value
+from adam_transforms.interop import _slots
+from adam_transforms.interop.tf1 import SLOT_SUFFIXES
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -197,11 +200,11 @@ class _Adam(_optimizer.Optimizer):
           ``<path>/<name>`` (m) and ``<path>/<name>_1`` (v), sorted by name.
         """
         found = [Variable(f"beta{i}_power", x) for i, x in enumerate(self._powers(state), start=1)]
-        for state_of_adam in trees.find_states(state, _optimizer.ADAM_STATES):
-            for field, suffix in (("mu", ""), ("nu", "_1")):
+        for field in find_fields(state, Role.SLOT):
+            if field.name in SLOT_SUFFIXES:
                 found += [
-                    Variable(f"{path}/{self.name}{suffix}", slot)
-                    for path, slot in trees.flatten_with_paths(getattr(state_of_adam, field))[0]
+                    Variable(f"{path}/{self.name}{SLOT_SUFFIXES[field.name]}", slot)
+                    for path, slot in trees.flatten_with_paths(field.value)[0]
                 ]
         return sorted(found, key=lambda variable: variable.path)
 
@@ -218,7 +221,7 @@ class _Adam(_optimizer.Optimizer):
         scheduled = trees.find_states(state, ScheduledDecayState)
         if scheduled:
             return [1.0 - correction for correction in scheduled[0].corrections]
-        (found,) = trees.find_states(state, _optimizer.ADAM_STATES)
+        (found,) = _slots.adam_states(state)
         return [
             1.0 - numerics.bias_correction(current_value(b), found.count + 1)
             for b in (self.beta1, self.beta2)

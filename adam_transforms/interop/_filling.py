@@ -9,27 +9,22 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from adam_transforms._core import trees
+from adam_transforms._core import state_layout, trees
 from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._core.state_layout import Role
 from adam_transforms._core.types import Path, State
-from adam_transforms._embeddings.deferred.state import DeferredAdamState
 from adam_transforms._transforms.accumulation import AccumulateState
 from adam_transforms._transforms.ema import ParamsEmaState
-from adam_transforms._transforms.learning_rates import ScaleByPathLearningRateState
 from adam_transforms._transforms.loss_scaling import DynamicLossScaleState
-from adam_transforms.interop._slots import (
-    ACCUMULATIONS,
-    ADAM,
-    Contents,
-    has,
-    row_accumulator_message,
-)
+from adam_transforms.interop._slots import Contents, find, row_accumulator_message
 
 
 def has_step_counters(state: State) -> bool:
     """Whether a state other than Adam's and averages has a step count, e.g. a schedule's."""
-    found = jax.tree.leaves(state, is_leaf=_has_count)
-    return any(_has_count(x) and not isinstance(x, (*ADAM, ParamsEmaState)) for x in found)
+    return any(
+        not state_layout.is_adam(x) and Role.AVERAGE not in _roles(x)
+        for x in find(state, _has_count)
+    )
 
 
 def fill_state(state: State, contents: Contents) -> State:
@@ -39,7 +34,7 @@ def fill_state(state: State, contents: Contents) -> State:
     that are not imported keeps its initial slots and its initial count.
     """
     calls = contents.calls
-    if calls is None and not has(state, ACCUMULATIONS):
+    if calls is None and not find(state, state_layout.is_accumulation):
         calls = contents.count
     return _fill(state, contents, calls)
 
@@ -48,17 +43,18 @@ def _fill(tree: State, contents: Contents, count: int | None) -> State:
     """`tree` with all contents replaced; `count` is the step count outside of accumulations."""
 
     def fill_node(x: Any) -> Any:
-        if isinstance(x, ADAM):
+        if state_layout.is_adam(x):
             return _fill_adam(x, contents, _known(count))
         if isinstance(x, ParamsEmaState):
             return _fill_average(x, contents, count)
         if not _is_fillable(x):
             return x
-        inner_count = contents.count if isinstance(x, ACCUMULATIONS) else count
+        inner_count = contents.count if state_layout.is_accumulation(x) else count
+        layout = state_layout.fields_of(type(x))
         fields = {
-            field: _fill(value, contents, inner_count)
-            for field, value in x._asdict().items()
-            if field not in ("acc", "acc_grads")
+            name: _fill(value, contents, inner_count)
+            for name, value in x._asdict().items()
+            if name not in layout or layout[name].role is not Role.BUFFER
         }
         if "count" in x._fields and _is_step_counter(x):
             fields["count"] = _cast_like(_known(count), x.count)
@@ -69,11 +65,17 @@ def _fill(tree: State, contents: Contents, count: int | None) -> State:
 
 def _is_fillable(x: Any) -> bool:
     """Whether `x` is a state with contents to replace."""
-    return isinstance(x, (*ACCUMULATIONS, DynamicLossScaleState)) or _has_count(x)
+    is_wrapper = state_layout.is_accumulation(x) or isinstance(x, DynamicLossScaleState)
+    return is_wrapper or _has_count(x)
 
 
 def _has_count(x: Any) -> bool:
     return isinstance(x, tuple) and "count" in getattr(x, "_fields", ())
+
+
+def _roles(x: Any) -> set[Role]:
+    """The roles of the fields of `x` in the table of state classes."""
+    return {field.role for field in state_layout.fields_of(type(x)).values()}
 
 
 def _known(count: int | None) -> int:
@@ -87,8 +89,9 @@ def _known(count: int | None) -> int:
 
 def _is_step_counter(x: Any) -> bool:
     """Whether the count of `x` is that of a schedule or wrapper, not of slots of its own."""
-    if isinstance(x, ScaleByPathLearningRateState) or "inner_state" in x._fields:
-        return True
+    roles = _roles(x)
+    if roles or "inner_state" in x._fields:
+        return not roles & set(state_layout.MIRRORS)
     rest = jax.tree.leaves(x._replace(count=None))
     return not any(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in rest)
 
@@ -96,20 +99,28 @@ def _is_step_counter(x: Any) -> bool:
 def _fill_adam(x: Any, contents: Contents, count: int) -> Any:
     slots = {
         slot: _fill_slot(getattr(x, slot), contents.slots, slot)
-        for slot in ("mu", "nu", "nu_max")
-        if getattr(x, slot, None) is not None
+        for slot in state_layout.slot_names(x)
     }
-    x = x._replace(count=_cast_like(count, x.count), **slots)
-    if not isinstance(x, DeferredAdamState):
-        return x
+    return _mark_current(x._replace(count=_cast_like(count, x.count), **slots), count)
 
-    def mark_current(group: Any) -> Any:
-        if group is None:
-            return None
-        last_step = jax.tree.map(lambda last: jnp.full_like(last, count), group.last_step)
-        return group._replace(last_step=last_step)
 
-    return x._replace(idle=mark_current(x.idle), idle_decayed=mark_current(x.idle_decayed))
+def _mark_current(state: State, count: int) -> State:
+    """`state` with all rows of deferred tables synchronized at step `count`."""
+
+    def has_last_steps(x: Any) -> bool:
+        return Role.LAST_STEP in _roles(x)
+
+    def mark(x: Any) -> Any:
+        if not has_last_steps(x):
+            return x
+        fields = {
+            name: jax.tree.map(lambda last: jnp.full_like(last, count), getattr(x, name))
+            for name, field in state_layout.fields_of(type(x)).items()
+            if field.role is Role.LAST_STEP
+        }
+        return x._replace(**fields)
+
+    return jax.tree.map(mark, state, is_leaf=has_last_steps)
 
 
 def _fill_average(x: ParamsEmaState, contents: Contents, count: int | None) -> ParamsEmaState:

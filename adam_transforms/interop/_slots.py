@@ -1,6 +1,6 @@
 """Finds and reads the parts of an optimizer state that other systems have too."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,17 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adam_transforms._core import trees
+from adam_transforms._core import state_layout, trees
 from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._core.state_layout import Role
 from adam_transforms._core.types import Params, Path, State
-from adam_transforms._embeddings.deferred.state import DeferredAdamState
 from adam_transforms._transforms.accumulation import AccumulateState
 from adam_transforms._transforms.adam import ScheduledDecayState
 from adam_transforms._transforms.ema import ParamsEmaState
 from adam_transforms._transforms.loss_scaling import DynamicLossScaleState
-
-ADAM: Any = (optax.ScaleByAdamState, optax.ScaleByAmsgradState, DeferredAdamState)
-ACCUMULATIONS: Any = (AccumulateState, optax.MultiStepsState)
 
 
 class Contents(NamedTuple):
@@ -46,7 +43,7 @@ def init_state(tx: Any, params: Params) -> State:
     if isinstance(tx, type) or not callable(getattr(tx, "init", None)):
         raise TypeError(f"tx must be a gradient transformation or an optimizer, got {tx!r}")
     state = tx.init(params)
-    _adam_states(state)
+    _checked_adam_states(state)
     return state
 
 
@@ -66,9 +63,14 @@ def slots_of(state: State, *, ema: bool = False, acc: bool = False) -> dict[Path
     return slots
 
 
-def has(state: State, kind: Any) -> bool:
-    """Whether `state` contains a state of this type, at any depth."""
-    return bool(trees.find_states(state, kind))
+def find(state: State, predicate: Callable[[Any], bool]) -> list[Any]:
+    """The states inside `state` for which the predicate holds, the outermost of nested ones."""
+    return [x for x in jax.tree.leaves(state, is_leaf=predicate) if predicate(x)]
+
+
+def adam_states(state: State) -> list[Any]:
+    """The states with Adam's moments inside `state`."""
+    return find(state, state_layout.is_adam)
 
 
 def read(state: State, params: Params) -> Contents:
@@ -78,7 +80,7 @@ def read(state: State, params: Params) -> Contents:
       ValueError: there is no Adam state, or there are several with different counts; slots and
         `params` do not match; there are pending updates; or a part cannot be exported.
     """
-    adams = _adam_states(state)
+    adams = _checked_adam_states(state)
     counts = sorted({int(adam.count) for adam in adams})
     if len(counts) > 1:
         raise ValueError(f"the Adam states have different numbers of steps: {counts}")
@@ -90,7 +92,7 @@ def read(state: State, params: Params) -> Contents:
                 "the state has an average with debias=True, which other systems do not have"
             )
     mini_step = 0
-    for found in trees.find_states(state, ACCUMULATIONS):
+    for found in find(state, state_layout.is_accumulation):
         mini_step = int(found.mini_step)
         if mini_step and isinstance(found, optax.MultiStepsState):
             raise ValueError(
@@ -113,26 +115,25 @@ def read(state: State, params: Params) -> Contents:
     return contents
 
 
-def _adam_states(state: State) -> list[Any]:
-    if has(state, ScheduledDecayState):
+def _checked_adam_states(state: State) -> list[Any]:
+    if trees.find_states(state, ScheduledDecayState):
         raise ValueError(
             "tx has a schedule for b1 or b2, and its state has a running product of their values, "
             "which cannot be imported or exported: use numbers"
         )
-    found = trees.find_states(state, ADAM)
+    found = adam_states(state)
     if not found:
         raise ValueError(
-            "the state of tx has no Adam state: none of optax.ScaleByAdamState, "
-            "optax.ScaleByAmsgradState and DeferredAdamState"
+            "the state of tx has no Adam state (count, mu and nu), such as that of optax.adam, "
+            "scale_by_adam or deferred_adam"
         )
     return found
 
 
 def _slot_trees(state: State, ema: bool, acc: bool) -> Iterator[tuple[str, Any]]:
-    for found in _adam_states(state):
-        for slot in ("mu", "nu", "nu_max"):
-            if getattr(found, slot, None) is not None:
-                yield slot, getattr(found, slot)
+    for found in _checked_adam_states(state):
+        for slot in state_layout.slot_names(found):
+            yield slot, getattr(found, slot)
     for found in trees.find_states(state, ParamsEmaState) if ema else ():
         yield "ema", found.ema
     for found in trees.find_states(state, AccumulateState) if acc else ():
@@ -144,9 +145,9 @@ def _slot_trees(state: State, ema: bool, acc: bool) -> Iterator[tuple[str, Any]]
 
 def _check_synchronized(adam: Any) -> None:
     """Raises ValueError if a row of a deferred table has pending updates."""
-    for group in (getattr(adam, "idle", None), getattr(adam, "idle_decayed", None)):
-        for last in jax.tree.leaves(None if group is None else group.last_step):
-            if np.any(np.asarray(last) != np.asarray(adam.count)):
+    for field in state_layout.find_fields(adam, Role.LAST_STEP):
+        for last_step in field.leaves().values():
+            if np.any(np.asarray(last_step) != np.asarray(adam.count)):
                 raise ValueError(
                     "the state has pending updates of table rows: call flush(params, state) first, "
                     "and use the parameters that it returns"

@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adam_transforms._core import arguments
+from adam_transforms._core import arguments, trees
 from adam_transforms._core.types import Params, State
-from adam_transforms._transforms.accumulation import AccumulateState
-from adam_transforms._transforms.ema import ParamsEmaState
 from adam_transforms._transforms.loss_scaling import DynamicLossScaleState
 from adam_transforms.interop import _filling, _matching, _slots, _stores
 
@@ -219,10 +217,10 @@ def _layout(slots: _matching.Slots, state: State, *, legacy: bool) -> Layout:
     """The layout of a Keras optimizer with the same slots as `state`."""
     kept = {slot for arrays in slots.values() for slot in arrays}
     layout = Layout(
-        ema=_slots.has(state, ParamsEmaState),
-        acc=_slots.has(state, AccumulateState),
+        ema="ema" in kept,
+        acc="acc" in kept,
         amsgrad="nu_max" in kept,
-        loss_scale=_slots.has(state, DynamicLossScaleState),
+        loss_scale=bool(trees.find_states(state, DynamicLossScaleState)),
         legacy=arguments.flag("legacy", legacy),
     )
     if legacy and (layout.ema or layout.acc or layout.loss_scale):

@@ -11,6 +11,9 @@ from adam_transforms._core import arguments
 from adam_transforms._core.types import Params, State
 from adam_transforms.interop import _filling, _matching, _slots
 
+# The slots of "w" are "w/<optimizer><suffix>".
+SLOT_SUFFIXES = {"mu": "", "nu": "_1"}
+
 # The number of powers computed at once.
 _CHUNK = 1 << 18
 
@@ -78,7 +81,7 @@ def state_from(
         count = _matching.as_count("count", count)
 
     def label(variable: str, slot: str) -> str:
-        return repr(f"{variable}/{name}{'' if slot == 'mu' else '_1'}")
+        return repr(f"{variable}/{name}{SLOT_SUFFIXES.get(slot, f' ({slot})')}")
 
     slots = _matching.import_slots(source, _slots.slots_of(state), rename, label)
     return _filling.fill_state(state, _slots.Contents(count, slots))
@@ -115,7 +118,7 @@ def state_to(
     """
     contents = _slots.read(state, params)
     moments = {
-        path: {slot: slots[slot] for slot in ("mu", "nu")}
+        path: {slot: slots[slot] for slot in SLOT_SUFFIXES}
         for path, slots in contents.slots.items()
         if "mu" in slots
     }
@@ -126,8 +129,8 @@ def state_to(
         )
     arrays = {}
     for variable, slots in _matching.export_slots(moments, rename).items():
-        arrays[f"{variable}/{name}"] = slots["mu"]
-        arrays[f"{variable}/{name}_1"] = slots["nu"]
+        for slot, array in slots.items():
+            arrays[f"{variable}/{name}{SLOT_SUFFIXES[slot]}"] = array
     for key, b in (("beta1_power", b1), ("beta2_power", b2)):
         b = arguments.scalar(key.replace("_power", ""), b, at_least=0.0, below=1.0)
         arrays[key] = _power(np.float32(b), contents.count)
@@ -138,9 +141,9 @@ def _slots_in(arrays: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]
     """{variable: {slot: array}}."""
     slots: dict[str, dict[str, Any]] = {}
     for key, array in arrays.items():
-        for slot, suffix in (("mu", f"/{name}"), ("nu", f"/{name}_1")):
-            if key.endswith(suffix):
-                slots.setdefault(key.removesuffix(suffix), {})[slot] = array
+        for slot, suffix in SLOT_SUFFIXES.items():
+            if key.endswith(f"/{name}{suffix}"):
+                slots.setdefault(key.removesuffix(f"/{name}{suffix}"), {})[slot] = array
     return slots
 
 

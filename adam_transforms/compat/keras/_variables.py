@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from adam_transforms._core import trees
 from adam_transforms._core.types import Params, Path, State
@@ -19,7 +18,7 @@ _LEGACY_NAMES = {"mu": "m", "nu": "v", "nu_max": "vhat"}
 
 def adam_state(state: State) -> Any:
     """The Adam state inside `state`, checked to be the only one."""
-    found = trees.find_states(state, (optax.ScaleByAdamState, optax.ScaleByAmsgradState))
+    found = _slots.adam_states(state)
     if len(found) != 1:
         raise ValueError(f"state must be a result of init, but has {len(found)} Adam states")
     return found[0]
