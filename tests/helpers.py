@@ -1,11 +1,20 @@
 """What several test files need."""
 
 import importlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+
+
+def in_tiers(values: Iterable[Any], first: Callable[..., bool]) -> list[Any]:
+    """Values to parametrize by: those for which `first` holds in both tiers, the others in the
+    second alone. A tuple is the values of several names, which `first` takes one by one."""
+    sets = [value if type(value) is tuple else (value,) for value in values]
+    return [pytest.param(*s, marks=() if first(*s) else pytest.mark.slow) for s in sets]
 
 
 def x64() -> Any:

@@ -1,16 +1,19 @@
 """One of two processes that train tables sharded over the devices of both; run by
 `test_processes`.
 
-    python process_of_two.py RANK PORT RESULT
+    python process_of_two.py RANK PORT RESULT RUNS
+
+RUNS is a JSON object: names of `test_processes.RUNS`, each with a list of kinds of mesh.
 """
 
+import json
 import os
 import sys
 
 DEVICES = 4
 
 
-def main(rank: int, port: int, result: str) -> None:
+def main(rank: int, port: int, result: str, runs: dict[str, list[str]]) -> None:
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
     import jax
 
@@ -25,9 +28,10 @@ def main(rank: int, port: int, result: str) -> None:
     assert jax.device_count() == 2 * DEVICES
     assert jax.local_device_count() == DEVICES
     arrays = {}
-    for kind in (AxisType.Explicit, AxisType.Auto):
-        mesh = jax.make_mesh((2, DEVICES), ("host", "device"), axis_types=(kind, kind))
-        for name, (tx, spec, axes) in test.RUNS.items():
+    for name, kinds in runs.items():
+        tx, spec, axes = test.RUNS[name]
+        for kind in map(AxisType.__getitem__, kinds):
+            mesh = jax.make_mesh((2, DEVICES), ("host", "device"), axis_types=(kind, kind))
 
             def place(x, spec, mesh=mesh):
                 sharding = NamedSharding(mesh, spec)
@@ -52,4 +56,4 @@ def main(rank: int, port: int, result: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]))

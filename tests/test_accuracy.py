@@ -1,6 +1,7 @@
 """How far float32 trajectories are from float64: ours against Optax's, on the same gradients."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from helpers import in_tiers
 
 import adam_transforms as at
 
@@ -76,9 +78,13 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("b2", [0.999, 0.9999, 0.999999])
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize(
+    ("regime", "b2", "rule"),
+    in_tiers(
+        itertools.product(REGIMES, [0.999, 0.9999, 0.999999], RULES),
+        lambda regime, b2, rule: b2 == 0.999 or (rule == "adam" and regime == next(iter(REGIMES))),
+    ),
+)
 def test_float32_trajectory_is_closer_to_float64_than_optax(rule, b2, regime, relaxed_promotion):
     make_ours, make_optax, make_reference = RULES[rule]
     start_scale, learning_rate = REGIMES[regime]

@@ -25,6 +25,15 @@ RUNS = {
 
 
 @pytest.mark.parametrize("script", RUNS)
+def test_benchmark_takes_these_options(script: str) -> None:
+    command = [sys.executable, BENCHMARKS / script, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    options = [word for word in RUNS[script][0] if word.startswith("--")]
+    assert all(option in done.stdout for option in [*options, "--rounds", "--output"])
+
+
+@pytest.mark.parametrize("script", RUNS)
+@pytest.mark.slow
 def test_benchmark_runs(script: str, tmp_path: Path) -> None:
     arguments, sections = RUNS[script]
     output = tmp_path / "results.json"

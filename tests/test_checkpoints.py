@@ -352,10 +352,10 @@ def run_and_kill(directory: Path, steps: int, environment: Any, rng: Any) -> tup
     return start, step
 
 
-@pytest.mark.slow
-def test_a_process_killed_twenty_times_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_process_killed_often_ends_as_if_it_had_not_been(kills: int, tmp_path: Path) -> None:
     """`training_process.py` saves with Orbax in the background; the kill may come at any time."""
-    steps, rng = 240, np.random.default_rng(0)
+    steps, rng = 12 * kills, np.random.default_rng(0)
     environment = {
         **os.environ,
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
@@ -364,10 +364,10 @@ def test_a_process_killed_twenty_times_ends_as_if_it_had_not_been(tmp_path: Path
     }
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     run_to_the_end(undisturbed, steps, environment)
-    lives = [run_and_kill(killed, steps, environment, rng) for _ in range(20)]
+    lives = [run_and_kill(killed, steps, environment, rng) for _ in range(kills)]
     run_to_the_end(killed, steps, environment)
     starts, ends = zip(*lives, strict=True)
-    assert list(starts) == sorted(starts) and len(set(starts)) > 5
+    assert list(starts) == sorted(starts) and len(set(starts)) > kills // 4
     assert any(start < end for start, end in zip(starts[1:], ends, strict=False))  # work was lost
     results = [dict(np.load(path / "result.npz")) for path in (undisturbed, killed)]
     assert results[0].keys() == results[1].keys() and len(results[0]) > 20

@@ -87,18 +87,22 @@ def make_mesh(kind: Any) -> Any:
     return jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
 
 
-both_kinds = pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+KINDS = [AxisType.Explicit, AxisType.Auto]
+LAYOUTS = [
+    (P(None, None), P("y")),
+    (P("x", None), P(None)),
+    (P("x", None), P("y")),
+    (P(None, "x"), P(None)),
+    (P(None, "x"), P("y")),
+    (P("x", "y"), P("x")),
+    (P(("x", "y"), None), P("x")),
+]
+# In the first tier: rows over devices, columns, and both.
+QUICK_LAYOUTS = [(P("x", None), P("y")), (P(None, "x"), P(None)), (P("x", "y"), P("x"))]
+QUICK_DEFERRED = list(zip([*KINDS, KINDS[0]], *zip(*QUICK_LAYOUTS, strict=True), strict=True))
+both_kinds = pytest.mark.parametrize("kind", KINDS)
 every_layout = pytest.mark.parametrize(
-    ("table_spec", "ids_spec"),
-    [
-        (P(None, None), P("y")),
-        (P("x", None), P(None)),
-        (P("x", None), P("y")),
-        (P(None, "x"), P(None)),
-        (P(None, "x"), P("y")),
-        (P("x", "y"), P("x")),
-        (P(("x", "y"), None), P("x")),
-    ],
+    ("table_spec", "ids_spec"), helpers.in_tiers(LAYOUTS, lambda *specs: specs in QUICK_LAYOUTS)
 )
 
 
@@ -131,9 +135,15 @@ def test_row_gradients_of_a_sharded_table(kind: Any, table_spec: Any, ids_spec: 
     helpers.assert_bits_equal(actual, expected)
 
 
-@both_kinds
-@every_layout
-@both_optimizers
+@pytest.mark.parametrize(
+    ("name", "kind", "table_spec", "ids_spec"),
+    helpers.in_tiers(
+        ((name, kind, *specs) for name in OPTIMIZERS for kind in KINDS for specs in LAYOUTS),
+        lambda name, kind, *specs: (
+            specs in QUICK_LAYOUTS and (name == "lazy" or (kind, *specs) in QUICK_DEFERRED)
+        ),
+    ),
+)
 def test_steps_keep_every_sharding(name: str, kind: Any, table_spec: Any, ids_spec: Any) -> None:
     mesh, tx = make_mesh(kind), OPTIMIZERS[name]
     explicit = kind == AxisType.Explicit
@@ -167,7 +177,10 @@ def test_steps_keep_every_sharding(name: str, kind: Any, table_spec: Any, ids_sp
 
 
 @both_kinds
-@pytest.mark.parametrize("table_spec", [P("x", None), P(None, "x"), P("x", "y")])
+@pytest.mark.parametrize(
+    "table_spec",
+    helpers.in_tiers([P("x", None), P(None, "x"), P("x", "y")], lambda spec: spec == P("x", "y")),
+)
 def test_what_is_owed_is_made_up_for_where_it_is(kind: Any, table_spec: Any) -> None:
     """flush, catch_up and owed of a sharded table, as on one device."""
     tx, mesh = OPTIMIZERS["deferred"], make_mesh(kind)
@@ -266,7 +279,12 @@ def compiled_step(name: str, kind: Any, table_spec: Any, rows: int) -> Any:
 
 
 @both_kinds
-@pytest.mark.parametrize("table_spec", [P(None, None), P("x", None), P(("x", "y"), None)])
+@pytest.mark.parametrize(
+    "table_spec",
+    helpers.in_tiers(
+        [P(None, None), P("x", None), P(("x", "y"), None)], lambda spec: spec == P("x", None)
+    ),
+)
 @both_optimizers
 def test_no_array_of_the_size_of_a_table_crosses_devices(
     name: str, kind: Any, table_spec: Any
@@ -281,7 +299,10 @@ def test_no_array_of_the_size_of_a_table_crosses_devices(
 
 
 @both_kinds
-@pytest.mark.parametrize("table_spec", [P("x", None), P(None, "x"), P("x", "y")])
+@pytest.mark.parametrize(
+    "table_spec",
+    helpers.in_tiers([P("x", None), P(None, "x"), P("x", "y")], lambda spec: spec == P("x", "y")),
+)
 def test_a_larger_table_takes_no_more_memory_and_traffic_a_step(kind: Any, table_spec: Any) -> None:
     compiled, sent = zip(
         *(compiled_step("lazy", kind, table_spec, rows) for rows in (8192, 81920)), strict=True
@@ -351,8 +372,13 @@ def test_all_reduced_it_is_the_gradient_of_the_whole_batch(how: str, average: bo
     helpers.assert_close(jax.device_get(actual), jax.device_get(expected), rtol=1e-5, atol=1e-5)
 
 
-@every_map
-@both_optimizers
+@pytest.mark.parametrize(
+    ("name", "how"),
+    helpers.in_tiers(
+        ((name, how) for name in OPTIMIZERS for how in MAPS),
+        lambda name, how: name == "lazy" or how == "shard_map",
+    ),
+)
 def test_steps_on_shares_of_the_batch(name: str, how: str) -> None:
     tx = OPTIMIZERS[name]
 

@@ -1,6 +1,8 @@
 """Every notebook runs from top to bottom, and is committed as it ran."""
 
+import ast
 import base64
+import pkgutil
 import re
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,29 @@ def test_the_notebooks_are_those_that_are_promised() -> None:
         "03_coming_from_tensorflow_keras_pytorch",
         "04_low_precision",
     ]
+
+
+@each_notebook
+def test_a_notebook_names_what_the_library_has(path: Path) -> None:
+    """Without running it: its code parses, and what it takes from the library is there."""
+    names = {}
+    for cell in code_cells(read(path)):
+        lines = [re.sub(r"^(\s*)%.*", r"\1pass", line) for line in cell.source.splitlines()]
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+                names |= {a.asname: a.name for a in node.names if a.asname}
+            elif isinstance(node, ast.ImportFrom):
+                modules = [f"{node.module}.{alias.name}" for alias in node.names]
+                names |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+            elif isinstance(node, ast.Attribute):
+                head, _, rest = ast.unparse(node).partition(".")
+                modules = [f"{names[head]}.{rest}"] if head in names else []
+            else:
+                continue
+            for name in modules:
+                if name.split(".")[0] == "adam_transforms":
+                    assert pkgutil.resolve_name(name) is not None, name
 
 
 @each_notebook

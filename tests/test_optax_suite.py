@@ -122,6 +122,7 @@ def chosen_tests() -> Iterator[Any]:
         for name in SUBJECTS:
             sys.modules.pop(name, None)
         modules = {name: importlib.import_module(name) for name in SUBJECTS}
+    seen = set()
     for name, pattern in SUBJECTS.items():
         for _, kind in inspect.getmembers(modules[name], inspect.isclass):
             if not issubclass(kind, unittest.TestCase):
@@ -131,10 +132,15 @@ def chosen_tests() -> Iterator[Any]:
                 found = re.search(pattern, method + parameters)
                 if found:
                     excepted = pytest.mark.xfail(raises=AssertionError, strict=True)
+                    marks = [excepted] if method == EXCEPTED else []
+                    # The first tier tries each of its tests on each piece once.
+                    test = name, method.rstrip("0123456789"), found[1]
+                    marks += [pytest.mark.slow] if test in seen else []
+                    seen.add(test)
                     yield pytest.param(
                         Chosen(kind(method), found[1]),
                         id=f"{name.rpartition('.')[2]}-{readable(method, parameters)}",
-                        marks=[excepted] if method == EXCEPTED else [],
+                        marks=marks,
                     )
 
 
