@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_bits_equal
+from helpers import assert_bits_equal, in_tiers
 
 import adam_transforms as at
 from adam_transforms._embeddings import lazy, row_blocks
@@ -121,7 +121,20 @@ def test_blocks_of_nothing_but_padding_are_left_out() -> None:
         np.testing.assert_array_equal(np.asarray(after)[np.asarray(some.is_valid)], 1.0)
 
 
-@pytest.mark.parametrize("name", ROWS_APART)
+# The first tier leaves out what is much like another.
+LIKE_OTHERS = (
+    "scheduled decay rate",
+    "values clipped",
+    "momentum",
+    "optax.rmsprop",
+    "rates by path",
+    "nothing moves",
+    "norm clipped",
+    "deferred_adam",
+)
+
+
+@pytest.mark.parametrize("name", in_tiers(ROWS_APART, lambda name: name not in LIKE_OTHERS))
 def test_some_rows_at_a_time_take_the_steps_of_all_at_once(name: str, small_blocks: Any) -> None:
     small_blocks(False)
     at_once, program = trained(ROWS_APART[name]())

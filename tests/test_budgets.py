@@ -1,0 +1,108 @@
+"""How large the program of a step is, and what memory it takes on its way, within budgets.
+
+All are deterministic for one version of JAX, so that a step that grows is seen without a clock.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from helpers import in_tiers
+
+import adam_transforms as at
+
+# For each optimizer and number of tables: equations of the jaxpr with all that are nested in it,
+# lines of StableHLO, and temporary bytes. Each is about 10 % above what the step takes, which
+# differs by less between the oldest JAX and the newest.
+BUDGETS: dict[tuple[str, int], tuple[int, int, int]] = {
+    ("adam", 1): (36, 64, 96),
+    ("adam", 26): (394, 641, 96),
+    ("lazy_adam", 1): (272, 384, 23_000),
+    ("lazy_adam", 26): (6_514, 4_400, 370_000),
+    ("deferred_adam", 1): (799, 1_207, 50_000),
+    ("deferred_adam", 26): (15_511, 13_940, 1_111_000),
+}
+ROWS, WIDTH, TOUCHED = 10_000, 16, 64
+
+OPTIMIZERS: dict[str, Any] = {
+    "adam": lambda rows: at.adam(0.1),
+    "lazy_adam": lambda rows: at.lazy_adam(0.1),
+    # In tables of any size 25 rows have their turn in a step.
+    "deferred_adam": lambda rows: at.deferred_adam(0.1, tables="table", max_idle=rows // 25),
+}
+
+pytestmark = pytest.mark.usefixtures("relaxed_promotion")
+every_step = pytest.mark.parametrize(("name", "tables"), BUDGETS)
+
+
+@functools.cache
+def traced_step(name: str, tables: int, rows: int = ROWS) -> Any:
+    """A step of tables of equal width, parameters and state donated, traced for their shapes."""
+    tx = OPTIMIZERS[name](rows)
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def shaped(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    params = {f"table_{i:02}": shaped(rows, WIDTH) for i in range(tables)}
+    state = jax.eval_shape(tx.init, params)
+    ids = jax.ShapeDtypeStruct((TOUCHED,), jnp.int32)
+    sparse = jax.eval_shape(
+        lambda ids, values: at.SparseRows(ids, values, rows), ids, shaped(TOUCHED, WIDTH)
+    )
+    grads = params if name == "adam" else dict.fromkeys(params, sparse)
+    return jax.jit(step, donate_argnums=(0, 1)).trace(params, state, grads)
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Of a program and of all those that its equations hold."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+@functools.cache
+def temporary_bytes(name: str, tables: int, rows: int = ROWS) -> int:
+    compiled = traced_step(name, tables, rows).lower().compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def assert_within(found: int, budget: int, what: str) -> None:
+    assert found <= budget, f"{found} {what}, of at most {budget}"
+
+
+@every_step
+def test_equations(name: str, tables: int) -> None:
+    found = sum(1 for _ in equations(traced_step(name, tables).jaxpr))
+    assert_within(found, BUDGETS[name, tables][0], "equations")
+
+
+@every_step
+def test_lines_of_stablehlo(name: str, tables: int) -> None:
+    found = len(traced_step(name, tables).lower().as_text().splitlines())
+    assert_within(found, BUDGETS[name, tables][1], "lines of StableHLO")
+
+
+@pytest.mark.parametrize(
+    ("name", "tables"), in_tiers(BUDGETS, lambda *step: step != ("deferred_adam", 26))
+)
+def test_temporary_bytes(name: str, tables: int) -> None:
+    found = temporary_bytes(name, tables)
+    assert_within(found, BUDGETS[name, tables][2], "temporary bytes")
+
+
+@pytest.mark.parametrize("name", ["lazy_adam", "deferred_adam"])
+@pytest.mark.parametrize("tables", [1, pytest.param(26, marks=pytest.mark.slow)])
+def test_a_table_of_ten_times_the_rows_takes_no_more_memory(name: str, tables: int) -> None:
+    assert temporary_bytes(name, tables, 10 * ROWS) == temporary_bytes(name, tables)
