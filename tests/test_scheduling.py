@@ -47,6 +47,38 @@ def test_materialized_rows_are_computed_once(columns):
     assert " divide(" in gathering[0]
 
 
+def test_materialized_outputs_are_what_the_other_outputs_use():
+    """One kernel gathers the rows and averages; the update reads what that kernel wrote."""
+
+    def update(g, mu):
+        mu = mu + 0.1 * (g - mu)
+        return [jnp.sqrt(jnp.abs(mu)), mu]
+
+    def step(form: Any) -> Any:
+        def fn(table, rows, g):
+            inputs = [g, table.at[rows].get(mode="clip")]
+            u, mu = form(update, inputs)
+            return table.at[rows].set(mu, mode="drop", unique_indices=True), u
+
+        return fn
+
+    def materialized(fn: Any, inputs: Any) -> Any:
+        return scheduling.materialize_outputs(fn, inputs, [False, True])
+
+    rows, g = jnp.arange(8), jnp.linspace(-1.0, 1.0, 8 * 64).reshape(8, 64)
+    table = jnp.ones((10**5, 64))
+    plain = step(lambda fn, inputs: fn(*inputs))
+    for x, y in zip(step(materialized)(table, rows, g), plain(table, rows, g), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+    inputs = table, rows, g
+    gathering = [
+        k for k in kernels(step(materialized), *inputs, donate_argnums=0) if " gather(" in k
+    ]
+    assert len(gathering) == 1
+    assert " divide(" in gathering[0]
+    assert not any(" sqrt(" in k for k in gathering)
+
+
 def test_rows_gathered_separately_have_a_kernel_of_their_own():
     def kernels_that_gather(separate: Any) -> list[str]:
         def fn(table, rows):

@@ -15,6 +15,7 @@ from adam_transforms._core.types import Params, State, Updates
 from adam_transforms._embeddings.row_blocks import MANY_BYTES, block_length, over_blocks
 from adam_transforms._xla.platform import by_platform
 from adam_transforms._xla.row_independence import RowFunction, as_row_function
+from adam_transforms._xla.scheduling import materialize_outputs
 
 
 @register(inner_state=Role.INNER)
@@ -113,16 +114,19 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
             """`inner` from the leaves of gradients, parameters and state to those of updates and
             state."""
             updates, params = (treedef.unflatten(part) for part in (flat[:k], flat[k : 2 * k]))
-            state = state_def.unflatten(flat[2 * k :])
-            updates, state = inner.update(updates, state, params, **extra_args)
-            return [*treedef.flatten_up_to(updates), *state_def.flatten_up_to(state)]
+            old = flat[2 * k :]
+            updates, state = inner.update(updates, state_def.unflatten(old), params, **extra_args)
+            new = state_def.flatten_up_to(state)
+            _check_state(
+                new, [x._replace(shape=jnp.shape(y)) for x, y in zip(leaves, old, strict=True)]
+            )
+            return [*treedef.flatten_up_to(updates), *new]
 
         table_of = [*(i if i in rows else None for i in range(k)), *(s.table for s in leaves)]
         task = _Task(update_leaves, rows, table_of)
         new_updates, new_state = task.run(values, [*param_leaves], state_leaves)
         for i, of_table in rows.items():
             new_updates[i] = of_table.with_values(new_updates[i])
-        _check_state(new_state, leaves)
         return treedef.unflatten(new_updates), LazyState(state_def.unflatten(new_state))
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -171,7 +175,9 @@ class _Task(NamedTuple):
             gathered = rows.gather_each([arrays[i] for i in places[table]])
             for i, x in zip(places[table], gathered, strict=True):
                 small[i] = x
-        outputs = self.update(*gradients, *small)
+        by_row = [table is not None for table in self.table_of]
+        scattered = [False] * k + by_row[k:]
+        outputs = materialize_outputs(self.update, [*gradients, *small], scattered)
         for table, rows in self.rows.items():
             slots = places[table][1:]
             new = [outputs[i] for i in slots]
@@ -214,7 +220,11 @@ class _Task(NamedTuple):
 
             def update_block(some: SparseRows, slots: Any, table: int = table) -> Any:
                 arrays = [some.values, *some.gather_each([params[table], *slots])]
-                values, *new = by_row.of_rows(table, arrays)
+                values, *new = materialize_outputs(
+                    lambda *arrays: by_row.of_rows(table, arrays),
+                    arrays,
+                    [False] + [True] * len(slots),
+                )
                 return values, some.scatter_each(slots, new)
 
             rows = rows.with_values(gradients[table])

@@ -4,6 +4,7 @@
 equations that read their rows. `taps` runs the jaxpr again by the steps found here.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from adam_transforms._embeddings.collectives import varying_like
 from adam_transforms._xla.jaxprs import CALLS, CHECKPOINTS, Literal, open_jaxpr
 
 # Equations that give each operand back, its rows as they were; `stop_gradient` is not among them.
@@ -36,6 +38,23 @@ class Read(NamedTuple):
     # From an array like `aval`, the sharding of D and a dtype to (n, D...).
     values: Callable[..., jax.Array]
     placed: Callable[[jax.Array], jax.Array]  # from (n, D...) to an array like `aval`
+
+    def tap(self) -> jax.Array:
+        """Zeros to add to it. Negative ones: x + -0.0 is x, even if that is -0.0."""
+        with self.mesh():
+            zeros = jax.lax.full(
+                self.aval.shape, -0.0, self.aval.dtype, sharding=self.aval.sharding
+            )
+        inside = jax.sharding.get_abstract_mesh()
+        return zeros if inside.empty else varying_like(self.aval, zeros)
+
+    def mesh(self) -> Any:
+        """The context of its mesh: ``.at[ids].get(out_sharding=...)`` reads under another one than
+        it is called in."""
+        mesh = self.aval.sharding.mesh
+        if mesh == jax.sharding.get_abstract_mesh():
+            return contextlib.nullcontext()
+        return jax.sharding.use_abstract_mesh(mesh)
 
 
 # A jaxpr has a step for each equation: None to run it as it is, the `Read` that it is, what it

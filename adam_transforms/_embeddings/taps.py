@@ -3,7 +3,6 @@
 The gradient of a tap is the gradient of the rows read there.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -14,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from adam_transforms._core.sparse_rows import SparseRows
-from adam_transforms._embeddings.collectives import varying_like
 from adam_transforms._embeddings.lookups import CAST, KEPT, Read, all_reads
 from adam_transforms._xla.jaxprs import (
     CHECKPOINTS,
@@ -63,13 +61,6 @@ class TracedTable:
         return jnp.where(read.placed(jnp.broadcast_to(exists, now.shape)), read.placed(now), x)
 
 
-def make_tap(aval: Any) -> jax.Array:
-    """Zeros to add to a read. Negative ones: x + -0.0 is x, even if that is -0.0."""
-    with _mesh_of(aval):
-        zeros = jax.lax.full(aval.shape, -0.0, aval.dtype, sharding=aval.sharding)
-    return zeros if jax.sharding.get_abstract_mesh().empty else varying_like(aval, zeros)
-
-
 def run_with_taps(
     jaxpr: Any, consts: Sequence[Any], steps: Sequence[Any], inputs: Sequence[Any], taps: list[Any]
 ) -> tuple[list[Any], list[jax.Array]]:
@@ -116,7 +107,7 @@ def _run_step(
     if step is KEPT:
         kept = run_equation(jaxpr, eqn, [x.table for x in tables])
         return [dataclasses.replace(of, table=x) for x, of in zip(kept, tables, strict=False)], []
-    with _mesh_of(step.aval):
+    with step.mesh():
         rows = step.indices(table.table, *ids)
         (read,) = run_equation(jaxpr, eqn, [table.table, *ids])
         if table.read_now is not None:
@@ -138,15 +129,6 @@ def _call(eqn: Any, steps: Sequence[Any], values: Sequence[Any], taps: list[Any]
         params = eqn.params
         run = jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])
     return run(values, taps[: len(all_reads(steps))])
-
-
-def _mesh_of(aval: Any) -> Any:
-    """The context of an array's mesh: ``.at[ids].get(out_sharding=...)`` reads under another one
-    than it is called in."""
-    mesh = aval.sharding.mesh
-    if mesh == jax.sharding.get_abstract_mesh():
-        return contextlib.nullcontext()
-    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def _in_this_mesh(x: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from adam_transforms._core.sparse_rows import SparseRows
 from adam_transforms._core.types import Path
 from adam_transforms._embeddings.deferred.sync import current_rows
 from adam_transforms._embeddings.lookups import Read, all_reads, follow, replicated
-from adam_transforms._embeddings.taps import TracedTable, make_tap, run_with_taps
+from adam_transforms._embeddings.taps import TracedTable, run_with_taps
 
 
 def value_and_grad(
@@ -120,7 +120,7 @@ def value_and_grad(
             for i, leaf in enumerate(leaves)
             if i not in chosen
         ]
-        taps = [make_tap(read.aval) for read in reads]
+        taps = [read.tap() for read in reads]
         differentiated = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
         (value, (aux, indices)), (dense, taps) = differentiated(dense, taps)
         rest = iter(dense)

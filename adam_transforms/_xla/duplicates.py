@@ -38,7 +38,8 @@ def by_hashing(indices: jax.Array) -> jax.Array:
         hashed = salted * (jnp.uint32(_MULTIPLIER) + attempt * jnp.uint32(0x9E3779B2))
         hashed = (hashed ^ (hashed >> 15)) * jnp.uint32(0x85EBCA6B)
         slot = hashed >> jnp.uint32(33 - slots.bit_length())
-        winner = _winners(jnp.where(is_open, slot.astype(jnp.int32), slots), slots)
+        empty = jnp.full((slots,), n, jnp.int32)
+        winner = _winners(jnp.where(is_open, slot.astype(jnp.int32), slots), empty)
         settled = is_open & (indices[jnp.minimum(winner, n - 1)] == indices) & (winner < n)
         first = jnp.where(settled, winner, first)
         return attempt + jnp.uint32(1), is_open & ~settled, first
@@ -49,27 +50,23 @@ def by_hashing(indices: jax.Array) -> jax.Array:
     return jax.lax.while_loop(lambda state: jnp.any(state[1]), settle, start)[2]
 
 
-def by_own_slot(indices: jax.Array) -> jax.Array:
-    """`first_positions` in O(n) where every index is less than the number of slots: each row has
-    its own slot."""
-    return _winners(indices, _slots(indices.size))
-
-
 def _slots(n: int) -> int:
     """The size of the hash table for n indices, a power of two."""
     return 1 << max(1, math.ceil(math.log2(max(1, n * _SLOTS_PER_INDEX))))
 
 
-def _winners(slot: jax.Array, slots: int) -> jax.Array:
-    """For each of (n,) slots the smallest position that has it; n for a slot of `slots`."""
-    n = slot.size
-    owner = jnp.full((slots,), n, jnp.int32)
-    owner = owner.at[slot].min(jnp.arange(n, dtype=jnp.int32), mode="drop")
-    return owner.at[slot].get(mode="fill", fill_value=n)
+def _winners(slot: jax.Array, empty: jax.Array) -> jax.Array:
+    """For each of (n,) slots the smallest position that has it; n for a slot out of range.
+
+    Args:
+      empty: (slots,), all n.
+    """
+    owner = empty.at[slot].min(jnp.arange(slot.size, dtype=jnp.int32), mode="drop")
+    return owner.at[slot].get(mode="fill", fill_value=slot.size)
 
 
 _hash = on_cpu(by_sorting)(by_hashing)
-_look_up = on_cpu(by_sorting)(by_own_slot)
+_look_up = on_cpu(lambda indices, empty: by_sorting(indices))(_winners)
 
 
 def first_positions(indices: jax.Array, num_rows: int) -> jax.Array:
@@ -80,4 +77,7 @@ def first_positions(indices: jax.Array, num_rows: int) -> jax.Array:
     synchronizes with the host at every iteration, so other platforms sort.
     Noticed by: `test_platforms`.
     """
-    return (_look_up if num_rows < _slots(indices.size) else _hash)(indices)
+    n = indices.size
+    if num_rows < _slots(n):  # each row has its own slot
+        return _look_up(indices, jnp.full((num_rows + 1,), n, jnp.int32))
+    return _hash(indices)

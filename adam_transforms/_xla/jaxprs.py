@@ -57,3 +57,30 @@ def run_equation(jaxpr: Any, eqn: Any, values: Sequence[Any]) -> list[Any]:
         if not isinstance(x, jex.Literal)
     }
     return [*run_equations(jaxpr, [eqn], inputs.__getitem__).values()]
+
+
+def change_outputs(
+    change: Callable[[jax.Array], jax.Array],
+    fn: Callable[..., list[Any]],
+    inputs: Sequence[Any],
+    chosen: Sequence[bool],
+) -> list[Any]:
+    """``fn(*inputs)``, with `change` applied to the chosen outputs where they are computed: what
+    `fn` computes from such an output is computed from the changed one."""
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*inputs)
+    jaxpr = closed.jaxpr
+    env = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    env.update(zip(jaxpr.invars, jax.tree.leaves(list(inputs)), strict=True))
+    flags = [flag for flag, x in zip(chosen, shapes, strict=True) for _ in jax.tree.leaves(x)]
+    changed = {x for x, flag in zip(jaxpr.outvars, flags, strict=True) if flag}
+    # The equations in parts, each of which ends with one that computes a chosen output.
+    parts: list[list[Any]] = [[]]
+    for eqn in jaxpr.eqns:
+        parts[-1].append(eqn)
+        if not changed.isdisjoint(eqn.outvars):
+            parts.append([])
+    for part in filter(None, parts):
+        values = run_equations(jaxpr, part, env.__getitem__)
+        env |= {x: change(value) if x in changed else value for x, value in values.items()}
+    outputs = [x.val if isinstance(x, Literal) else env[x] for x in jaxpr.outvars]
+    return jax.tree.unflatten(jax.tree.structure(shapes), outputs)

@@ -7,7 +7,7 @@ round robin that synchronizes every row at least once in `max_idle` steps.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +45,7 @@ from adam_transforms._transforms.adam import (
     update_leaf,
 )
 from adam_transforms._xla.platform import by_platform
-from adam_transforms._xla.scheduling import depend_on, token, token_of_all
+from adam_transforms._xla.scheduling import depend_on, materialize_outputs, token, token_of_all
 
 
 def deferred_adam(
@@ -191,12 +191,13 @@ def deferred_adam(
         coefficients = coefficients_of(hp, state.count)
 
         def step(
-            path: Path, g: jax.Array, p: jax.Array, slots: Sequence[jax.Array], *, decays: bool
-        ) -> tuple[jax.Array, Sequence[jax.Array]]:
+            path: Path, decays: bool, g: jax.Array, p: jax.Array, *slots: jax.Array
+        ) -> list[jax.Array]:
+            """What is added to one parameter, or to rows of it, and its new slots."""
             u, *slots = update_leaf(hp, coefficients, path, g, *slots, p)
             if decays:
                 u = u + p.astype(u.dtype) * dtypes.as_scalar(weight_decay, u.dtype)
-            return -dtypes.as_scalar(rate, u.dtype) * u, slots
+            return [-dtypes.as_scalar(rate, u.dtype) * u, *slots]
 
         old_slots = slot_trees(state)
         names = ("the updates", "the parameters", *("the state's moments" for _ in old_slots))
@@ -208,7 +209,7 @@ def deferred_adam(
                 g = trees.as_gradient(path, g)
             if path in idle:
                 table = TableRows(jnp.asarray(p), tuple(slots), idle[path].last_step)
-                rule_of_table = functools.partial(step, path, decays=decays)
+                rule_of_table = functools.partial(step, path, decays)
                 done = _step_table(g, table, idle[path].history, state.count, rule_of_table)
                 results.append((done.update, *done.table.slots))
                 last_steps[path] = done.table.last_step
@@ -216,9 +217,8 @@ def deferred_adam(
             elif g is None:
                 results.append((None, *slots))
             else:
-                u, slots = step(
-                    path, trees.as_gradient(path, g), jnp.asarray(p), slots, decays=decays
-                )
+                g = trees.as_gradient(path, g)
+                u, *slots = step(path, decays, g, jnp.asarray(p), *slots)
                 results.append((u, *slots))
         updates, *new_slots = trees.unzip(results, treedef, 1 + len(old_slots))
         # All that is written into the histories depends on this count.
@@ -244,7 +244,7 @@ class _TableStep(NamedTuple):
 
 
 # From a gradient, parameters and slots to what is added to the parameters, and the new slots.
-_Step = Callable[..., tuple[jax.Array, Sequence[jax.Array]]]
+_Step = Callable[..., list[jax.Array]]
 
 
 def _step_table(
@@ -302,7 +302,8 @@ def _step_rows(
     if g is None:  # the step does not move the table
         u = delta.astype(before.values.dtype)
     else:
-        move, slots = step(g, pending.apply_to_params(before.values), slots)
+        arrays = [g, pending.apply_to_params(before.values), *slots]
+        move, *slots = materialize_outputs(step, arrays, [False] + [True] * len(slots))
         wide = dtypes.promote(delta.dtype, move.dtype)
         u = delta.astype(wide) + move.astype(wide)
         u = u.astype(dtypes.promote(g.dtype, before.values.dtype))
