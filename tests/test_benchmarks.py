@@ -33,6 +33,7 @@ def test_benchmark_takes_these_options(script: str) -> None:
 
 
 @pytest.mark.parametrize("script", RUNS)
+@pytest.mark.long
 @pytest.mark.slow
 def test_benchmark_runs(script: str, tmp_path: Path) -> None:
     arguments, sections = RUNS[script]

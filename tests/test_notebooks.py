@@ -77,6 +77,7 @@ def test_a_notebook_names_what_the_library_has(path: Path) -> None:
 
 
 @each_notebook
+@pytest.mark.long
 @pytest.mark.slow
 # The client talks to its kernel over plain TCP on the loopback address.
 @pytest.mark.filterwarnings("default")

@@ -62,6 +62,7 @@ FEW = {"lazy, rows": ["Explicit"], "deferred, columns": ["Auto"]}
 ALL = dict.fromkeys(RUNS, ["Explicit", "Auto"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "runs", [FEW, pytest.param(ALL, marks=pytest.mark.slow)], ids=["few", "all"]
 )
