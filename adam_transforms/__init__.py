@@ -1,9 +1,8 @@
 """Adam for JAX as small pure `init`/`update` transformations that chain with Optax."""
 
 import importlib
-from typing import Any
+from types import ModuleType
 
-from adam_transforms import compat, interop
 from adam_transforms._core.sparse_rows import SparseRows, to_dense
 from adam_transforms._core.trees import path_str
 from adam_transforms._embeddings.collectives import all_reduce_rows
@@ -100,7 +99,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "flax":  # which it needs, and the package does not
-        return importlib.import_module("adam_transforms.flax")
+__version__ = "0.1.0"
+
+_SUBMODULES = ("compat", "flax", "interop")  # imported when first used; flax needs Flax
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"adam_transforms.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_SUBMODULES, "__version__"})
