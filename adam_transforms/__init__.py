@@ -2,6 +2,7 @@
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from adam_transforms._core.sparse_rows import SparseRows, to_dense
 from adam_transforms._core.trees import path_str
@@ -98,6 +99,9 @@ __all__ = [
     "value_and_grad",
 ]
 
+
+if TYPE_CHECKING:
+    from adam_transforms import compat, interop
 
 __version__ = "0.1.0"
 

@@ -120,7 +120,8 @@ def test_every_public_transformation_is_tried() -> None:
         name
         for name, function in functions.items()
         if inspect.isfunction(function)
-        and inspect.signature(function).return_annotation is optax.GradientTransformationExtraArgs
+        and inspect.signature(function, eval_str=True).return_annotation
+        is optax.GradientTransformationExtraArgs
     }
     assert factories == {name.split()[0] for name in TRANSFORMATIONS} - {"wrapped"}
 

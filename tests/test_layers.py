@@ -5,12 +5,17 @@ in the table.
 """
 
 import ast
+import inspect
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import adam_transforms
+from adam_transforms._core.state_layout import TABLE
 
 PACKAGE = Path(adam_transforms.__file__).parent
 NAME = "adam_transforms"
@@ -41,8 +46,25 @@ KNOWN_TO = {
         "_xla/dependence.py",
     ),
 }
-PLATFORM_WORDS = {"default_backend", "platform_dependent", "local_devices", "jax.devices"}
-PROGRAM_WORDS = {"eqns", "primitive", "invars", "outvars"}
+PLATFORM_WORDS = {
+    *("default_backend", "platform_dependent", "device_count", "local_devices"),
+    *("local_device_count", "jax.devices"),
+}
+PROGRAM_WORDS = {"eqns", "primitive", "invars", "outvars", "Jaxpr", "ClosedJaxpr"}
+PRIVATE_JAX = ("jax.extend", "jax._src", "jax.interpreters")
+# The modules that apply workarounds for XLA, where rows are gathered, scattered or held back, and
+# those that read programs.
+USE_XLA = (
+    "_core/sparse_rows.py",
+    "_transforms/conditional_update.py",
+    "_embeddings/lazy.py",
+    "_embeddings/lookups.py",
+    "_embeddings/taps.py",
+    "_embeddings/deferred/adam.py",
+    "_embeddings/deferred/missed_updates.py",
+    "_embeddings/deferred/sync.py",
+    "compat/_optimizer.py",
+)
 
 PUBLIC_NAMES = """
     AccumulateState DeferredAdamState DynamicLossScaleState FreezeRowsState LazyState
@@ -115,11 +137,13 @@ def test_only_the_modules_of_the_table_know_platforms_and_programs(path: Path) -
         assert not words & PLATFORM_WORDS
     if name not in KNOWN_TO["JAX's program representation"]:
         assert not words & PROGRAM_WORDS
-        assert not any(word.startswith("jax.extend") for word in words)
+        assert not any(word.startswith(PRIVATE_JAX) for word in words)
+    if not name.startswith("_xla/") and name not in USE_XLA:
+        assert not any(parts[:1] == ("_xla",) for _, parts in imports(path))
 
 
 def test_the_tables_name_modules_that_exist() -> None:
-    for names in KNOWN_TO.values():
+    for names in (*KNOWN_TO.values(), USE_XLA):
         for name in names:
             assert (PACKAGE / name).exists(), name
     for names in FLOORS:
@@ -144,3 +168,34 @@ def test_no_import_is_dodged_by_probing_attributes() -> None:
 
 def test_the_public_names_are_these() -> None:
     assert sorted({*adam_transforms.__all__, "flax"}) == PUBLIC_NAMES
+
+
+def test_every_public_function_has_an_example() -> None:
+    for name in adam_transforms.__all__:
+        function = getattr(adam_transforms, name)
+        assert not inspect.isfunction(function) or ">>> " in str(function.__doc__), name
+
+
+def test_every_public_state_class_is_exported() -> None:
+    """Those that `state_layout` knows, but for the parts of one."""
+    ours = {cls.__name__ for cls in TABLE if cls.__module__.startswith(NAME)}
+    assert ours - {"IdleRows"} == {name for name in adam_transforms.__all__ if name[-5:] == "State"}
+
+
+def test_the_readme_names_modules_that_exist() -> None:
+    readme = (PACKAGE.parent / "README.md").read_text()
+    architecture = readme[readme.index("## Architecture") :]
+    paths = re.findall(r"`((?:_\w+|interop|compat)/[\w/]+\.py)`", architecture)
+    assert paths
+    for path in paths:
+        assert (PACKAGE / path).exists(), path
+
+
+def test_optional_packages_are_imported_when_first_used() -> None:
+    assert {"compat", "flax", "interop", "__version__"} < set(dir(adam_transforms))
+    code = (
+        "import sys, adam_transforms\n"
+        "print(*(x for x in dir(adam_transforms) if f'adam_transforms.{x}' in sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []

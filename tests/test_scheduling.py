@@ -21,12 +21,12 @@ def kernels(fn: Any, *inputs: Any, **options: Any) -> list[str]:
 @pytest.mark.parametrize("columns", [1, 30, 60, 300])  # with no, two, one and no selects
 @pytest.mark.parametrize("name", ["materialize", "gather_separately"])
 def test_every_value_is_returned_bit_for_bit(name, dtype, columns):
-    x: list[Any] = [0, 1, -3]
+    values: list[Any] = [0, 1, -3]
     if jnp.issubdtype(dtype, jnp.inexact):
         finfo = jnp.finfo(dtype)
-        x = [0.0, -0.0, 1.0, -3.7, finfo.tiny, finfo.max, -finfo.max, np.inf, -np.inf, np.nan]
+        values = [0.0, -0.0, 1.0, -3.7, finfo.tiny, finfo.max, -finfo.max, np.inf, -np.inf, np.nan]
     with x64():
-        x = jnp.tile(jnp.asarray(x, dtype)[:, None], columns)
+        x = jnp.tile(jnp.asarray(values, dtype)[:, None], columns)
         same = jax.jit(getattr(scheduling, name))(x)
         assert same.dtype == x.dtype
         wide = dtypes.compute_dtype(dtype)

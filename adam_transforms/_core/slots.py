@@ -138,8 +138,8 @@ def match(params: Params, state: State) -> tuple[list[Parameter], list[tuple[Pla
 
 def owners(params: Params, state: State) -> dict[Path, Path]:
     """{path in the state: path of the parameter} of each slot."""
-    parameters, _ = match(trees.unwrapped(params), trees.unwrapped(state))
-    return {trees.joined(str(s.place), p.path): p.path for p in parameters for s in p.slots}
+    parameters, _ = match(trees.unwrap_variables(params), trees.unwrap_variables(state))
+    return {trees.join_paths(str(s.place), p.path): p.path for p in parameters for s in p.slots}
 
 
 def _is_leaf(node: Any) -> bool:

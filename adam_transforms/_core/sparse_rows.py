@@ -22,9 +22,8 @@ class SparseRows:
     .. math:: G_{r} = \sum_{i:\, \mathrm{indices}_i = r} \mathrm{values}_i
 
     Args:
-      indices: integers (n,), kept in int32: the rows. One that equals `num_rows` is padding: it
-        means nothing, nor does its value. Whatever else lies outside [0, num_rows), negative or
-        not, is treated as padding too.
+      indices: integers (n,), kept in int32: the rows. An index of `num_rows` is padding: it and
+        its value are ignored. An index outside of [0, num_rows), negative or not, becomes padding.
       values: (n, D...), floating or complex, what each adds to its row.
       num_rows: V < 2^31, static: the table's shape is (V, D...).
       unique: static; whether no row is named twice, padding aside.
@@ -32,17 +31,18 @@ class SparseRows:
     Raises:
       TypeError, ValueError: a wrong dtype, shape or number of rows.
 
-    ``params + rows`` adds the rows to a table, so that `optax.apply_updates` and whatever else adds
-    updates to parameters takes them as they are. The sum has the table's dtype, and each row is
-    rounded to it once; rows that it cannot hold (of an integer table, any) are a TypeError.
+    ``params + rows`` adds the rows to a table, so that `optax.apply_updates` and other code that
+    adds updates to parameters works unchanged. The sum has the table's dtype, and each row is
+    rounded to it once. Complex rows on a real table, and any rows on an integer table, are a
+    TypeError.
 
-    As a pytree it keeps its indices in an array that admits no arithmetic: a transformation that
-    maps over leaves without knowing of rows fails when it is traced, where it would have scaled or
-    clipped the indices otherwise.
+    The pytree leaf of the indices is an array of PRNG keys, on which no arithmetic is defined: a
+    transformation that maps over leaves without knowing rows fails when it is traced, instead of
+    scaling or clipping the indices.
 
-    Over a mesh every device gets all n rows, sharded along D as `values` are, and a table that they
-    are added to stays sharded as it was. What comes out of `jax.vmap` is a batch, with leaves
-    (B, n) and (B, n, D...): it can be mapped over again, and nothing else.
+    Over a mesh every device holds all n rows, sharded along D as `values` are, and the sharding of
+    a table that they are added to stays. `jax.vmap` returns a batch, with leaves (B, n) and
+    (B, n, D...): it can be mapped over again, and nothing else.
 
     >>> import jax.numpy as jnp
     >>> rows = SparseRows(jnp.array([2, 0, 2]), jnp.array([[1.0], [2.0], [3.0]]), num_rows=4)
@@ -107,8 +107,8 @@ class SparseRows:
         return self._scatter_add(zeros, values, explicit_sharding(values)).astype(self.dtype)
 
     def sum_duplicates(self) -> "SparseRows":
-        """The same gradient with each row named once, where it is first named, and padding with
-        zeros elsewhere.
+        """The same gradient with unique indices: the first occurrence of a row holds the sum, and
+        later occurrences become padding with value zero.
 
         Sums are taken in at least float32. O(n) time and memory, whatever V.
         """

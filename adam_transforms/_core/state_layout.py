@@ -16,7 +16,7 @@ import optax
 from adam_transforms._core import trees
 from adam_transforms._core.types import State
 
-C = TypeVar("C", bound=type)
+C = TypeVar("C", bound=Any)
 
 
 class Role(enum.Enum):
@@ -28,9 +28,9 @@ class Role(enum.Enum):
     ROW_MASK = "a bool (V,) for some tables, nothing for other parameters"
     LAST_STEP = "an int32 (V,) for some tables: the step after which each row is synchronized"
     BUFFER = "like the gradients: a sum or list of them over several steps"
-    SCALAR = "scalars"
+    SCALAR = "a number, or several: counts, rates, scales"
     SHARED = "arrays that belong to no single parameter"
-    INNER = "the state of an inner transformation"
+    INNER = "a state: of an inner transformation, or a part of this one"
 
 
 PER_ROW = (Role.ROW_MASK, Role.LAST_STEP)
@@ -54,16 +54,28 @@ TABLE: dict[type, dict[str, Field]] = {}
 
 
 def register(**fields: Field | Role) -> Callable[[C], C]:
-    """A class decorator that enters a state class into the table, field by field."""
+    """A class decorator that enters a state class into the table, with all its fields.
+
+    Raises:
+      TypeError: the fields are not those of the class.
+    """
 
     def enter(cls: C) -> C:
-        TABLE[cls] = {
-            name: field if isinstance(field, Field) else Field(field)
-            for name, field in fields.items()
-        }
+        if fields.keys() != set(cls._fields):
+            own, given = ", ".join(cls._fields), ", ".join(fields)
+            raise TypeError(f"the fields of {cls.__name__} are {own}, got {given}")
+        _enter(cls, **fields)
         return cls
 
     return enter
+
+
+def _enter(cls: type, **fields: Field | Role) -> None:
+    TABLE[cls] = {
+        name: field if isinstance(field, Field) else Field(field)
+        for name, field in fields.items()
+        if name in cls._fields  # which differ between versions of Optax
+    }
 
 
 COUNT = Field(Role.SCALAR, metric="count")
@@ -74,20 +86,21 @@ _INJECTED = {
     "hyperparams_states": Role.SCALAR,
     "inner_state": Role.INNER,
 }
-register(count=COUNT, mu=Role.SLOT, nu=Role.SLOT)(optax.ScaleByAdamState)
-register(count=COUNT, mu=Role.SLOT, nu=Role.SLOT, nu_max=Role.SLOT)(optax.ScaleByAmsgradState)
-register(count=Role.SCALAR, grad_acc=Role.BUFFER)(optax.ApplyEvery)
-register(
+_enter(optax.ScaleByAdamState, count=COUNT, mu=Role.SLOT, nu=Role.SLOT)
+_enter(optax.ScaleByAmsgradState, count=COUNT, mu=Role.SLOT, nu=Role.SLOT, nu_max=Role.SLOT)
+_enter(optax.ApplyEvery, count=Role.SCALAR, grad_acc=Role.BUFFER)
+_enter(
+    optax.MultiStepsState,
     mini_step=_MINI_STEP,
     gradient_step=Role.SCALAR,
     inner_opt_state=Role.INNER,
     acc_grads=Role.BUFFER,
     skip_state=Role.SCALAR,
-)(optax.MultiStepsState)
-register(**_INJECTED)(optax.InjectHyperparamsState)
-register(**_INJECTED)(optax.InjectStatefulHyperparamsState)
-
+)
 INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+for _injected in INJECTED:
+    _enter(_injected, **_INJECTED)
+
 _GROUPS = (optax.PartitionState, optax.MultiTransformState)
 
 

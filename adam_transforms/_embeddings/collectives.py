@@ -1,4 +1,4 @@
-"""Row gradients of several devices added up."""
+"""Row gradients summed over devices."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,16 +22,16 @@ def all_reduce_rows(grads: Any, axis_name: Any, *, average: bool = False) -> Any
       average: divide by the number N of devices along the axes.
 
     Returns:
-      The tree with the same on every device. A `SparseRows` of n rows becomes one of N n rows, not
-      unique: all devices' rows one after the other, so that time and memory are O(N n), whatever V.
-      None stays None, and dtypes stay.
+      The tree, equal on every device. A `SparseRows` of n rows becomes one of N n rows, not unique:
+      the rows of all devices, concatenated, in O(N n) time and memory, whatever V. None stays None,
+      and dtypes stay.
 
     Raises:
       NameError: no axis of that name is mapped.
 
-    With ``check_vma=True``, its default, `jax.shard_map` follows which values differ between
-    devices, and `jax.grad` itself sums the gradient of what does not: such leaves are the sum as
-    they come, and are only divided by N. What is returned does not differ by its type either.
+    With ``check_vma=True``, its default, `jax.shard_map` tracks which values vary over devices, and
+    `jax.grad` itself sums the gradient of a value that does not vary. Such a leaf is already the
+    sum, and is only divided by N. The type of the result does not vary over the axes either.
 
     >>> import jax.numpy as jnp
     >>> from adam_transforms import SparseRows
@@ -64,18 +64,18 @@ def all_reduce_rows(grads: Any, axis_name: Any, *, average: bool = False) -> Any
 
 
 def _all_gather(x: jax.Array, axes: tuple[str, ...], tracked: bool) -> jax.Array:
-    """All devices' `x` along axis 0; where JAX follows what varies over the axes, this does not."""
+    """`x` of all devices, concatenated along axis 0; its type does not vary over the axes."""
     if not tracked:
         return jax.lax.all_gather(x, axes, tiled=True)
     x = as_varying(x, axes)
-    if hasattr(jax.lax, "all_gather_invariant"):  # as it was called at first
+    if hasattr(jax.lax, "all_gather_invariant"):  # its first name
         return getattr(jax.lax, "all_gather_invariant")(x, axes, tiled=True)  # noqa: B009
     return jax.lax.all_gather(x, axes, tiled=True, to="invarying")
 
 
 def varying_axes(aval: Any) -> tuple[str, ...]:
-    """The mesh axes over which an array of this type differs between devices, as far as known."""
-    if hasattr(aval, "vma"):  # as it was called at first
+    """The mesh axes that an array of this type varies over, as far as JAX tracks it."""
+    if hasattr(aval, "vma"):  # its first name
         return tuple(aval.vma)
     return tuple(aval.manual_axis_type.varying)
 

@@ -35,24 +35,23 @@ class FreezeRowsState(NamedTuple):
 def freeze_rows(
     inner: optax.GradientTransformation, rows: Mapping[str | re.Pattern[str], Any]
 ) -> optax.GradientTransformationExtraArgs:
-    """Some rows of tables never move, and their slots stay as they are (PyTorch's padding_idx).
+    """Keeps some rows of tables, and their slots, unchanged (PyTorch's padding_idx).
 
-    `inner` sees no gradient of a frozen row: zeros, or padding in a row gradient. So the row counts
-    for nothing in a norm. Whatever else would move it - momentum from before, weight decay, an
-    average that overwrites - is kept from it and from its slots.
+    `inner` sees no gradient of a frozen row: zeros, or padding in a row gradient. A norm therefore
+    does not include the row. Nothing else moves the row or its slots either: earlier momentum,
+    weight decay, or an average that overwrites.
 
     Args:
-      inner: any transformation: all that moves the parameters, learning rate and decay included.
-      rows: for a regular expression, searched for in the path, what to freeze of the tables (V,
-        D...) that it finds: a row or several (integers in [0, V), a range), or a boolean mask (V,),
-        which may be shorter: what comes after moves. Of a table that several expressions find, the
-        rows of all.
+      inner: the whole optimizer, learning rate and weight decay included.
+      rows: {regular expression, searched for in the path: rows of the tables (V, D...) that it
+        matches}. Rows are one or several integers in [0, V), a range, or a boolean mask (V,); a
+        shorter mask leaves the rows behind it unfrozen. Several expressions may match one table.
 
     Returns:
       A transformation with `FreezeRowsState`; `update` needs `params`. It works around `lazy` and
-      inside it. With row gradients its time is O(rows touched), without an array of the table's
-      size; with a dense gradient the rows are selected in the same pass as the update. Wrappers
-      that hold steps back go around it: ``accumulate(freeze_rows(lazy(chain), rows), every)``.
+      inside it. With row gradients it takes O(rows touched) time and no array of the table's size;
+      with a dense gradient the rows are selected in the same pass as the update. Wrappers that hold
+      steps back go around it: ``accumulate(freeze_rows(lazy(chain), rows), every)``.
 
     Raises:
       ValueError: an expression finds no parameter, or a scalar; a row lies outside the table;
@@ -60,8 +59,8 @@ def freeze_rows(
         `deferred_adam` inside decays the table, which moves idle rows.
       TypeError: rows are given as something else.
 
-    Rows of a table of `deferred_adam` are to be frozen from the start: one that has momentum left
-    goes on until it is spent.
+    Freeze rows of a table of `deferred_adam` from the start: a row with momentum left moves until
+    the momentum is spent.
 
     >>> import jax.numpy as jnp, optax
     >>> tx = freeze_rows(optax.adamw(0.1), {"embedding": 0})
@@ -113,12 +112,12 @@ def freeze_rows(
         }
         names = ("the parameters", "the updates of `inner`")
         moved, treedef = trees.align(params, updates, names=names)
-        # A deferred row whose turn it is has missed nothing if it is frozen.
+        # A frozen row has no pending updates: its round-robin update is zero.
         kept = [
             u if u is None or mask is None or path in deferred else _mask_rows(mask, u)
             for (path, _, u), mask in zip(moved, masks, strict=True)
         ]
-        # Rows that are padding have touched no slot.
+        # A row update leaves the slots of frozen rows alone: in it they are padding.
         dense = {
             i: mask
             for i, (mask, u) in enumerate(zip(masks, kept, strict=True))

@@ -123,8 +123,8 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
             return [*treedef.flatten_up_to(updates), *new]
 
         table_of = [*(i if i in rows else None for i in range(k)), *(s.table for s in leaves)]
-        task = _Task(update_leaves, rows, table_of)
-        new_updates, new_state = task.run(values, [*param_leaves], state_leaves)
+        row_update = _RowUpdate(update_leaves, rows, table_of)
+        new_updates, new_state = row_update.run(values, [*param_leaves], state_leaves)
         for i, of_table in rows.items():
             new_updates[i] = of_table.with_values(new_updates[i])
         return treedef.unflatten(new_updates), LazyState(state_def.unflatten(new_state))
@@ -136,7 +136,7 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
 _Leaves = list[Any]
 
 
-class _Task(NamedTuple):
+class _RowUpdate(NamedTuple):
     """An update of some rows of some tables.
 
     Attributes:
@@ -201,8 +201,8 @@ class _Task(NamedTuple):
             n = self.rows[table].values.shape[0]
             return jax.ShapeDtypeStruct((n, *jnp.shape(x)[1:]), jnp.result_type(x))
 
-        later = map(abstract_rows, [*params, *state], self.table_of)
-        return as_row_function(self.update, [*gradients, *later], tables, self.table_of)
+        rest = map(abstract_rows, [*params, *state], self.table_of)
+        return as_row_function(self.update, [*gradients, *rest], tables, self.table_of)
 
     def in_blocks(
         self,

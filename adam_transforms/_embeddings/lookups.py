@@ -1,7 +1,7 @@
 """Where a program reads the rows of a table.
 
 `follow` goes through a jaxpr, equation by equation, from the tables among its inputs to the
-equations that read their rows. `taps` runs the jaxpr again by the steps found here.
+equations that read their rows (`_READS`). `taps` runs the jaxpr again by the actions found here.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from adam_transforms._embeddings.collectives import varying_like
 from adam_transforms._xla.jaxprs import CALLS, CHECKPOINTS, Literal, open_jaxpr
 
-# Equations that give each operand back, its rows as they were; `stop_gradient` is not among them.
+# Operations that return each operand with its rows unchanged; `stop_gradient` is not among them.
 _KEEP_ROWS = {
     "copy",
     "copy_p",
@@ -32,8 +32,8 @@ _KEEP_ROWS = {
 class Read(NamedTuple):
     """An equation that reads n rows of a table."""
 
-    table: int  # which leaf
-    aval: Any  # what is read
+    table: int  # the position of the table among the leaves
+    aval: Any  # of the equation's output
     indices: Callable[..., jax.Array]  # from the equation's inputs to int32 (n,)
     # From an array like `aval`, the sharding of D and a dtype to (n, D...).
     values: Callable[..., jax.Array]
@@ -57,62 +57,66 @@ class Read(NamedTuple):
         return jax.sharding.use_abstract_mesh(mesh)
 
 
-# A jaxpr has a step for each equation: None to run it as it is, the `Read` that it is, what it
-# does to a table on the way to one, or the list of the steps of the body that it calls.
+# `follow` returns one action for each equation: None (run it unchanged), a `Read`, CAST or KEPT
+# (the output is the table, cast or unchanged), or a list (the actions of the jaxpr that it calls).
 CAST, KEPT = "cast", "kept"
 
 
 def follow(
-    jaxpr: Any, inputs: Sequence[int | None], others: dict[int, str]
+    jaxpr: Any, inputs: Sequence[int | None], other_uses: dict[int, str]
 ) -> tuple[list[Any], list[int | None]]:
-    """The steps of a jaxpr with tables among its `inputs`, and which of its outputs are tables."""
+    """The actions of a jaxpr with tables among its inputs, and which of its outputs are tables.
+
+    Args:
+      inputs: for each input the table that it is, or None.
+      other_uses: gets, for each table, the first operation that uses it other than by rows.
+    """
     table_of: dict[Any, int | None] = dict(zip(jaxpr.invars, inputs, strict=True))
-    steps: list[Any] = []
+    actions: list[Any] = []
     for eqn in jaxpr.eqns:
         tables = [None if isinstance(x, Literal) else table_of.get(x) for x in eqn.invars]
         name = eqn.primitive.name
-        step, outputs = None, []
+        action, outputs = None, []
         if all(table is None for table in tables) or name == "stop_gradient":
             pass
         elif name in _KEEP_ROWS:
-            step, outputs = KEPT, tables[: len(eqn.outvars)]
+            action, outputs = KEPT, tables[: len(eqn.outvars)]
         elif name == "convert_element_type" and _is_inexact(eqn.outvars[0].aval):
-            step, outputs = CAST, tables
+            action, outputs = CAST, tables
         elif name in CALLS | CHECKPOINTS:
-            step, outputs = follow(open_jaxpr(eqn.params["jaxpr"])[0], tables, others)
+            action, outputs = follow(open_jaxpr(eqn.params["jaxpr"])[0], tables, other_uses)
         elif tables[0] is not None and not any(t is not None for t in tables[1:]):
-            step = _as_read(eqn, tables[0])
-            if step is None:
-                others.setdefault(tables[0], name)
+            action = _as_read(eqn, tables[0])
+            if action is None:
+                other_uses.setdefault(tables[0], name)
         else:
             for table in tables:
                 if table is not None:
-                    others.setdefault(table, name)
-        steps.append(step)
+                    other_uses.setdefault(table, name)
+        actions.append(action)
         table_of.update(zip(eqn.outvars, outputs, strict=False))
-    return steps, [None if isinstance(x, Literal) else table_of.get(x) for x in jaxpr.outvars]
+    return actions, [None if isinstance(x, Literal) else table_of.get(x) for x in jaxpr.outvars]
 
 
 def _is_inexact(aval: Any) -> bool:
     return jnp.issubdtype(aval.dtype, jnp.inexact)
 
 
-def all_reads(steps: Sequence[Any]) -> list[Read]:
-    """The reads, in the order they are made in."""
+def all_reads(actions: Sequence[Any]) -> list[Read]:
+    """The reads, in the order of the program."""
     reads = []
-    for step in steps:
-        if isinstance(step, Read):
-            reads.append(step)
-        elif isinstance(step, list):
-            reads += all_reads(step)
+    for action in actions:
+        if isinstance(action, Read):
+            reads.append(action)
+        elif isinstance(action, list):
+            reads += all_reads(action)
     return reads
 
 
 def _as_read(eqn: Any, table: int) -> Read | None:
-    """The equation as a read of whole rows of its first operand, if it is one."""
+    """The equation as a read of whole rows of its first operand; None if it is no such read."""
     operand, out = eqn.invars[0].aval, eqn.outvars[0].aval
-    parse = {"gather": _gather, "dynamic_slice": _dynamic_slice, "slice": _slice}
-    parsed = parse.get(eqn.primitive.name, lambda eqn, shape: None)(eqn, operand.shape)
+    parsed = _READS.get(eqn.primitive.name, lambda eqn, shape: None)(eqn, operand.shape)
     if parsed is None:
         return None
     indices, order = parsed
@@ -182,6 +186,11 @@ def _slice(eqn: Any, shape: Sequence[int]) -> Any:
     return lambda operand: jnp.full((1,), start[0], jnp.int32), tuple(range(len(shape)))
 
 
+# The accepted reads: from an equation and the table's shape to (the function from its inputs to
+# indices, the axes of its output with the row axes first), or None if it reads no whole rows.
+_READS = {"gather": _gather, "dynamic_slice": _dynamic_slice, "slice": _slice}
+
+
 def _as_indices(ids: jax.Array, num_rows: int, clip: bool) -> jax.Array:
     """int32 indices, those outside the table clipped or made padding."""
     if jnp.iinfo(ids.dtype).bits < 32:
@@ -196,8 +205,8 @@ def _as_indices(ids: jax.Array, num_rows: int, clip: bool) -> jax.Array:
 
 
 def replicated(x: jax.Array, spec: Sequence[Any] = ()) -> jax.Array:
-    """On every device but for `spec`, if a mesh is explicit: where the rows of several reads are
-    joined, their shardings must agree."""
+    """`x` on every device, except for the axes in `spec`, if the mesh is explicit: the rows of
+    several reads can be concatenated only if their shardings agree."""
     mesh = jax.sharding.get_abstract_mesh()
     if jax.sharding.AxisType.Explicit in mesh.axis_types:
         return jax.sharding.reshard(x, jax.sharding.PartitionSpec(*spec))

@@ -1,4 +1,4 @@
-"""Tables that grow, with all that mirrors them."""
+"""Tables with more rows, and the optimizer state for them."""
 
 import operator
 from collections.abc import Callable, Mapping
@@ -23,13 +23,14 @@ from adam_transforms._embeddings.deferred.sync import catch_up
 
 
 def resize(params: Any, state: Any, rows: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Tables with more rows, and the optimizer state that belongs to them: a vocabulary that grows.
+    """Tables with more rows, and the optimizer state for them: a vocabulary that grows.
 
-    The state is what ``tx.init`` makes for the larger parameters, with the old rows in it: a slot's
-    new rows are zeros, an average's and a master's are the table's. A new row of a table of
-    `deferred_adam` owes nothing, and the old ones go on owing what they owe (those whose turn to be
-    made up for would now come too late are brought up to date). Rows collected by `accumulate` stay
-    collected. All other leaves are the same arrays as before.
+    The state is that of ``tx.init`` for the larger parameters, with the old rows in it. The new
+    rows of a slot are zeros; those of a copy (`master_weights`) are the table's; those of an
+    average are the table's times its weight. A new row of a table of `deferred_adam` has no pending
+    updates. Pending updates of old rows stay pending, unless the larger table would delay the row's
+    round-robin turn beyond the stored history; such rows are synchronized now. Rows collected by
+    `accumulate` stay collected. All other leaves are the same arrays as before.
 
     Args:
       params: the parameters that `state` belongs to.
@@ -39,7 +40,7 @@ def resize(params: Any, state: Any, rows: Mapping[str, Any]) -> tuple[Any, Any]:
 
     Returns:
       (params, state). Shapes have changed: a jitted step compiles once more, and a model that
-      states the size of its table is to be made anew. A table that is sharded stays so.
+      contains the size of its table must be built again. A sharded table stays sharded.
 
     Raises:
       ValueError: a path is of no table; fewer rows than there are (what they hold would be lost);
@@ -47,9 +48,9 @@ def resize(params: Any, state: Any, rows: Mapping[str, Any]) -> tuple[Any, Any]:
         recognisably kept by its rows: it is named.
       TypeError: neither a number nor an array; called while tracing.
 
-    A slot is known by its path, which ends in the table's, and its length. Zeros are how Adam's and
-    most other slots start; those that start otherwise (Adagrad's accumulator, at 0.1 in Optax) are
-    to be filled by the caller.
+    A slot is recognised by its path, which ends in the table's, and by its length. Adam's and most
+    other slots start at zero; the caller fills those that do not (Adagrad's accumulator starts at
+    0.1 in Optax).
 
     >>> import jax.numpy as jnp, optax
     >>> tx = optax.adam(0.1)
@@ -110,11 +111,17 @@ def _rows_to_append(path: str, table: Any, more: Any) -> jax.Array:
 
 
 class _Growth(NamedTuple):
-    """What grows."""
+    """The tables that grow.
 
-    shapes: dict[str, tuple[int, ...]]  # that each parameter had
-    new_rows: dict[str, jax.Array]  # to append to each table that grows
-    owners: dict[str, str]  # the parameter that the slot at a path in the state belongs to
+    Attributes:
+      shapes: the old shape of each parameter.
+      new_rows: the rows to append to each table.
+      owners: for the path of each slot in the state, the parameter that it belongs to.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    new_rows: dict[str, jax.Array]
+    owners: dict[str, str]
 
 
 # From the rows appended to a table, and a leaf that mirrors it, to the rows to append to that.
@@ -126,10 +133,10 @@ def _zeros(appended: jax.Array, x: Any) -> jax.Array:
 
 
 def _grown(growth: _Growth, path: str, state: Any, fill: _Fill = _zeros) -> Any:
-    """A state, or a part or a leaf of one, which lies at `path`, with more rows."""
+    """A state, or a part of one, at `path`, with more rows."""
 
     def below(name: str, tree: Any, fill: _Fill = fill) -> Any:
-        return _grown(growth, trees.joined(path, name), tree, fill)
+        return _grown(growth, trees.join_paths(path, name), tree, fill)
 
     def is_apart(x: Any) -> bool:
         return x is not state and isinstance(x, (*state_layout.TABLE, SparseRows))
@@ -218,21 +225,21 @@ def _append(path: str, x: Any, appended: jax.Array) -> jax.Array:
 def _overdue_caught_up(
     params: Any, state: Any, new_rows: Mapping[str, jax.Array]
 ) -> tuple[Any, Any]:
-    """(params, state) with the deferred rows up to date that would otherwise wait too long.
+    """(params, state) with those deferred rows synchronized that would otherwise wait too long.
 
-    A step brings the rows up to date whose turn it is, which depends on the length of the table;
-    and the ring remembers a limited number of steps.
+    The round robin's period depends on the length of the table, and the history has a limited
+    number of steps.
     """
     for found in trees.find_states(state, DeferredAdamState):
         for path, idle in idle_tables(found).items():
             if path not in new_rows:
                 continue
-            num_rows, remembered = idle.last_step.shape[0], idle.history.weights.shape[0]
+            num_rows, stored = idle.last_step.shape[0], idle.history.weights.shape[0]
             size = num_rows + new_rows[path].shape[0]
-            period, length = round_robin_schedule(size, remembered)
+            period, length = round_robin_schedule(size, stored)
             turn = np.arange(num_rows) // length
             due = int(found.count) + (turn - int(found.count)) % period
-            overdue = np.flatnonzero(due - np.asarray(idle.last_step) >= remembered)
+            overdue = np.flatnonzero(due - np.asarray(idle.last_step) >= stored)
             if overdue.size:
                 params, state = catch_up(params, state, {path: overdue})
     return params, state

@@ -1,7 +1,8 @@
 """Many rows, updated in blocks that fit into a CPU's caches.
 
 XLA keeps every (n, D) intermediate result in memory of its own. Beyond some 32 MB the system maps
-that memory anew, page by page, at each call, which can take most of a step's time.
+that memory anew, page by page, at each call, which can take most of a step's time. Whether a chain
+may be run in blocks is decided by `_xla.row_independence`.
 """
 
 import math

@@ -62,12 +62,16 @@ class TracedTable:
 
 
 def run_with_taps(
-    jaxpr: Any, consts: Sequence[Any], steps: Sequence[Any], inputs: Sequence[Any], taps: list[Any]
+    jaxpr: Any,
+    consts: Sequence[Any],
+    actions: Sequence[Any],
+    inputs: Sequence[Any],
+    taps: list[Any],
 ) -> tuple[list[Any], list[jax.Array]]:
     """Runs a jaxpr, adding the first of `taps` to its first read and so on.
 
     Args:
-      steps: of `follow`.
+      actions: of `follow`.
       inputs: arrays, and a `TracedTable` for each deferred table.
 
     Returns:
@@ -78,57 +82,57 @@ def run_with_taps(
 
     read = lambda x: env[x].whole() if isinstance(env[x], TracedTable) else env[x]  # noqa: E731
     indices: list[jax.Array] = []
-    pairs = zip(jaxpr.eqns, steps, strict=True)
+    pairs = zip(jaxpr.eqns, actions, strict=True)
     for is_plain, group in itertools.groupby(pairs, lambda pair: pair[1] is None):
         if is_plain:
             env |= run_equations(jaxpr, [eqn for eqn, _ in group], read)
             continue
-        for eqn, step in group:
+        for eqn, action in group:
             values = [x.val if isinstance(x, Literal) else env[x] for x in eqn.invars]
-            outputs, found = _run_step(jaxpr, eqn, step, values, taps[len(indices) :])
+            outputs, found = _run_action(jaxpr, eqn, action, values, taps[len(indices) :])
             env |= zip(eqn.outvars, outputs, strict=True)
             indices += found
     outputs = [x.val if isinstance(x, Literal) else read(x) for x in jaxpr.outvars]
     return outputs, indices
 
 
-def _run_step(
-    jaxpr: Any, eqn: Any, step: Any, values: Sequence[Any], taps: list[Any]
+def _run_action(
+    jaxpr: Any, eqn: Any, action: Any, values: Sequence[Any], taps: list[Any]
 ) -> tuple[Sequence[Any], list[jax.Array]]:
     """One equation that reads a table, or passes one on: its outputs, and the indices of its
     reads."""
-    if step is not CAST and step is not KEPT and not isinstance(step, Read):
-        return _call(eqn, step, values, taps)
+    if isinstance(action, list):
+        return _call(eqn, action, values, taps)
     tables = [x if isinstance(x, TracedTable) else TracedTable(x) for x in values]
     table, *ids = tables[0], *values[1:]
-    if step is CAST:
+    if action is CAST:
         casts = (*table.casts, eqn.outvars[0].aval.dtype)
         return [dataclasses.replace(table, casts=casts)], []
-    if step is KEPT:
+    if action is KEPT:
         kept = run_equation(jaxpr, eqn, [x.table for x in tables])
         return [dataclasses.replace(of, table=x) for x, of in zip(kept, tables, strict=False)], []
-    with step.mesh():
-        rows = step.indices(table.table, *ids)
+    with action.mesh():
+        rows = action.indices(table.table, *ids)
         (read,) = run_equation(jaxpr, eqn, [table.table, *ids])
         if table.read_now is not None:
-            read = table.synchronize(step, read, rows)
+            read = table.synchronize(action, read, rows)
         if table.casts:
             read = table.cast(read)
         read = read + taps[0]
     return [read], [rows]
 
 
-def _call(eqn: Any, steps: Sequence[Any], values: Sequence[Any], taps: list[Any]) -> Any:
+def _call(eqn: Any, actions: Sequence[Any], values: Sequence[Any], taps: list[Any]) -> Any:
     """The body of a call with reads in it; a checkpointed body stays checkpointed."""
     body, consts = open_jaxpr(eqn.params["jaxpr"])
 
     def run(values: Sequence[Any], taps: list[Any]) -> Any:
-        return run_with_taps(body, consts, steps, values, taps)
+        return run_with_taps(body, consts, actions, values, taps)
 
     if eqn.primitive.name in CHECKPOINTS:
         params = eqn.params
         run = jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])
-    return run(values, taps[: len(all_reads(steps))])
+    return run(values, taps[: len(all_reads(actions))])
 
 
 def _in_this_mesh(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Gradients of tables by the rows read, of unmodified functions.
+"""Row gradients of unmodified functions.
 
 The function is traced to a jaxpr (1). `lookups` follows each table in it to the reads of its rows,
 and the tables are chosen (2). `taps` runs the jaxpr again with a zero array added to every read
@@ -34,34 +34,32 @@ def value_and_grad(
 
     .. math:: G_{r} = \sum_{i:\, \mathrm{id}_i = r} \partial L / \partial\,\mathrm{read}_i
 
-    over all of the table's reads in the loss L, each row summed in at least float32. Time and
-    memory are O(rows read), whatever V. ``table[ids]``, ``table[3]``,
-    ``jnp.take(table, ids, axis=0)`` and the `Embed` of Flax linen and NNX are reads, also inside
-    `jax.jit`, `jax.vmap` and `jax.checkpoint` (which keeps its effect), and also of a table that
-    is cast to another dtype first.
+    over all reads of the table in the loss L, each row summed in at least float32. Time and memory
+    are O(rows read), whatever V. Reads are ``table[ids]``, ``table[3]``,
+    ``jnp.take(table, ids, axis=0)`` and the `Embed` of Flax linen and NNX; also inside `jax.jit`,
+    `jax.vmap` and `jax.checkpoint` (which keeps its effect), and of a table that is cast to another
+    dtype first.
 
     Args:
       fun: as for `jax.value_and_grad`: it returns a scalar, or (scalar, anything) with `has_aux`.
-        Unlike there it is traced: its Python code cannot branch on the values it differentiates.
+        It is traced: its Python code cannot branch on the values that are differentiated.
       argnums: which positional arguments to differentiate: one index, or several for a tuple of
         gradients.
       has_aux: whether `fun` returns a pair.
-      tables: which leaves, all (V, D...), get a row gradient. ``"auto"``: those that are read by
-        row and are not used in any other way (for an empty array of ids jnp reads nothing, and a
-        leaf that is not used stays dense). Or one regular expression or several, searched for in
-        the leaf's path within its argument; or a predicate ``(path, leaf) -> bool`` (what it
-        returns counts as true or false, as in an `if`).
+      tables: the leaves, all (V, D...), that get a row gradient. ``"auto"``: the leaves that are
+        read by row and are not used in any other way (an unused leaf stays dense; for an empty
+        array of ids jnp reads nothing). Or one or several regular expressions, searched for in the
+        leaf's path within its argument; or a predicate ``(path, leaf) -> bool``.
       rows_from: an optimizer state with a `DeferredAdamState` in it, however deep. Its tables are
-        found among the leaves by their paths, get row gradients (and, with ``tables="auto"``, no
-        others do), and are read as they would be if every row were up to date. One that is also
-        used in another way is brought up to date as a whole for it, in O(V), and its gradient is
-        dense.
+        found among the leaves by path and get row gradients; with ``tables="auto"`` no other leaf
+        does. Their rows are read with all pending updates applied. A table that is also used in
+        another way is synchronized as a whole, in O(V), and its gradient is dense.
 
     Returns:
-      A function from `fun`'s arguments to (value, gradient), value being `fun`'s result, and
-      gradient in the structure of the argument. A table's is a `SparseRows` in the table's dtype
-      with unique indices, n being the number of rows read; a selected table that is never read has
-      n = 0. Every other leaf's is what JAX gives.
+      A function from `fun`'s arguments to (value, gradient): `fun`'s result, and a gradient in the
+      structure of the argument. The gradient of a table is a `SparseRows` in the table's dtype with
+      unique indices; n is the number of rows read, 0 for a selected table that is never read. The
+      gradient of any other leaf is JAX's.
 
     Raises:
       ValueError: a pattern matches nothing, or a selected leaf is used in a way other than reading
@@ -70,11 +68,10 @@ def value_and_grad(
         deferred state, two for one table, or one for a table that is no leaf here.
       TypeError: a leaf is not floating or complex, as from JAX.
 
-    Negative ids are rows from the end where jnp reads them so. Indices outside of the table follow
-    the mode of the read: with ``"clip"`` the nearest row gets the gradient, with every other mode
-    it goes nowhere. Uses of a table behind `jax.lax.stop_gradient` are no uses. Inside `shard_map`
-    a row gradient is the share of the rows that this device read; `all_reduce_rows` makes it that
-    of all devices.
+    Negative ids count from the end where jnp reads them so. For indices outside of the table the
+    mode of the read decides: with ``"clip"`` the nearest row gets the gradient, with every other
+    mode no row does. A use behind `jax.lax.stop_gradient` is no use. Inside `shard_map` a row
+    gradient contains the rows that this device read; `all_reduce_rows` sums over devices.
 
     >>> import jax.numpy as jnp
     >>> params = {"table": jnp.ones((5, 2)), "scale": jnp.asarray(2.0)}
@@ -95,13 +92,13 @@ def value_and_grad(
     @functools.wraps(fun)
     def value_and_grad_of(*args: Any, **kwargs: Any) -> Any:
         if not _are_differentiable(args, positions):
-            # JAX's own error, in its own words.
+            # JAX's own error.
             return jax.value_and_grad(fun, argnums, has_aux)(*args, **kwargs)
         leaves, treedef = _leaves(args, positions)
         traced = _trace(fun, has_aux, args, kwargs, positions)
         deferred = _deferred_leaves(rows_from, leaves)
-        steps, chosen = _choose(traced.jaxpr, leaves, select, set(deferred))
-        reads = all_reads(steps)
+        actions, chosen = _choose(traced.jaxpr, leaves, select, set(deferred))
+        reads = all_reads(actions)
 
         def tapped(dense: list[Any], taps: list[Any]) -> Any:
             # Tables are not arguments here: no gradient of one is ever computed.
@@ -110,7 +107,7 @@ def value_and_grad(
                 deferred.get(i, leaf.value) if i in chosen else next(rest)
                 for i, leaf in enumerate(leaves)
             ]
-            outputs, indices = run_with_taps(traced.jaxpr, traced.consts, steps, inputs, taps)
+            outputs, indices = run_with_taps(traced.jaxpr, traced.consts, actions, inputs, taps)
             result = traced.rebuild(outputs)
             value, aux = result if has_aux else (result, None)
             return value, (aux, indices)
@@ -177,8 +174,8 @@ class _Leaf(NamedTuple):
 
 
 class _Traced(NamedTuple):
-    """`fun` as a jaxpr of the leaves of the arguments it is differentiated in; `rebuild` makes its
-    result from the jaxpr's outputs."""
+    """`fun` as a jaxpr of the differentiated leaves; `rebuild` makes its result from the jaxpr's
+    outputs."""
 
     jaxpr: Any
     consts: Sequence[Any]
@@ -207,7 +204,7 @@ def _leaves(args: Sequence[Any], positions: Sequence[int]) -> tuple[list[_Leaf],
 
 
 def _trace(fun: Any, has_aux: bool, args: Any, kwargs: Any, positions: Sequence[int]) -> _Traced:
-    """Traces `fun`; all but the arguments at `positions` stays as it is and is closed over."""
+    """Traces `fun` as a function of the arguments at `positions`; it closes over the others."""
     inputs, treedef = jax.tree.flatten([args[i] for i in positions])
     static: list[Any] = []
 
@@ -223,7 +220,7 @@ def _trace(fun: Any, has_aux: bool, args: Any, kwargs: Any, positions: Sequence[
             )
         outputs, out_tree = jax.tree.flatten(result)
         traced = [isinstance(x, jax.Array) for x in outputs]
-        # What is no JAX array, a string in the auxiliary output say, goes around the jaxpr.
+        # Outputs that are no arrays, such as a string in the auxiliary output, bypass the jaxpr.
         others = [None if is_array else x for x, is_array in zip(outputs, traced, strict=True)]
         static[:] = [out_tree, traced, others]
         return [x for x, is_array in zip(outputs, traced, strict=True) if is_array]
@@ -241,7 +238,7 @@ def _trace(fun: Any, has_aux: bool, args: Any, kwargs: Any, positions: Sequence[
 
 
 def _deferred_leaves(state: Any, leaves: Sequence[_Leaf]) -> dict[int, TracedTable]:
-    """The leaves that are deferred tables, each with what brings the rows read up to date."""
+    """The leaves that are deferred tables, by position."""
     if state is None:
         return {}
     deferred = {}
@@ -250,8 +247,8 @@ def _deferred_leaves(state: Any, leaves: Sequence[_Leaf]) -> dict[int, TracedTab
         if len(found) != 1:
             paths = ", ".join(repr(leaf.path) for leaf in leaves)
             raise ValueError(
-                f"rows_from has a table at {path!r}, of which there must be one among the leaves "
-                f"that are differentiated; these are {paths}"
+                f"rows_from has a table at {path!r}, which must be the path of one differentiated "
+                f"leaf; these are {paths}"
             )
         deferred[found[0]] = TracedTable(leaves[found[0]].value, read_now)
     return deferred
@@ -263,11 +260,13 @@ def _deferred_leaves(state: Any, leaves: Sequence[_Leaf]) -> dict[int, TracedTab
 def _choose(
     jaxpr: Any, leaves: Sequence[_Leaf], select: Any, deferred: set[int]
 ) -> tuple[list[Any], set[int]]:
-    """The steps of `jaxpr`, and which of the leaves are tables.
+    """The actions of `jaxpr` (`follow`), and the positions of the leaves that are tables.
 
     Args:
-      select: from the leaves to the selected ones, which have to be tables; None for "auto".
-      deferred: leaves that are tables if they can be; "auto" stands for these, if there are any.
+      select: from [(path, leaf), ...] to the positions of the selected ones, which must be tables;
+        None for "auto".
+      deferred: positions of deferred tables, which are tables if they are only read by row; "auto"
+        then means these alone.
 
     Raises:
       ValueError: a selected leaf is no table.
@@ -275,27 +274,27 @@ def _choose(
     selected = set() if select is None else select([(leaf.path, leaf.value) for leaf in leaves])
     any_table = select is None and not deferred
     candidates = set(range(len(leaves))) if any_table else selected | deferred
-    steps, others = _plan(jaxpr, candidates)
-    for i in sorted(selected & set(others)):
+    actions, other_uses = _plan(jaxpr, candidates)
+    for i in sorted(selected & set(other_uses)):
         raise ValueError(
-            f"{leaves[i].path!r} is selected by tables, but is not only read by row: "
-            f"the operation {others[i]!r} uses it too. Leave it out of tables for a dense gradient"
+            f"{leaves[i].path!r} is selected by tables, but is not only read by row: the operation "
+            f"{other_uses[i]!r} uses it too. Leave it out of tables for a dense gradient"
         )
-    tables = candidates - set(others)
+    tables = candidates - set(other_uses)
     if any_table:
-        tables &= {read.table for read in all_reads(steps)}
+        tables &= {read.table for read in all_reads(actions)}
     if tables != candidates:
-        # Without what is left dense, so that the calls that only touch that stay as they are.
-        steps, _ = _plan(jaxpr, tables)
-    return steps, tables
+        # Calls that use only dense leaves are left unchanged.
+        actions, _ = _plan(jaxpr, tables)
+    return actions, tables
 
 
 def _plan(jaxpr: Any, candidates: set[int]) -> tuple[list[Any], dict[int, str]]:
-    """The steps, and for each candidate used otherwise the first such operation."""
-    others: dict[int, str] = {}
+    """The actions, and {candidate: the first operation that uses it other than by rows}."""
+    other_uses: dict[int, str] = {}
     inputs = [i if i in candidates else None for i in range(len(jaxpr.invars))]
-    steps, _ = follow(jaxpr, inputs, others)
-    return steps, others
+    actions, _ = follow(jaxpr, inputs, other_uses)
+    return actions, other_uses
 
 
 # ---- (4) row gradients --------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from adam_transforms._xla.platform import on_cpu
 
-# Slots to an index in the hash table: few collisions, and little memory.
-_SLOTS_PER_INDEX = 8
+# Buckets to an index in the hash table: few collisions, and little memory.
+_BUCKETS_PER_INDEX = 8
 # 2^32 over the golden ratio: multiplying by it spreads consecutive indices (Knuth, TAOCP 3, 6.4).
 _MULTIPLIER = 2654435769
 
@@ -23,23 +23,23 @@ def by_sorting(indices: jax.Array) -> jax.Array:
 def by_hashing(indices: jax.Array) -> jax.Array:
     """`first_positions` in O(n).
 
-    Each index writes its position into its slot of a hash table, and the smallest position wins. An
-    index that finds an equal index at the winner's position is settled. The others, which lost
-    their slot to a different index, try again with another hash.
+    Each index writes its position into its bucket of a hash table, and the smallest position wins.
+    An index that finds an equal index at the winner's position is settled. The others, which lost
+    their bucket to a different index, try again with another hash.
     """
     n = indices.size
     if n == 0:
         return jnp.zeros_like(indices)
-    slots = _slots(n)
+    buckets = _num_buckets(n)
 
     def settle(state: tuple[Any, ...]) -> tuple[Any, ...]:
         attempt, is_open, first = state
         salted = indices.astype(jnp.uint32) * jnp.uint32(2) + jnp.uint32(1)
         hashed = salted * (jnp.uint32(_MULTIPLIER) + attempt * jnp.uint32(0x9E3779B2))
         hashed = (hashed ^ (hashed >> 15)) * jnp.uint32(0x85EBCA6B)
-        slot = hashed >> jnp.uint32(33 - slots.bit_length())
-        empty = jnp.full((slots,), n, jnp.int32)
-        winner = _winners(jnp.where(is_open, slot.astype(jnp.int32), slots), empty)
+        bucket = hashed >> jnp.uint32(33 - buckets.bit_length())
+        empty = jnp.full((buckets,), n, jnp.int32)
+        winner = _winners(jnp.where(is_open, bucket.astype(jnp.int32), buckets), empty)
         settled = is_open & (indices[jnp.minimum(winner, n - 1)] == indices) & (winner < n)
         first = jnp.where(settled, winner, first)
         return attempt + jnp.uint32(1), is_open & ~settled, first
@@ -50,23 +50,23 @@ def by_hashing(indices: jax.Array) -> jax.Array:
     return jax.lax.while_loop(lambda state: jnp.any(state[1]), settle, start)[2]
 
 
-def _slots(n: int) -> int:
+def _num_buckets(n: int) -> int:
     """The size of the hash table for n indices, a power of two."""
-    return 1 << max(1, math.ceil(math.log2(max(1, n * _SLOTS_PER_INDEX))))
+    return 1 << max(1, math.ceil(math.log2(max(1, n * _BUCKETS_PER_INDEX))))
 
 
-def _winners(slot: jax.Array, empty: jax.Array) -> jax.Array:
-    """For each of (n,) slots the smallest position that has it; n for a slot out of range.
+def _winners(bucket: jax.Array, empty: jax.Array) -> jax.Array:
+    """For each of (n,) buckets the smallest position that has it; n for a bucket out of range.
 
     Args:
-      empty: (slots,), all n.
+      empty: (buckets,), all n.
     """
-    owner = empty.at[slot].min(jnp.arange(slot.size, dtype=jnp.int32), mode="drop")
-    return owner.at[slot].get(mode="fill", fill_value=slot.size)
+    owner = empty.at[bucket].min(jnp.arange(bucket.size, dtype=jnp.int32), mode="drop")
+    return owner.at[bucket].get(mode="fill", fill_value=bucket.size)
 
 
-_hash = on_cpu(by_sorting)(by_hashing)
-_look_up = on_cpu(lambda indices, empty: by_sorting(indices))(_winners)
+_hash_or_sort = on_cpu(by_sorting)(by_hashing)
+_look_up_or_sort = on_cpu(lambda indices, empty: by_sorting(indices))(_winners)
 
 
 def first_positions(indices: jax.Array, num_rows: int) -> jax.Array:
@@ -78,6 +78,6 @@ def first_positions(indices: jax.Array, num_rows: int) -> jax.Array:
     Noticed by: `test_platforms`.
     """
     n = indices.size
-    if num_rows < _slots(n):  # each row has its own slot
-        return _look_up(indices, jnp.full((num_rows + 1,), n, jnp.int32))
-    return _hash(indices)
+    if num_rows < _num_buckets(n):  # a bucket for each row: nothing collides
+        return _look_up_or_sort(indices, jnp.full((num_rows + 1,), n, jnp.int32))
+    return _hash_or_sort(indices)

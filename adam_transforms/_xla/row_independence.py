@@ -1,8 +1,8 @@
-"""Functions that treat the rows of tables apart, told from those that let rows meet.
+"""Detects row-independent functions: row i of an output depends only on row i of the inputs.
 
-Such a function can be run on some rows at a time. Which ones are is read off the jaxpr: all that
-rows go through must act on each element, or within each row, by itself. Rows may meet only in what
-can be computed beforehand, from whole arrays that are at hand: the norm of all gradients, say.
+Such a function can be run on blocks of rows. The analysis reads the jaxpr: every operation on rows
+must act on each element, or within each row. An operation may combine rows only if all its operands
+can be computed before any block: the norm of all gradients, for example.
 """
 
 import itertools
@@ -14,8 +14,7 @@ import jax.extend.core as jex
 
 from adam_transforms._xla.jaxprs import CALLS, open_jaxpr, run_equation
 
-# An element of the result depends on those in the same place of the operands, which are repeated
-# along axes where they have but one.
+# Element i of the result depends on element i of the operands; axes of size one broadcast.
 _ELEMENTWISE = {
     *("abs", "add", "and", "atan2", "bitcast_convert_type", "cbrt", "ceil", "clamp", "complex"),
     *("conj", "convert_element_type", "copy", "copy_p", "cos", "cosh", "div", "eq", "erf", "exp"),
@@ -27,18 +26,18 @@ _ELEMENTWISE = {
 }
 _REDUCTIONS = {"argmax", "argmin", "reduce_max", "reduce_min", "reduce_prod", "reduce_sum"}
 
-# What a value has to do with rows, if it is not of those of a table: nothing, or it has as many as
-# there are, all alike.
+# Kinds of values that belong to no table: SHARED is not indexed by row; UNIFORM has a row axis
+# along which it is constant.
 _SHARED, _UNIFORM = "shared", "uniform"
 
 
 class RowFunction(NamedTuple):
-    """A function that treats rows apart.
+    """A row-independent function.
 
     Attributes:
-      shared: the outputs that belong to no table, None for the others.
-      of_rows: from a table and, for some rows of it, the inputs that belong to it, in their order,
-        to the outputs that belong to it, in theirs.
+      shared: the outputs that belong to no table; None in place of the others.
+      of_rows: takes a table and, for some of its rows, the inputs that belong to it; returns the
+        outputs that belong to it, for these rows.
     """
 
     shared: list[Any]
@@ -51,13 +50,13 @@ def as_row_function(
     tables: Sequence[int | None],
     out_tables: Sequence[int | None],
 ) -> RowFunction | None:
-    """`fn` as a `RowFunction`; None where it lets rows meet, or may do so for all that is seen.
+    """`fn` as a `RowFunction`. Returns None if rows may interact (conservative).
 
     Args:
-      fn: from arrays to a list of arrays; None may be among either.
-      inputs: arrays, those that belong to a table with all the rows there are, or the shapes of
-        these: only of arrays may rows meet.
-      tables, out_tables: which table each input and output of `fn` belongs to, None if none.
+      fn: takes arrays and returns a list of arrays; None may be among either.
+      inputs: for each input an array, or a `jax.ShapeDtypeStruct` for rows that come later. An
+        operation may combine rows only if it depends on arrays alone.
+      tables, out_tables: the table that each input and output of `fn` belongs to, None if none.
     """
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*inputs)
     program = _Program()
@@ -68,7 +67,7 @@ def as_row_function(
     ]
     try:
         present = iter(program.follow(*open_jaxpr(closed), values))
-    except _RowsMeet:
+    except _RowsInteract:
         return None
     outputs = [program.value(_SHARED, x) if x is None else next(present) for x in shapes]
     for value, table in zip(outputs, out_tables, strict=True):
@@ -93,26 +92,26 @@ def as_row_function(
     )
 
 
-class _RowsMeet(Exception):
+class _RowsInteract(Exception):
     pass
 
 
 class _Value(NamedTuple):
-    """A value on the way through a jaxpr.
+    """A value in a jaxpr.
 
     Attributes:
-      kind: `_SHARED`, `_UNIFORM` or the table whose rows it is of.
-      is_early: whether it can be computed from what is at hand, for all rows.
-      number: tells it from all others.
+      kind: `_SHARED`, `_UNIFORM` or the table that its rows belong to.
+      is_concrete: whether it can be computed from the inputs given as arrays, for all rows.
+      number: distinguishes it from all others.
     """
 
     kind: Any
-    is_early: bool
+    is_concrete: bool
     number: int
 
 
 class _Step(NamedTuple):
-    """An equation of a jaxpr, and the values that it reads and writes."""
+    """An equation of a jaxpr with the values that it reads and writes."""
 
     jaxpr: Any
     eqn: Any
@@ -121,11 +120,11 @@ class _Step(NamedTuple):
 
 
 class _Program:
-    """A jaxpr with its calls opened, and the kind of each value; nothing of it is computed yet.
+    """A jaxpr with its calls inlined and the kind of each value; nothing is computed yet.
 
     Attributes:
-      steps: in order.
-      known: {value: array} of what is at hand.
+      steps: the equations, in order.
+      known: {value: array} of the inputs and constants given as arrays.
     """
 
     def __init__(self) -> None:
@@ -134,15 +133,15 @@ class _Program:
         self.numbers = itertools.count()
 
     def value(self, kind: Any, x: Any) -> _Value:
-        """A new value: an array, or one of which the shape is known."""
-        is_early = not isinstance(x, jax.ShapeDtypeStruct)
-        value = _Value(kind, is_early, next(self.numbers))
-        if is_early:
+        """A new value: an array, or the shape of one that comes later."""
+        is_concrete = not isinstance(x, jax.ShapeDtypeStruct)
+        value = _Value(kind, is_concrete, next(self.numbers))
+        if is_concrete:
             self.known[value] = x
         return value
 
     def shared_by_rows(self) -> list[_Value]:
-        """What must be known before any rows are."""
+        """The shared values that operations on rows need."""
         return [
             value
             for step in self.steps
@@ -154,7 +153,7 @@ class _Program:
     def run(
         self, known: dict[_Value, Any], targets: Iterable[_Value], num_rows: int | None = None
     ) -> dict[_Value, Any]:
-        """What is known after the steps that the targets need, of all rows or of so many."""
+        """`known` with the values that the targets need, for all rows or for `num_rows`."""
         needed, steps = set(targets), []
         for step in reversed(self.steps):
             if needed.intersection(step.outputs).difference(known):
@@ -168,7 +167,7 @@ class _Program:
         return arrays
 
     def follow(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[_Value]) -> list[_Value]:
-        """The outputs of a jaxpr, its steps collected."""
+        """The outputs of a jaxpr; its equations are appended to `steps`."""
         constants = [self.value(_SHARED, x) for x in consts]
         env = dict(zip(jaxpr.constvars, constants, strict=True))
         env.update(zip(jaxpr.invars, inputs, strict=True))
@@ -181,30 +180,30 @@ class _Program:
             if eqn.primitive.name in CALLS:
                 outputs = self.follow(*open_jaxpr(eqn.params["jaxpr"]), values)
             else:
-                kind, is_early = _kind(eqn, values), all(v.is_early for v in values)
-                outputs = [_Value(kind, is_early, next(self.numbers)) for _ in eqn.outvars]
+                kind, is_concrete = _kind(eqn, values), all(v.is_concrete for v in values)
+                outputs = [_Value(kind, is_concrete, next(self.numbers)) for _ in eqn.outvars]
                 self.steps.append(_Step(jaxpr, eqn, values, outputs))
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [value(x) for x in jaxpr.outvars]
 
 
 def _kind(eqn: Any, inputs: Sequence[_Value]) -> Any:
-    """The kind of what an equation puts out."""
-    if eqn.effects or not eqn.outvars:  # to happen once
-        raise _RowsMeet
+    """The kind of an equation's outputs."""
+    if eqn.effects or not eqn.outvars:  # an effect happens once, not once a block
+        raise _RowsInteract
     kinds = {value.kind for value in inputs} - {_SHARED}
     if not kinds:
         return _UNIFORM if _repeats(eqn) else _SHARED
     tables = kinds - {_UNIFORM}
     if len(tables) <= 1 and _keeps_rows_apart(eqn, inputs):
         return tables.pop() if tables else _UNIFORM
-    if all(value.is_early for value in inputs):
+    if all(value.is_concrete for value in inputs):
         return _SHARED
-    raise _RowsMeet
+    raise _RowsInteract
 
 
 def _repeats(eqn: Any) -> bool:
-    """Whether along axis 0 it puts out the same again and again."""
+    """Whether the output is constant along axis 0."""
     if eqn.primitive.name != "broadcast_in_dim" or not eqn.params["shape"]:
         return False
     axes = eqn.params["broadcast_dimensions"]
@@ -212,7 +211,7 @@ def _repeats(eqn: Any) -> bool:
 
 
 def _keeps_rows_apart(eqn: Any, inputs: Sequence[_Value]) -> bool:
-    """Whether each row of what it puts out is made of the same row of what it is given."""
+    """Whether row i of the output depends only on row i of the inputs."""
     name, params = eqn.primitive.name, eqn.params
     rows = eqn.outvars[0].aval.shape[:1]
     repeats = ((), (1,))  # a scalar, or one row for all
@@ -240,7 +239,7 @@ def _keeps_rows_apart(eqn: Any, inputs: Sequence[_Value]) -> bool:
 
 
 def _with_rows(eqn: Any, num_rows: int) -> Any:
-    """The equation for another number of rows."""
+    """The equation, with shapes for another number of rows."""
     sizes = {"broadcast_in_dim": "shape", "reshape": "new_sizes"}.get(eqn.primitive.name)
     if sizes is None:
         return eqn

@@ -101,8 +101,8 @@ def deferred_adam(
     Returns:
       A transformation with `DeferredAdamState`; `update` needs `params`. A table takes a
       `SparseRows` gradient; its update has the rows touched and the rows of the round robin. A
-      gradient of no rows is a step in which all rows are idle. A dense gradient synchronizes the
-      whole table. So does None, and then the step leaves the table and its moments as they are.
+      gradient of no rows is a step in which all rows are idle. A dense gradient or None first
+      applies all pending updates of the whole table. With None, the step itself then adds nothing.
 
     Raises:
       ValueError: b1 >= sqrt(b2), eps = 0, a momentum that outlasts `max_idle`; `tables` matches
@@ -155,7 +155,7 @@ def deferred_adam(
         mask = weight_decay_mask(params) if callable(weight_decay_mask) else weight_decay_mask
         return [bool(flag) for flag in treedef.flatten_up_to(mask)]
 
-    def init(params: Params) -> DeferredAdamState:
+    def init(params: Params) -> State:
         leaves, treedef = trees.flatten_with_paths(params)
         chosen = select(leaves)
         for i in chosen:
@@ -209,8 +209,8 @@ def deferred_adam(
                 g = trees.as_gradient(path, g)
             if path in idle:
                 table = TableRows(jnp.asarray(p), tuple(slots), idle[path].last_step)
-                rule_of_table = functools.partial(step, path, decays)
-                done = _step_table(g, table, idle[path].history, state.count, rule_of_table)
+                step_of_table = functools.partial(step, path, decays)
+                done = _step_table(g, table, idle[path].history, state.count, step_of_table)
                 results.append((done.update, *done.table.slots))
                 last_steps[path] = done.table.last_step
                 tokens.append(done.token)
@@ -218,8 +218,7 @@ def deferred_adam(
                 results.append((None, *slots))
             else:
                 g = trees.as_gradient(path, g)
-                u, *slots = step(path, decays, g, jnp.asarray(p), *slots)
-                results.append((u, *slots))
+                results.append(tuple(step(path, decays, g, jnp.asarray(p), *slots)))
         updates, *new_slots = trees.unzip(results, treedef, 1 + len(old_slots))
         # All that is written into the histories depends on this count.
         count_after_reads = depend_on(count, tokens)
@@ -261,12 +260,12 @@ def _step_table(
         before = table.gather(some)
         entries = gather_history(history, before.last_step, count)
         u, now = _step_rows(some.values, before, entries, count, step)
-        # With `rows_from` the forward pass read the slots before the gradient was there.
+        # With `rows_from` the forward pass reads the slots too; the gradient depends on that.
         reads = jnp.minimum(_token(entries), token(some.values))
         now = table.scatter(some, now._replace(last_step=depend_on(now.last_step, [reads])))
         return u, (now.slots, now.last_step), reads
 
-    def in_blocks(rows: SparseRows, table: TableRows) -> _Stepped:
+    def in_blocks(length: int, rows: SparseRows, table: TableRows) -> _Stepped:
         def block(some: SparseRows, so_far: Any) -> tuple[jax.Array, Any]:
             u, now, _ = at_once(some, TableRows(table.values, *so_far))
             return u, now
@@ -275,8 +274,10 @@ def _step_table(
         return u, now, token(u)
 
     length = block_length(rows)
-    stepped = at_once if length is None else functools.partial(by_platform, in_blocks, at_once)
-    u, now, reads = stepped(rows, table)
+    if length is None:
+        u, now, reads = at_once(rows, table)
+    else:
+        u, now, reads = by_platform(functools.partial(in_blocks, length), at_once, rows, table)
     return _TableStep(rows.with_values(u), TableRows(table.values, *now), reads)
 
 
@@ -297,7 +298,7 @@ def _step_rows(
       (update, the rows after the step, their values as they are).
     """
     pending = before.pending(entries)
-    slots = before.decayed_slots(pending)
+    slots = before.slots_after(pending)
     delta = pending.delta(before.values)
     if g is None:  # the step does not move the table
         u = delta.astype(before.values.dtype)

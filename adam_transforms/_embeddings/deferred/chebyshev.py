@@ -1,4 +1,4 @@
-r"""The interpolation of what an idle row of Adam is owed, in NumPy or JAX; see `_quadrature`.
+r"""The interpolation of an idle row's pending update, in NumPy or JAX; see `missed_updates`.
 
 The terms of the sum after the first K (the `window`) are negligible: the momentum is spent. As a
 function of u = log x, 1/(q + e^u) is analytic in |Im u| < pi whatever q >= 0, so it is interpolated
@@ -126,7 +126,7 @@ def make_rule(
     if enough == len(candidates):
         raise ValueError(
             f"b2 is too small for this b1, got b1={b1:g}, b2={b2:g}: {_MOST_NODES} nodes leave an "
-            f"error of {_error(candidates[-1]):.0e} in what an idle row is owed"
+            f"error of {_error(candidates[-1]):.0e} in the pending update of an idle row"
         )
     return candidates[enough]
 

@@ -158,7 +158,7 @@ class TableRows(NamedTuple):
         mu, nu, *nu_max = self.slots
         return pending_update(entries, mu, nu_max[0] if nu_max else nu)
 
-    def decayed_slots(self, pending: PendingUpdate) -> tuple[jax.Array, ...]:
+    def slots_after(self, pending: PendingUpdate) -> tuple[jax.Array, ...]:
         """The slots after the pending updates."""
         mu, nu, *nu_max = self.slots
         return pending.decay_mu(mu), pending.decay_nu(nu), *nu_max
@@ -167,9 +167,7 @@ class TableRows(NamedTuple):
         """As of step `count`, computed in at least float32."""
         pending = self.pending(gather_history(history, self.last_step, count))
         last_step = jnp.maximum(self.last_step, count)
-        return TableRows(
-            pending.apply_to_params(self.values), self.decayed_slots(pending), last_step
-        )
+        return TableRows(pending.apply_to_params(self.values), self.slots_after(pending), last_step)
 
 
 def slots_by_path(state: DeferredAdamState) -> dict[Path, tuple[jax.Array, ...]]:
