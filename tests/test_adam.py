@@ -450,7 +450,7 @@ def test_a_wrong_argument_is_refused_by_name(make, options, error, message):
             at.scale_by_amsgrad,
             dict(eps_hat=True),
             ValueError,
-            'eps_hat=True goes with max_of="raw"',
+            'eps_hat=True needs max_of="raw"',
         ),
     ],
 )

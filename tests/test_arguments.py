@@ -136,12 +136,6 @@ def test_a_decay_rate_out_of_range_is_refused(value):
         arguments.decay_rate("b1", value)
 
 
-def test_a_hyperparameter_is_read_at_the_count():
-    count = jnp.array(3, jnp.int32)
-    assert arguments.at_count(0.5, count) == 0.5
-    assert int(arguments.at_count(lambda t: 2 * t, count)) == 6
-
-
 # positive_int
 
 

@@ -21,10 +21,10 @@ import adam_transforms as at
 BUDGETS: dict[tuple[str, int], tuple[int, int, int]] = {
     ("adam", 1): (36, 64, 96),
     ("adam", 26): (394, 641, 96),
-    ("lazy_adam", 1): (272, 384, 23_000),
+    ("lazy_adam", 1): (272, 384, 14_600),
     ("lazy_adam", 26): (6_514, 4_400, 370_000),
-    ("deferred_adam", 1): (799, 1_207, 50_000),
-    ("deferred_adam", 26): (15_511, 13_940, 1_111_000),
+    ("deferred_adam", 1): (799, 1_207, 43_000),
+    ("deferred_adam", 26): (15_511, 13_940, 911_000),
 }
 ROWS, WIDTH, TOUCHED = 10_000, 16, 64
 

@@ -11,6 +11,7 @@ import pytest
 from helpers import assert_bits_equal, assert_close, normal, types, x64
 
 import adam_transforms as at
+from adam_transforms._core import trees
 from adam_transforms._transforms.master_weights import MasterWeightsState, master_weights
 
 NARROW = ("bfloat16", "float16")
@@ -253,7 +254,7 @@ def test_lazy_masters_are_a_lazy_float32_run(
         for g in gradients
     ]  # fmt: skip
     trained, state = train(NESTED[nested](inner), params, gradients, APPLY[apply])
-    (found,) = at._trees.find_states(state, MasterWeightsState)
+    (found,) = trees.find_states(state, MasterWeightsState)
     expected, _ = train(at.lazy(inner), in_float32(params), wide)
     assert_close(found.master, expected, rtol=1e-6)
     assert_rounded(trained, found.master)
@@ -284,7 +285,7 @@ def test_rows_changed_by_other_code_start_anew_when_updated(nested: str) -> None
     params, state = train(tx, params, [g])
     params = {"table": params["table"].at[1].set(5.0)}
     _, state = jax.jit(tx.update)(g, state, params)
-    (found,) = at._trees.find_states(state, MasterWeightsState)
+    (found,) = trees.find_states(state, MasterWeightsState)
     np.testing.assert_allclose(found.master["table"][:, 0], [0.998, 4.999, 1, 1], rtol=1e-6)
 
 
@@ -346,8 +347,8 @@ def test_inside_other_wrappers_parameters_stay_the_masters_rounded(
     inner = at.adam(1e-3)
     trained, state = train(wrap(master_weights(inner)), params, gradients)
     expected, _ = train(wrap(inner), in_float32(params), in_float32(gradients))
-    for found in at._trees.find_states(state, MasterWeightsState):
-        for path, master in at._trees.flatten_with_paths(found.master)[0]:
+    for found in trees.find_states(state, MasterWeightsState):
+        for path, master in trees.flatten_with_paths(found.master)[0]:
             if isinstance(master, jax.Array):
                 assert_rounded(trained[path], master)
                 assert_close(master, expected[path], rtol=1e-6)

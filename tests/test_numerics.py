@@ -136,6 +136,15 @@ def test_increment_stays_at_the_largest_integer():
     assert [int(numerics.increment(c)) for c in counts] == [1, 42, largest, largest]
 
 
+# Hyperparameters
+
+
+def test_a_hyperparameter_is_read_at_the_count():
+    count = jnp.array(3, jnp.int32)
+    assert numerics.at_count(0.5, count) == 0.5
+    assert int(numerics.at_count(lambda t: 2 * t, count)) == 6
+
+
 # Norms
 
 
@@ -273,9 +282,9 @@ def test_a_value_comes_out_as_one_of_its_two_neighbours(dtype):
 def test_rounding_is_said_in_a_way_that_no_compiler_leaves_out(dtype, by):
     """XLA for GPUs drops a cast to 16 bits and back."""
     x = jnp.float32(1.0 + 2.0**-9 + 2.0**-12)
-    assert float(dtypes.rounded(x, dtype)) == float(x.astype(dtype))
-    assert by in str(jax.make_jaxpr(lambda x: dtypes.rounded(x, dtype))(x))
-    assert dtypes.rounded(x, jnp.float32) is x
+    assert float(dtypes.round_to(x, dtype)) == float(x.astype(dtype))
+    assert by in str(jax.make_jaxpr(lambda x: dtypes.round_to(x, dtype))(x))
+    assert dtypes.round_to(x, jnp.float32) is x
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

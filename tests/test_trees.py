@@ -92,17 +92,17 @@ def test_variables_come_off_and_go_on_where_another_tree_has_them():
     rows = at.SparseRows(jnp.array([0]), jnp.ones((1, 2)), 3)
     plain = {"a": rows, "b": [1.0, None]}
     wrapped = {"a": Variable(rows), "b": [Variable(1.0), None]}
-    assert trees.unwrapped(wrapped) == plain
-    assert trees.unwrapped(wrapped, lambda x: x is rows) == wrapped | {"a": rows}
+    assert trees.unwrap_variables(wrapped) == plain
+    assert trees.unwrap_variables(wrapped, lambda x: x is rows) == wrapped | {"a": rows}
     for like in (plain, wrapped):
         for tree in (plain, wrapped):
-            assert trees.wrapped_as(like, tree) == like
+            assert trees.wrap_like(like, tree) == like
 
 
 def test_variables_are_no_help_where_more_differs():
     tree = {"a": 1.0}
     for like in ({"b": Variable(1.0)}, {"a": Variable(1.0), "b": 1.0}, Variable(1.0)):
-        assert trees.wrapped_as(like, tree) is tree
+        assert trees.wrap_like(like, tree) is tree
 
 
 # Alignment
@@ -236,22 +236,7 @@ def test_updates_have_the_promotion_of_gradient_and_parameter(gradient, param, e
         assert trees.in_update_dtype(updates, gradients, params)["w"].dtype == expected
 
 
-# Zeros and states
-
-
-def test_zeros_are_like_the_leaves_also_abstract_ones():
-    tree = {
-        "a": jnp.ones((2, 3), jnp.bfloat16),
-        "b": jax.ShapeDtypeStruct((4,), jnp.float32),
-        "c": None,
-    }
-    zeros = trees.zeros_like(tree, lambda dtype: jnp.float32)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), zeros) == {
-        "a": ((2, 3), jnp.float32),
-        "b": ((4,), jnp.float32),
-        "c": None,
-    }
-    assert all(not np.any(x) for x in jax.tree.leaves(zeros))
+# States
 
 
 def test_states_are_found_however_deep():

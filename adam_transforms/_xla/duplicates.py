@@ -16,8 +16,11 @@ _MULTIPLIER = 2654435769
 
 def by_sorting(indices: jax.Array) -> jax.Array:
     """`first_positions` in O(n log n)."""
-    order = jnp.argsort(indices).astype(jnp.int32)  # stable
-    return order[jnp.searchsorted(indices[order], indices, method="scan_unrolled")]
+    order = jnp.argsort(indices).astype(jnp.int32)  # stable: equal indices by position
+    in_order = indices[order]
+    is_first = jnp.concatenate([jnp.ones((1,), bool), in_order[1:] != in_order[:-1]])[: order.size]
+    start = jax.lax.cummax(jnp.where(is_first, jnp.arange(order.size, dtype=jnp.int32), 0))
+    return jnp.zeros_like(order).at[order].set(order[start], unique_indices=True)
 
 
 def by_hashing(indices: jax.Array) -> jax.Array:
