@@ -1,6 +1,8 @@
-"""Whole optimizers in one call: chains of the pieces, in Keras's order of operations."""
+"""Complete optimizers: chains of this package's transformations, in Keras's order of operations."""
 
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
@@ -20,7 +22,7 @@ def adam(
     *,
     eps_hat: bool = False,
     amsgrad: bool = False,
-    max_of: str = "raw",
+    max_of: Literal["raw", "corrected"] = "raw",
     nesterov: bool = False,
     weight_decay: optax.ScalarOrSchedule | None = None,
     weight_decay_mask: Any = None,
@@ -30,14 +32,14 @@ def adam(
     ema: optax.ScalarOrSchedule | None = None,
     ema_overwrite_every: int | None = None,
     accumulate_every: int | None = None,
-    loss_scale: float | jax.Array | str | None = None,
+    loss_scale: float | jax.Array | Literal["dynamic"] | None = None,
     mu_dtype: Any = None,
     nu_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with every option of the Keras constructor, in Keras's order.
 
-    Unscale, accumulate, clip, decay, Adam, average: nothing but this chain, without the parts whose
-    option is None::
+    It is this chain, without the parts whose option is None: unscale, accumulate, clip, Adam,
+    decay, average::
 
         dynamic_loss_scale(                      # loss_scale="dynamic"; static_loss_scale: a number
             accumulate(                          # accumulate_every
@@ -52,24 +54,24 @@ def adam(
             )
         )
 
-    The average sits inside accumulation: it averages the parameters after each real update.
+    The average is inside accumulation: it averages the parameters once in a cycle.
 
     Args:
-      learning_rate: a number, a scalar array, or a schedule ``count -> value``; under accumulation
-        `count` is the number of real updates before this one.
+      learning_rate: a number, a scalar array, or a schedule ``count -> value``; with accumulation
+        `count` is the number of completed cycles.
       b1, b2, eps, eps_hat, nesterov, mu_dtype, nu_dtype: as in `scale_by_adam`.
-      amsgrad, max_of: use `scale_by_amsgrad`, with this maximum.
-      weight_decay: decoupled (AdamW): each update moves p by ``-learning_rate * weight_decay * p``.
-      weight_decay_mask: what decays: a tree of booleans or a function from the parameters to one,
-        e.g. `path_mask`; None for everything.
+      amsgrad, max_of: use `scale_by_amsgrad` with this `max_of`.
+      weight_decay: decoupled (AdamW): each update adds ``-learning_rate * weight_decay * p`` to p.
+      weight_decay_mask: the parameters to decay: a tree of booleans or a function from the
+        parameters to one, e.g. `path_mask`; None for all.
       clip_value, clip_norm, clip_global_norm: at most one of them.
       ema, ema_overwrite_every: as in `params_ema`; read with `ema_params` or `finalize`.
-      accumulate_every: gradients averaged to one update.
+      accumulate_every: the number of gradients averaged for one update.
       loss_scale: a number, or "dynamic" for the defaults of `dynamic_loss_scale`; scale the loss
         with `scale_loss`.
 
     Returns:
-      A transformation; its state is that of the chain shown.
+      A transformation; its state is that of the chain above.
 
     Raises:
       ValueError: an argument is out of range, or options exclude each other.
@@ -91,7 +93,7 @@ def adam(
     True
     """
     options = _Options(**locals())
-    return _wrapped(_chain(options), options)
+    return _add_wrappers(_chain(options), options)
 
 
 def adamw(
@@ -102,7 +104,7 @@ def adamw(
     *,
     eps_hat: bool = False,
     amsgrad: bool = False,
-    max_of: str = "raw",
+    max_of: Literal["raw", "corrected"] = "raw",
     nesterov: bool = False,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     weight_decay_mask: Any = None,
@@ -112,13 +114,13 @@ def adamw(
     ema: optax.ScalarOrSchedule | None = None,
     ema_overwrite_every: int | None = None,
     accumulate_every: int | None = None,
-    loss_scale: float | jax.Array | str | None = None,
+    loss_scale: float | jax.Array | Literal["dynamic"] | None = None,
     mu_dtype: Any = None,
     nu_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`adam` with decoupled weight decay on: 1e-4, as in Optax (PyTorch's default is 1e-2).
+    """`adam` with decoupled weight decay: 1e-4 by default, as in Optax (1e-2 in PyTorch).
 
-    Args, returns and errors are those of `adam`.
+    Arguments, return value and errors are those of `adam`.
 
     >>> import jax.numpy as jnp
     >>> tx = adamw(learning_rate=0.1, weight_decay=0.5)
@@ -127,7 +129,7 @@ def adamw(
     [-0.1...]
     """
     options = _Options(**locals())
-    return _wrapped(_chain(options), options)
+    return _add_wrappers(_chain(options), options)
 
 
 def lazy_adam(
@@ -138,7 +140,7 @@ def lazy_adam(
     *,
     eps_hat: bool = False,
     amsgrad: bool = False,
-    max_of: str = "raw",
+    max_of: Literal["raw", "corrected"] = "raw",
     nesterov: bool = False,
     weight_decay: optax.ScalarOrSchedule | None = None,
     weight_decay_mask: Any = None,
@@ -147,18 +149,18 @@ def lazy_adam(
     clip_global_norm: float | jax.Array | None = None,
     accumulate_every: int | None = None,
     accumulate_like: Any = None,
-    loss_scale: float | jax.Array | str | None = None,
+    loss_scale: float | jax.Array | Literal["dynamic"] | None = None,
     mu_dtype: Any = None,
     nu_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`adam` that updates only the touched rows of a table with a row gradient.
 
-    The chain of `adam` inside `lazy`, and the wrappers around it::
+    The chain of `adam` is inside `lazy`, and the wrappers are around it::
 
         dynamic_loss_scale(accumulate(lazy(chain), accumulate_every, like=accumulate_like))
 
-    Args are those of `adam` (an average of all parameters is not to be had lazily), and:
-      accumulate_like: with `accumulate_every`, what the gradients are like (`accumulate`).
+    The arguments are those of `adam`, without `ema` (an average needs all rows), and:
+      accumulate_like: with `accumulate_every`, a tree like the gradients, as in `accumulate`.
 
     >>> import jax.numpy as jnp, optax
     >>> from adam_transforms import SparseRows
@@ -174,11 +176,11 @@ def lazy_adam(
         raise ValueError("accumulate_like needs accumulate_every, got None")
     like = arguments.pop("accumulate_like")
     options = _Options(**arguments, ema=None, ema_overwrite_every=None)
-    return _wrapped(lazy(_chain(options)), options, like)
+    return _add_wrappers(lazy(_chain(options)), options, like)
 
 
 class _Options(NamedTuple):
-    """What a preset was called with."""
+    """The arguments of a preset."""
 
     learning_rate: Any
     b1: Any
@@ -186,7 +188,7 @@ class _Options(NamedTuple):
     eps: Any
     eps_hat: bool
     amsgrad: bool
-    max_of: str
+    max_of: Literal["raw", "corrected"]
     nesterov: bool
     weight_decay: Any
     weight_decay_mask: Any
@@ -202,7 +204,7 @@ class _Options(NamedTuple):
 
 
 def _chain(options: _Options) -> optax.GradientTransformationExtraArgs:
-    """Clip, Adam, decay, learning rate, average: what is there of them."""
+    """Clip, Adam, decay, learning rate, average, each if its option is given."""
     o = options
     arguments.scalar_or_schedule("learning_rate", o.learning_rate)
     chain: list[Any] = [*_clips(o), _moments(o)]
@@ -224,7 +226,7 @@ def _chain(options: _Options) -> optax.GradientTransformationExtraArgs:
 
 
 def _clips(options: _Options) -> list[Any]:
-    """The clipping asked for, of which there is one kind at most."""
+    """The clipping transformation, if any; at most one is allowed."""
     clips = {
         name: clip(arguments.scalar(name, limit, above=0.0))
         for name, clip, limit in (
@@ -240,7 +242,7 @@ def _clips(options: _Options) -> list[Any]:
 
 
 def _moments(options: _Options) -> optax.GradientTransformationExtraArgs:
-    """Adam or AMSGrad."""
+    """`scale_by_adam` or `scale_by_amsgrad`."""
     o = options
     if arguments.flag("amsgrad", o.amsgrad) and arguments.flag("nesterov", o.nesterov):
         raise ValueError("amsgrad and nesterov exclude each other, got both")
@@ -252,7 +254,7 @@ def _moments(options: _Options) -> optax.GradientTransformationExtraArgs:
 
 
 def _check_mask(mask: Any) -> None:
-    """Refuses what `optax.masked` would take for true."""
+    """Refuses non-boolean leaves, which `optax.masked` would treat as True."""
     if not callable(mask) and not all(isinstance(leaf, bool) for leaf in jax.tree.leaves(mask)):
         raise TypeError(
             "weight_decay_mask must be a tree of booleans or a function from the parameters to one "
@@ -260,10 +262,10 @@ def _check_mask(mask: Any) -> None:
         )
 
 
-def _wrapped(
+def _add_wrappers(
     tx: optax.GradientTransformationExtraArgs, options: _Options, like: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Accumulation and the loss scale around a chain, if they are asked for."""
+    """Wraps a chain in accumulation and loss scaling, each if its option is given."""
     every, scale = options.accumulate_every, options.loss_scale
     if every is not None:
         every = arguments.positive_int("accumulate_every", every)

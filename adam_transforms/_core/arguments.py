@@ -1,7 +1,7 @@
-"""Checks of what a caller passes in. Messages name the argument, what was expected and what came.
+"""Checks of arguments. Errors name the argument, the expected value and the actual value.
 
-A hyperparameter is a Python number, a scalar array (which may be a tracer), or a schedule
-``count -> value``. Its range is checked whenever its value is known at trace time.
+A hyperparameter is a Python number, a scalar array (possibly a tracer), or a schedule
+``count -> value``. Its range is checked if its value is known at trace time.
 """
 
 import inspect
@@ -28,11 +28,11 @@ def scalar(
     above: float = -math.inf,
     below: float = math.inf,
 ) -> Any:
-    """`value` as a Python float if it is a number, unchanged if it is a scalar array.
+    """Returns a number as a Python float, a scalar array unchanged.
 
     Raises:
-      TypeError: it is neither a number nor a floating or integer array of shape ().
-      ValueError: it is known now, and NaN or outside the range.
+      TypeError: `value` is neither a number nor a floating or integer array of shape ().
+      ValueError: `value` is known at trace time, and is NaN or out of range.
     """
     if isinstance(value, _NUMBERS) and not isinstance(value, bool):
         value = float(value)
@@ -64,7 +64,7 @@ def _is_real(dtype: np.dtype) -> bool:
 
 
 def scalar_or_schedule(name: str, value: Any, **limits: float) -> Any:
-    """As `scalar`; a callable passes as a schedule ``count -> value``."""
+    """`scalar` that also accepts a schedule ``count -> value``, any callable."""
     if callable(value):
         return value
     if isinstance(value, bool) or not isinstance(value, _SCALARS):
@@ -73,7 +73,7 @@ def scalar_or_schedule(name: str, value: Any, **limits: float) -> Any:
 
 
 def decay_rate(name: str, value: Any) -> Any:
-    """A decay rate in [0, 1), or a schedule of one."""
+    """A decay rate in [0, 1), or a schedule of decay rates."""
     return scalar_or_schedule(name, value, at_least=0.0, below=1.0)
 
 
@@ -103,7 +103,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def choice(name: str, value: Any, options: tuple[str, ...]) -> str:
-    """One of `options`."""
+    """A string that is one of `options`."""
     if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
     return value
@@ -123,13 +123,8 @@ def float_dtype(name: str, value: Any) -> np.dtype | None:
 
 
 def transformation(name: str, value: Any) -> optax.GradientTransformationExtraArgs:
-    """A gradient transformation, made to accept extra arguments."""
+    """A gradient transformation, extended to accept extra arguments."""
     if not isinstance(value, optax.GradientTransformation):
         hint = "; call the factory first" if inspect.isfunction(value) else ""
         raise TypeError(f"{name} must be an optax.GradientTransformation, got {value!r}{hint}")
     return optax.with_extra_args_support(value)
-
-
-def at_count(value: Any, count: jax.Array) -> Any:
-    """The hyperparameter's value when `count` steps have been taken."""
-    return value(count) if callable(value) else value

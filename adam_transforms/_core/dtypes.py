@@ -1,8 +1,8 @@
-"""Dtypes: promotion, the dtypes to compute and to store in, rounding, complex arithmetic.
+"""Dtypes: promotion, compute and storage dtypes, rounding, complex arithmetic.
 
-Anything computed from a gradient is computed in at least float32 (`compute_dtype`), and `store`
-casts it to the dtype of its slot. Scalars that depend on the step alone are computed in
-`scalar_dtype`: float32, or float64 when JAX's x64 mode is on.
+Functions of gradients are computed in at least float32 (`compute_dtype`); `store` casts the result
+to the dtype of its slot. Scalars that depend on the step alone are computed in `scalar_dtype`:
+float32, or float64 in JAX's x64 mode.
 """
 
 from typing import Any
@@ -11,21 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adam_transforms._core.types import Path
+
 
 def promote(*dtypes: Any) -> np.dtype:
-    """The dtype that holds all of `dtypes`, whatever promotion mode the user has set."""
+    """The standard promotion of `dtypes`, also under ``jax_numpy_dtype_promotion="strict"``."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)
 
 
 def compute_dtype(*dtypes: Any) -> np.dtype:
-    """The dtype to compute in: the promotion of `dtypes`, and at least float32."""
+    """The dtype to compute in: the promotion of float32 and `dtypes`."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(jnp.float32, *dtypes)
 
 
 def real_dtype(dtype: Any) -> np.dtype:
-    """The dtype of the absolute value: float32 for complex64, `dtype` itself if it is real."""
+    """The dtype of an absolute value: float32 for complex64, `dtype` itself if it is real."""
     return (
         jnp.finfo(dtype).dtype if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.dtype(dtype)
     )
@@ -33,28 +35,28 @@ def real_dtype(dtype: Any) -> np.dtype:
 
 def nu_dtype(param_dtype: Any) -> np.dtype:
     """The default dtype of second moments: real, and at least float32, because a bfloat16 nu stops
-    moving at b2 = 0.999."""
+    changing at b2 = 0.999."""
     return real_dtype(compute_dtype(param_dtype))
 
 
 def scalar_dtype() -> np.dtype:
-    """The widest float that JAX is configured for."""
+    """The widest float that is enabled in JAX."""
     return jnp.result_type(float)
 
 
 def as_scalar(value: Any, dtype: Any = None) -> Any:
-    """`value` ready to meet an array of a real `dtype`: a Python number stays one (it adapts to
-    any array without promoting it), an array is cast."""
+    """A scalar for arithmetic with arrays of a real `dtype` (default: `scalar_dtype`). A number
+    becomes a Python float, which promotes no array; an array is cast to `dtype`."""
     if isinstance(value, int | float):
         return float(value)
     return jnp.asarray(value).astype(scalar_dtype() if dtype is None else dtype)
 
 
-def store(path: str, x: jax.Array, dtype: Any) -> jax.Array:
-    """`x` in the `dtype` that it is kept in for the parameter at `path`.
+def store(path: Path, x: jax.Array, dtype: Any) -> jax.Array:
+    """Casts `x` to the storage dtype of an array that belongs to the parameter at `path`.
 
-    A real result meant for a complex slot (Optax keeps nu complex beside complex parameters) gets
-    a zero imaginary part; the reverse, which would lose one, is a TypeError.
+    A real array in a complex slot gets a zero imaginary part (in Optax the nu of a complex
+    parameter is complex). A complex array in a real slot is a TypeError.
     """
     if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"{path!r} is kept in {dtype} and cannot take values in {x.dtype}")
@@ -73,33 +75,32 @@ def abs_sq(x: jax.Array) -> jax.Array:
 
 def scale(x: jax.Array, factor: Any) -> jax.Array:
     """``x * factor`` for a real `factor` of the same precision: a number, a scalar or an array
-    like `x`. Also right where `x` is complex, which strict promotion would refuse."""
+    like `x`. A complex `x` is accepted under strict promotion too."""
     if jnp.iscomplexobj(x):
         return jax.lax.complex(x.real * factor, x.imag * factor)
     return x * factor
 
 
-def rounded(x: jax.Array, dtype: Any) -> jax.Array:
-    """`x`, real, rounded to what `dtype` represents, in its own dtype.
+def round_to(x: jax.Array, dtype: Any) -> jax.Array:
+    """Rounds a real `x` to values that `dtype` represents; returns them in the dtype of `x`.
 
-    Casts do not say so: XLA may leave out one that the next one undoes, and with it the rounding.
-    On GPUs it does.
+    A cast to `dtype` and back is not enough: XLA may remove the pair of casts, and on GPUs it does.
     """
     to, own = jnp.finfo(dtype), jnp.finfo(x.dtype)
     if to.bits >= own.bits:
         return x
     if to.nexp == own.nexp:
         return jax.lax.reduce_precision(x, int(to.nexp), int(to.nmant))
-    # Of subnormal numbers of `dtype`, reduce_precision makes zeros.
+    # reduce_precision flushes the subnormal numbers of `dtype` to zero.
     return jax.lax.optimization_barrier(x.astype(dtype)).astype(x.dtype)
 
 
 def round_stochastically(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
     """Rounds each element of `x` to one of its two neighbours in `dtype`, at random.
 
-    The neighbour at distance d of a gap g is taken with probability 1 - d/g, so that the expected
-    result is `x` itself (but XLA may flush what is subnormal in float32). Values that `dtype`
-    represents, and those beyond its range, come out as nearest rounding gives them.
+    With a gap g between the neighbours, the one at distance d is chosen with probability 1 - d/g.
+    The expected result is `x` (XLA may flush float32 subnormals). Values that `dtype` represents,
+    and values beyond its range, are rounded to nearest.
 
     Args:
       x: a real array.
@@ -107,7 +108,7 @@ def round_stochastically(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
       key: a PRNG key.
     """
     nearest = x.astype(dtype)
-    nearest_wide = rounded(x, dtype)
+    nearest_wide = round_to(x, dtype)
     rest = x - nearest_wide
     direction = jnp.where(rest > 0, jnp.inf, -jnp.inf).astype(dtype)
     other = jnp.nextafter(nearest, direction)

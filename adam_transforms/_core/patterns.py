@@ -1,4 +1,4 @@
-"""Parameters selected by patterns in their path: masks, groups, learning rates."""
+"""Selecting parameters by regular expressions in their paths."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from adam_transforms._core import trees
+from adam_transforms._core.types import Path
 
 Patterns = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
-"""One regular expression or several; a path matches when `re.search` finds any of them in it."""
+"""One or several regular expressions; a path matches if `re.search` finds any of them in it."""
 
 
 def compile_patterns(name: str, patterns: Any) -> tuple[re.Pattern[str], ...]:
-    """Compiled `patterns`; the errors name the argument and the pattern."""
+    """Compiles `patterns`; errors name the argument and the pattern."""
     patterns = [patterns] if isinstance(patterns, str | re.Pattern) else patterns
     if not isinstance(patterns, Sequence) or not all(
         isinstance(p, str | re.Pattern) for p in patterns
@@ -25,24 +26,24 @@ def compile_patterns(name: str, patterns: Any) -> tuple[re.Pattern[str], ...]:
         return tuple(re.compile(p) for p in patterns)
     except re.error as error:
         raise ValueError(
-            f"{name} holds {error.pattern!r}, no regular expression: {error}"
+            f"{name} holds {error.pattern!r}, which is no regular expression: {error}"
         ) from error
 
 
 class Rules(NamedTuple):
-    """Groups of patterns in order; a path belongs to the first group that matches it."""
+    """Ordered groups of patterns; a path belongs to the first group that matches it."""
 
     groups: tuple[tuple[re.Pattern[str], ...], ...]
 
-    def index(self, path: str) -> int:
-        """The first group that matches `path`; ``len(groups)`` if none does."""
+    def index(self, path: Path) -> int:
+        """The index of the first group that matches `path`; ``len(groups)`` if none does."""
         for i, group in enumerate(self.groups):
             if any(pattern.search(path) for pattern in group):
                 return i
         return len(self.groups)
 
     def indices(self, tree: Any) -> Any:
-        """`tree` with each leaf (None included) replaced by its group's index.
+        """Replaces each leaf of `tree`, None included, by the index of its group.
 
         Raises:
           ValueError: the tree has leaves, and a group matches none of them.
@@ -52,28 +53,30 @@ class Rules(NamedTuple):
         for group in self.groups if paths else ():
             if not any(pattern.search(path) for path in paths for pattern in group):
                 patterns = ", ".join(repr(pattern.pattern) for pattern in group)
-                raise ValueError(f"no parameter matches {patterns}; the paths are {_listed(paths)}")
+                raise ValueError(
+                    f"no parameter matches {patterns}; the paths are {_format_paths(paths)}"
+                )
         return treedef.unflatten([self.index(path) for path in paths])
 
 
-def selector(name: str, selection: Any) -> Callable[[Sequence[tuple[str, Any]]], set[int]]:
-    """From (path, leaf) pairs to the positions of the selected ones, which may not be scalars.
+def selector(name: str, selection: Any) -> Callable[[Sequence[tuple[Path, Any]]], set[int]]:
+    """A function from (path, leaf) pairs to the positions of the selected leaves.
 
     Args:
-      name: what the selection is called in an error.
-      selection: one regular expression or several, each of which must match something, or a
-        predicate ``(path, leaf) -> bool``.
+      name: the name of the selection in errors.
+      selection: one or several regular expressions, each of which must match a leaf, or a predicate
+        ``(path, leaf) -> bool``. A selected scalar is an error.
     """
     patterns = () if callable(selection) else compile_patterns(name, selection)
 
-    def select(leaves: Sequence[tuple[str, Any]]) -> set[int]:
+    def select(leaves: Sequence[tuple[Path, Any]]) -> set[int]:
         chosen = set()
         if callable(selection):
             chosen = {i for i, leaf in enumerate(leaves) if selection(*leaf)}
         for pattern in patterns:
             hits = {i for i, (path, _) in enumerate(leaves) if pattern.search(path)}
             if leaves and not hits:
-                paths = _listed([path for path, _ in leaves])
+                paths = _format_paths([path for path, _ in leaves])
                 raise ValueError(
                     f"no leaf matches {pattern.pattern!r} of {name}; the paths are {paths}"
                 )
@@ -88,7 +91,7 @@ def selector(name: str, selection: Any) -> Callable[[Sequence[tuple[str, Any]]],
 
 
 def parse_rules(rules: Any) -> tuple[Rules, list[Any]]:
-    """Splits ``[(patterns, value), ...]`` into the compiled rules and their values."""
+    """Splits ``[(patterns, value), ...]`` into compiled rules and their values."""
     if not isinstance(rules, Sequence) or isinstance(rules, str):
         raise TypeError(f"rules must be a list of (patterns, value) pairs, got {rules!r}")
     groups, values = [], []
@@ -100,7 +103,7 @@ def parse_rules(rules: Any) -> tuple[Rules, list[Any]]:
     return Rules(tuple(groups)), values
 
 
-def _listed(paths: Sequence[str], most: int = 8) -> str:
-    """The first paths, for an error message."""
+def _format_paths(paths: Sequence[Path], most: int = 8) -> str:
+    """The first `most` paths, for an error message."""
     shown = ", ".join(repr(path) for path in paths[:most])
     return shown if len(paths) <= most else f"{shown} and {len(paths) - most} more"

@@ -1,7 +1,7 @@
-"""Paths, and leafwise work on gradient, parameter and slot trees with errors that name the leaf.
+"""Paths, and leafwise functions of trees of gradients, parameters and slots.
 
-In a tree of gradients None is a leaf, "no gradient here", and so is a row gradient. Everywhere else
-None is an empty subtree, as JAX has it.
+In a tree of gradients None ("no gradient") and row gradients are leaves. In any other tree None is
+an empty subtree, as in JAX. Errors name the path of the leaf.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,24 +14,25 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adam_transforms._core import dtypes
 from adam_transforms._core.sparse_rows import SparseRows, on_values
+from adam_transforms._core.types import Params, Path, State, Updates
 
-# Between a variable of Flax NNX and its array.
+# The key from a variable of Flax NNX to its array.
 _VALUE = jax.tree_util.GetAttrKey("value")
 
 
 def is_leaf(x: Any) -> bool:
-    """Makes `jax.tree` functions treat None and row gradients as leaves."""
+    """Whether `x` is None or a row gradient: the `is_leaf` of trees of gradients."""
     return x is None or isinstance(x, SparseRows)
 
 
-def path_str(key_path: tuple[Any, ...]) -> str:
+def path_str(key_path: tuple[Any, ...]) -> Path:
     """A key path as text: the keys joined by ``/``.
 
-    A trailing ``value`` attribute, which Flax NNX puts between a variable and its array, is not
-    part of the path: a model and its state write the same parameter alike.
+    Flax NNX puts a ``value`` attribute between a variable and its array. At the end of a key path
+    it is left out, so that a parameter has the same path in a model and in its state.
 
     Args:
-      key_path: what `jax.tree_util.tree_flatten_with_path` gives for a leaf.
+      key_path: a key path, as `jax.tree_util.tree_flatten_with_path` returns it.
 
     >>> import jax
     >>> tree = {"encoder": [{"kernel": 1.0}]}
@@ -43,19 +44,18 @@ def path_str(key_path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
-def joined(*paths: str) -> str:
-    """The path to what is at the last of `paths`, each of them leading on from the one before; a
-    lone leaf, or the tree itself, has an empty one."""
+def join_paths(*paths: Path) -> Path:
+    """Joins paths with ``/``, skipping empty ones: the path of a lone leaf is empty."""
     return "/".join(path for path in paths if path)
 
 
-def flatten_with_paths(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
-    """[(path, leaf), ...] and the structure, None being a leaf."""
+def flatten_with_paths(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
+    """([(path, leaf), ...], structure); None and row gradients are leaves."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return [(path_str(path), leaf) for path, leaf in leaves], treedef
 
 
-def non_none(tree: Any) -> list[tuple[str, Any]]:
+def non_none(tree: Any) -> list[tuple[Path, Any]]:
     """[(path, leaf), ...] of the leaves that are not None."""
     return [(path, leaf) for path, leaf in flatten_with_paths(tree)[0] if leaf is not None]
 
@@ -66,31 +66,30 @@ def is_array(x: Any) -> bool:
 
 
 def shape_of(x: Any) -> tuple[int, ...]:
-    """As `jnp.shape`; takes abstract arrays and row gradients too."""
+    """`jnp.shape` that also accepts abstract arrays and row gradients."""
     return tuple(getattr(x, "shape", ()))
 
 
 def dtype_of(x: Any) -> Any:
-    """As `jnp.result_type`; takes PRNG keys and row gradients too."""
+    """`jnp.result_type` that also accepts PRNG keys and row gradients."""
     return x.dtype if hasattr(x, "dtype") else jax.dtypes.result_type(x)
 
 
 def children(node: Any) -> list[tuple[Any, Any]]:
-    """[(key, child), ...]; of a leaf none."""
+    """[(key, child), ...] of a node; empty for a leaf."""
     if is_leaf(node):
         return []
-    # What is a leaf to this is found under an empty key path.
+    # JAX returns a node that has no children with an empty key path.
     found = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
     return [(keys[0], child) for keys, child in found if keys]
 
 
-def unwrapped(tree: Any, of: Callable[[Any], bool] = lambda x: True) -> Any:
-    """`tree` with what they hold in place of the variables of Flax NNX, where it has any that hold
-    something of which `of` is true."""
+def unwrap_variables(tree: Any, where: Callable[[Any], bool] = lambda x: True) -> Any:
+    """Replaces each Flax NNX variable by its value, if ``where(value)``."""
 
     def is_variable(x: Any) -> bool:
         below = children(x)
-        return len(below) == 1 and below[0][0] == _VALUE and of(below[0][1])
+        return len(below) == 1 and below[0][0] == _VALUE and where(below[0][1])
 
     return jax.tree.map(
         lambda x: children(x)[0][1] if is_variable(x) else x,
@@ -99,10 +98,10 @@ def unwrapped(tree: Any, of: Callable[[Any], bool] = lambda x: True) -> Any:
     )
 
 
-def wrapped_as(like: Any, tree: Any) -> Any:
-    """`tree` with variables where `like` has them, if the two differ in nothing else; else `tree`
-    itself."""
-    plain, wanted = (jax.tree.structure(unwrapped(x), is_leaf=is_leaf) for x in (tree, like))
+def wrap_like(like: Any, tree: Any) -> Any:
+    """`tree` with its leaves in the Flax NNX variables of `like`; `tree` itself if the structures
+    differ in more than variables."""
+    plain, wanted = (jax.tree.structure(unwrap_variables(x), is_leaf=is_leaf) for x in (tree, like))
     if plain != wanted:
         return tree
     treedef = jax.tree.structure(like, is_leaf=is_leaf)
@@ -110,18 +109,18 @@ def wrapped_as(like: Any, tree: Any) -> Any:
 
 
 def align(tree: Any, *others: Any, names: Sequence[str]) -> tuple[list[tuple[Any, ...]], Any]:
-    """Lays trees of one structure side by side.
+    """Zips the leaves of trees of one structure.
 
     Args:
-      tree: the tree whose structure counts; None is a leaf in it.
-      others: trees of that structure; anywhere None may stand for a leaf.
-      names: what `tree` and each of `others` is called in an error.
+      tree: the tree that defines the structure; None is a leaf.
+      others: trees of that structure, with None allowed in place of any leaf.
+      names: the names of `tree` and of each of `others` in errors.
 
     Returns:
       ([(path, leaf, *leaves of the others), ...], structure).
 
     Raises:
-      ValueError: structure or shape differs; names the path.
+      ValueError: a structure or shape differs; names the path.
     """
     leaves, treedef = flatten_with_paths(tree)
     columns = []
@@ -152,40 +151,40 @@ def align(tree: Any, *others: Any, names: Sequence[str]) -> tuple[list[tuple[Any
 
 
 def _structure_difference(leaves: Any, other: Any, name: str, other_name: str) -> str | None:
-    """The first path that only one of the two trees has."""
-    ours = [path for path, _ in leaves]
-    theirs = [path for path, _ in flatten_with_paths(other)[0]]
-    for paths, name_of_these, those in ((ours, name, theirs), (theirs, other_name, ours)):
-        only = next((path for path in paths if path not in those), None)
+    """The first path that only one of the two trees has, as a clause of an error."""
+    paths = [path for path, _ in leaves]
+    other_paths = [path for path, _ in flatten_with_paths(other)[0]]
+    for present, owner, absent in ((paths, name, other_paths), (other_paths, other_name, paths)):
+        only = next((path for path in present if path not in absent), None)
         if only is not None:
-            return f"{only!r} is only in {name_of_these}"
+            return f"{only!r} is only in {owner}"
     return None
 
 
 def map_leaves(
     fn: Callable[..., Any],
-    updates: Any,
+    updates: Updates,
     *others: Any,
     names: Sequence[str] = (),
     outputs: int = 1,
     rows: bool = False,
 ) -> Any:
-    """``fn(path, gradient, *other_leaves)`` at every leaf of `updates` that has a gradient.
+    """``fn(path, gradient, *other_leaves)`` at every leaf of `updates` that is not None.
 
     Args:
-      fn: returns one array, or a tuple of `outputs` of them.
-      updates: gradients. Where a leaf is None, so is the first output; the other outputs are the
-        leaves of the first of `others`, untouched.
+      fn: returns one array, or a tuple of `outputs` arrays.
+      updates: gradients. Where a gradient is None the first output is None, and the other outputs
+        are the unchanged leaves of the first of `others`.
       others: trees of the same structure and shapes as `updates`, e.g. slots.
-      names: what each of `others` is called in an error.
-      outputs: how many trees to return.
-      rows: whether `fn` takes row gradients too.
+      names: the name of each of `others` in errors.
+      outputs: the number of trees to return.
+      rows: whether `fn` accepts row gradients.
 
     Returns:
       A tree, or a tuple of `outputs` trees.
 
     Raises:
-      ValueError: structure or shape differs; names the path.
+      ValueError: a structure or shape differs; names the path.
       TypeError: a gradient is not a floating or complex array; names the path.
     """
     aligned, treedef = align(updates, *others, names=("the updates", *names))
@@ -206,68 +205,59 @@ def map_leaves(
 
 
 def unzip(results: list[tuple[Any, ...]], treedef: Any, outputs: int) -> tuple[Any, ...]:
-    """From the `outputs` results at each leaf to a tree of each."""
+    """Turns one tuple of `outputs` results for each leaf into a tuple of `outputs` trees."""
     return tuple(treedef.unflatten([result[i] for result in results]) for i in range(outputs))
 
 
-def as_gradient(path: str, leaf: Any) -> jax.Array:
-    """A gradient leaf as an array of a floating or complex dtype."""
+def as_gradient(path: Path, leaf: Any) -> jax.Array:
+    """A gradient leaf as an array; raises a TypeError unless it is dense, floating or complex."""
     if isinstance(leaf, SparseRows):
         raise TypeError(
             f"{path!r} has a row gradient (SparseRows), but this transformation needs dense "
-            "arrays: put it inside lazy(...) (for adam: lazy_adam, or deferred_adam), or make the "
-            "gradients dense with to_dense"
+            "arrays: wrap it in lazy(...) (for adam: lazy_adam, or deferred_adam), or convert the "
+            "gradients with to_dense"
         )
     dtype = jnp.result_type(leaf) if hasattr(leaf, "dtype") or isinstance(leaf, float) else None
     if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
             f"the update of {path!r} must be a floating or complex array (or None, to leave the "
-            f"parameter as it is), got {dtype or type(leaf).__name__}"
+            f"parameter unchanged), got {dtype or type(leaf).__name__}"
         )
     return jnp.asarray(leaf)
 
 
-def as_gradients(updates: Any) -> Any:
-    """`updates`, every leaf that is no row gradient checked to be a gradient and made an array."""
+def as_gradients(updates: Updates) -> Updates:
+    """Applies `as_gradient` to every leaf that is neither None nor a row gradient."""
     return map_leaves(lambda path, g: g, updates, rows=True)
 
 
-def in_update_dtype(updates: Any, gradients: Any, params: Any = None) -> Any:
-    """Each update in the dtype that updates have everywhere: the promotion of the gradient's and
-    the parameter's (of the gradient's alone without `params`)."""
+def in_update_dtype(updates: Updates, gradients: Updates, params: Params | None = None) -> Updates:
+    """Casts each update to the promotion of the gradient's dtype and the parameter's; without
+    `params`, to the gradient's dtype."""
 
-    def leaf(path: str, u: Any, g: Any, p: Any) -> Any:
+    def cast(path: Path, u: Any, g: Any, p: Any) -> Any:
         dtype = dtypes.promote(*(getattr(x, "dtype", x) for x in (g, p)))
         return on_values(lambda u: u.astype(dtype), u)
 
-    likes = gradients if params is None else params
+    params = gradients if params is None else params
     names = ("the gradient", "the parameter")
-    return map_leaves(leaf, updates, gradients, likes, names=names, rows=True)
-
-
-def zeros_like(tree: Any, dtype_of: Callable[[Any], Any]) -> Any:
-    """Zeros shaped and sharded like each leaf, in the dtype that `dtype_of(leaf's dtype)` says.
-
-    Leaves may be abstract (`jax.ShapeDtypeStruct`).
-    """
-    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype_of(jnp.result_type(p))), tree)
+    return map_leaves(cast, updates, gradients, params, names=names, rows=True)
 
 
 def zeros_per_row(table: Any, dtype: Any) -> jax.Array:
-    """Zeros (V,) for a table (V, D...), sharded as its rows are."""
+    """Zeros (V,) for a table (V, D...), sharded like the rows of the table."""
     is_traced = isinstance(table, Tracer)
     sharding = jax.typeof(table).sharding if is_traced else getattr(table, "sharding", None)
     rows = table.shape[:1]
     if not isinstance(sharding, NamedSharding):
         return jnp.zeros_like(table, dtype, shape=rows)
     if is_traced and AxisType.Explicit not in sharding.mesh.axis_types:
-        return jnp.zeros(rows, dtype)  # XLA shards it
+        return jnp.zeros(rows, dtype)  # XLA chooses the sharding
     spec = PartitionSpec(*sharding.spec[:1])
     return jax.lax.full(rows, 0, dtype, sharding=NamedSharding(sharding.mesh, spec))
 
 
-def find_states(state: Any, kind: type | tuple[type, ...]) -> list[Any]:
-    """Every state of type `kind` (or of one of these types) in an optimizer state, however deep it
-    is nested."""
+def find_states(state: State, kind: type | tuple[type, ...]) -> list[Any]:
+    """Every instance of `kind` (a type or a tuple of types) at any depth of an optimizer state."""
     found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
     return [x for x in found if isinstance(x, kind)]

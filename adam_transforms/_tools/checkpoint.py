@@ -1,4 +1,4 @@
-"""Whether a restored state is of the configuration that goes on with it."""
+"""Comparing a restored state with the state of the current configuration."""
 
 import math
 from typing import Any, NamedTuple
@@ -9,31 +9,31 @@ import numpy as np
 from jax.core import Tracer
 
 from adam_transforms._core import trees
+from adam_transforms._core.types import Path, State
 from adam_transforms._embeddings.deferred.chebyshev import Scalars
 from adam_transforms._embeddings.deferred.state import IdleRows
 
 _MOST_LINES = 30
 
 
-def check_state(state: Any, like: Any) -> None:
-    """Refuses a state that another configuration has made, and names every difference.
+def check_state(state: State, like: State) -> None:
+    """Refuses a state that another configuration has made; names every difference.
 
-    What restores a checkpoint may cast one dtype to another in silence, take arrays of any shape,
-    or refuse them without saying which. This compares what is at each path: whether it is there,
-    its shape and its dtype, and of `deferred_adam` the decay rates and epsilon that its rows are
-    owed by.
+    A checkpoint library may cast dtypes silently, accept arrays of any shape, or refuse them
+    without their paths. This function compares all paths, shapes and dtypes, and for
+    `deferred_adam` the decay rates and epsilon of the pending updates.
 
     Args:
-      state: what was restored, or is about to be: any tree of arrays, of `jax.ShapeDtypeStruct` or
-        of Orbax's metadata, e.g. a state, or ``{"params": params, "state": state}``.
-      like: a tree of the same paths as the present configuration makes it, e.g.
-        ``tx.init(params)``; under `jax.eval_shape` only shapes and dtypes are compared.
+      state: the restored state, or its description: any tree of arrays, `jax.ShapeDtypeStruct` or
+        Orbax metadata, e.g. a state, or ``{"params": params, "state": state}``.
+      like: the same tree from the current configuration, e.g. ``tx.init(params)``. If it comes from
+        `jax.eval_shape`, only paths, shapes and dtypes are compared.
 
     Raises:
-      ValueError: they differ; names the paths, what was found and what was expected.
+      ValueError: the trees differ; names the paths, the found and the expected arrays.
 
-    Containers may differ in kind, for checkpoints keep a NamedTuple as a dictionary. PRNG keys
-    count as the ``uint32`` that they are kept as.
+    Containers may differ in type, because checkpoints store a NamedTuple as a dictionary. PRNG keys
+    are compared as the ``uint32`` arrays that checkpoints store.
 
     >>> import jax.numpy as jnp
     >>> from adam_transforms import adam
@@ -49,14 +49,14 @@ def check_state(state: Any, like: Any) -> None:
     found, expected = _leaves(state), _leaves(like)
     hints = _hints(found, expected, like)
     lines = []
-    for path, wanted in expected.items():
-        if path in found and str(found[path]) != str(wanted):
+    for path, leaf in expected.items():
+        if path in found and str(found[path]) != str(leaf):
             hint = f" ({hints[path]})" if path in hints else ""
-            lines.append(f"{path!r} is {found[path]}, expected {wanted}{hint}")
+            lines.append(f"{path!r} is {found[path]}, expected {leaf}{hint}")
         elif path in hints:
             lines.append(f"{path!r}: {hints[path]}")
-    for path, wanted in _only_in(expected, found):
-        lines.append(f"{path!r} is missing" + (f", expected {wanted}" if wanted else ""))
+    for path, leaf in _only_in(expected, found):
+        lines.append(f"{path!r} is missing" + (f", expected {leaf}" if leaf else ""))
     for path, leaf in _only_in(found, expected):
         lines.append(f"{path!r} is {leaf or 'there'}, expected nothing")
     if not lines:
@@ -67,7 +67,7 @@ def check_state(state: Any, like: Any) -> None:
 
 
 class _Leaf(NamedTuple):
-    """An array, or what stands for one: a shape and a dtype."""
+    """An array, a number, or a description of an array with a shape and a dtype."""
 
     value: Any
 
@@ -84,7 +84,7 @@ class _Leaf(NamedTuple):
         return f"{name}[{','.join(map(str, shape))}]"
 
     def number(self) -> float | None:
-        """The number that it is, if it is one and known now."""
+        """The value of a scalar; None for any other array, and if the value is not known."""
         x = self.value
         is_known = isinstance(x, np.ndarray | np.generic | jax.Array)
         if not is_known or isinstance(x, Tracer) or self.shape:
@@ -92,48 +92,50 @@ class _Leaf(NamedTuple):
         return float(x)
 
 
-def _leaves(tree: Any) -> dict[str, _Leaf]:
+def _leaves(tree: Any) -> dict[Path, _Leaf]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {trees.path_str(path): _Leaf(x) for path, x in leaves}
+    return {trees.path_str(keys): _Leaf(x) for keys, x in leaves}
 
 
-def _only_in(leaves: dict[str, _Leaf], others: dict[str, _Leaf]) -> list[tuple[str, _Leaf | None]]:
-    """What is in `leaves` where `others` have nothing: arrays, and the topmost paths of trees."""
-    known = {"/".join(keys[:n]) for keys in _keys(others) for n in range(len(keys) + 1)}
-    only: dict[str, _Leaf | None] = {}
-    for (path, leaf), keys in zip(leaves.items(), _keys(leaves), strict=True):
-        if path in others:
-            continue
-        tops = ("/".join(keys[:n]) for n in range(1, len(keys) + 1))
-        top = next((top for top in tops if top not in known), path)
-        only[top] = leaf if top == path else None
+def _only_in(
+    leaves: dict[Path, _Leaf], others: dict[Path, _Leaf]
+) -> list[tuple[Path, _Leaf | None]]:
+    """(path, leaf) for leaves, and (root, None) for whole subtrees, that `others` does not have."""
+    known = {prefix for path in others for prefix in ("", *_prefixes(path))}
+    only: dict[Path, _Leaf | None] = {}
+    for path, leaf in leaves.items():
+        if path not in others:
+            root = next((prefix for prefix in _prefixes(path) if prefix not in known), path)
+            only[root] = leaf if root == path else None
     return list(only.items())
 
 
-def _keys(leaves: dict[str, _Leaf]) -> list[list[str]]:
-    return [path.split("/") for path in leaves]
+def _prefixes(path: Path) -> list[Path]:
+    """The paths of the nodes from below the root down to `path` itself."""
+    keys = path.split("/")
+    return ["/".join(keys[:n]) for n in range(1, len(keys) + 1)]
 
 
-def _hints(found: dict[str, _Leaf], expected: dict[str, _Leaf], like: Any) -> dict[str, str]:
-    """For the paths where deferred rows differ, what of the configuration does."""
+def _hints(found: dict[Path, _Leaf], expected: dict[Path, _Leaf], like: Any) -> dict[Path, str]:
+    """{path: the hyperparameter of `deferred_adam` that differs}."""
 
     def is_idle_rows(x: Any) -> bool:
         return isinstance(x, IdleRows)
 
     hints = {}
-    for key_path, group in jax.tree_util.tree_flatten_with_path(like, is_leaf=is_idle_rows)[0]:
-        if not is_idle_rows(group):
+    for keys, node in jax.tree_util.tree_flatten_with_path(like, is_leaf=is_idle_rows)[0]:
+        if not is_idle_rows(node):
             continue
-        ring = trees.path_str((*key_path, jax.tree_util.GetAttrKey("ring")))
-        for path in (f"{ring}/weights", f"{ring}/log_decay"):
-            was, now = (x[path].shape[0] - 1 if path in x else None for x in (found, expected))
-            if None not in (was, now) and was != now:
-                hints[path] = f"max_idle was {was}, is {now}"
+        history = trees.path_str((*keys, jax.tree_util.GetAttrKey("ring")))
+        for path in (f"{history}/weights", f"{history}/log_decay"):
+            old, new = (x[path].shape[0] - 1 if path in x else None for x in (found, expected))
+            if None not in (old, new) and old != new:
+                hints[path] = f"max_idle was {old}, is {new}"
         for name in Scalars._fields:
-            path = f"{ring}/scalars/{name}"
-            was, now = (x[path].number() if path in x else None for x in (found, expected))
-            if was is not None and now is not None and was != now:
+            path = f"{history}/scalars/{name}"
+            old, new = (x[path].number() if path in x else None for x in (found, expected))
+            if old is not None and new is not None and old != new:
                 is_log = name.startswith("log_")
-                was, now = (math.exp(x) if is_log else x for x in (was, now))
-                hints[path] = f"{name.removeprefix('log_')} was {was:.6g}, is {now:.6g}"
+                old, new = (math.exp(x) if is_log else x for x in (old, new))
+                hints[path] = f"{name.removeprefix('log_')} was {old:.6g}, is {new:.6g}"
     return hints

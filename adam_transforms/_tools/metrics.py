@@ -1,6 +1,5 @@
-"""The scalars worth logging at every step."""
+"""Scalars to log at every step."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,65 +8,65 @@ from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 from adam_transforms._core import arguments, state_layout, trees
 from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._core.types import Params, State, Updates
 from adam_transforms._embeddings.deferred.state import DeferredAdamState, idle_tables
 from adam_transforms._transforms import numerics
 from adam_transforms._transforms.learning_rates import ScaleByPathLearningRateState
 
 
 def metrics(
-    updates: Any,
-    state: Any,
+    updates: Updates,
+    state: State,
     *,
-    params: Any = None,
-    grads: Any = None,
+    params: Params | None = None,
+    grads: Updates | None = None,
     per_parameter: bool = False,
     idle_gaps: bool = False,
 ) -> dict[str, jax.Array]:
-    """What to log of a step: a flat dict of scalars, for any logger, inside jit or outside.
+    """Scalars of one step as a flat dict, for any logger, inside or outside jit.
 
     =========================  ===================================================================
-    ``updates_norm``           global norm of the updates, row updates included; 0 on a held or
-                               skipped step
-    ``grads_norm``             that of `grads`, as they are given: scaled if the loss was
-    ``params_norm``            that of `params`; reads them all, tables too
-    ``updates_norm/<path>``    with `per_parameter`, the norm of each leaf; likewise of `grads` and
+    ``updates_norm``           global norm of the updates, row updates included; 0 for a step that
+                               only accumulates or is skipped
+    ``grads_norm``             global norm of `grads`; scaled if the loss was
+    ``params_norm``            global norm of `params`; reads all of them, tables included
+    ``updates_norm/<path>``    with `per_parameter`, the norm of each leaf; also for `grads` and
                                `params`
-    ``rows_touched/<path>``    for each row update, the share of the table's rows that it names
-    ``longest_gap/<path>``     with `idle_gaps`, for each table of `deferred_adam` the most steps
-                               that a row has been idle; reads an int32 for each row
-    ``count``                  steps made by Adam
-    ``learning_rate``          of `optax.inject_hyperparams`, as are the hyperparameters by their
-                               names that it reads from schedules
-    ``learning_rate/<rule>``   of `scale_by_path_learning_rate`, by the number of the rule, the
+    ``rows_touched/<path>``    for each row update, the fraction of the table's rows that it updates
+    ``longest_gap/<path>``     with `idle_gaps`, for each table of `deferred_adam` the maximum
+                               number of steps that a row has been idle; reads an int32 for each row
+    ``count``                  the number of steps of Adam
+    ``learning_rate``          from `optax.inject_hyperparams`; its scheduled hyperparameters are
+                               included under their names
+    ``learning_rate/<rule>``   from `scale_by_path_learning_rate`, by the index of the rule, the
                                default last
     ``loss_scale``             the scale for the next loss
-    ``skipped_steps``          steps skipped so far because they were not finite
-    ``mini_step``              gradients accumulated in this cycle, by `accumulate` or
+    ``skipped_steps``          the number of steps skipped because a gradient was not finite
+    ``mini_step``              the number of gradients accumulated in this cycle, by `accumulate` or
                                `optax.MultiSteps`
     =========================  ===================================================================
 
-    What the state does not hold is left out. The learning rate of a preset or of an optimizer of
-    Optax is not in its state: ``schedule(count)`` is what the next step will take, or it can be
-    injected: ``optax.inject_hyperparams(at.adam)(learning_rate=schedule)``.
+    Scalars that are not in the state are omitted. The learning rate of a preset or of an optimizer
+    of Optax is not in its state: log ``schedule(count)``, the rate of the next step, or inject the
+    schedule: ``optax.inject_hyperparams(at.adam)(learning_rate=schedule)``.
 
-    Of a state inside a parameter group the name ends with the group's label: ``learning_rate/head``
-    (`by_path` numbers its groups as its rules are, the default last). Where that leaves several of
-    one name, they all end with the paths of their states instead: ``count/0``,
-    ``count/1/inner_state``.
+    Inside a parameter group the label of the group is appended: ``learning_rate/head`` (`by_path`
+    numbers its groups in the order of its rules, the default last). Scalars whose names are still
+    equal get the paths of their states instead: ``count/0``, ``count/1/inner_state``.
 
     Args:
-      updates: what the transformation returned; arrays, `SparseRows` and None.
+      updates: the updates that the transformation returned: arrays, `SparseRows` and None.
       state: the optimizer state returned with them.
-      params, grads: trees of arrays, `SparseRows` and None, for norms of them too.
-      per_parameter: static; whether each leaf's norm is wanted besides the global one.
-      idle_gaps: static; whether the idle gaps of deferred tables are wanted.
+      params, grads: trees of arrays, `SparseRows` and None, to add their norms.
+      per_parameter: static; whether to add the norm of each leaf.
+      idle_gaps: static; whether to add the idle gaps of deferred tables.
 
     Returns:
-      {name: scalar}. The names depend on the structure of the arguments alone, so that a jitted
-      step that returns them is traced once. Norms are at least float32, counts int32.
+      {name: scalar}. The names depend only on the structure of the arguments, so a jitted step that
+      returns them is traced once. Norms are at least float32, counts int32.
 
     Raises:
-      TypeError: an update is not floating or complex (`updates` and `state` swapped, say).
+      TypeError: an update is not floating or complex (e.g. `updates` and `state` are swapped).
 
     >>> import jax.numpy as jnp, optax
     >>> tx = optax.inject_hyperparams(optax.adam)(learning_rate=0.5)
@@ -85,16 +84,16 @@ def metrics(
             found |= _norms(f"{name}_norm", tree, per_parameter)
     for path, update in trees.flatten_with_paths(updates)[0]:
         if isinstance(update, SparseRows):
-            found[trees.joined("rows_touched", path)] = _share_touched(update)
-    state = trees.unwrapped(state)
+            found[trees.join_paths("rows_touched", path)] = _fraction_touched(update)
+    state = trees.unwrap_variables(state)
     if idle_gaps:
         found |= _longest_gaps(state)
     return found | {s.name: jnp.asarray(s.value) for s in scalars_of(state)}
 
 
 class Scalar(NamedTuple):
-    """A number in a state under its name as a metric, where it is, and the part of the state whose
-    path tells it from others of that name."""
+    """A scalar of a state: its name in `metrics`, its place, and its value. The path of `owner`
+    distinguishes it from scalars of the same name."""
 
     name: str
     place: state_layout.Place
@@ -102,8 +101,8 @@ class Scalar(NamedTuple):
     value: Any
 
 
-def scalars_of(state: Any) -> list[Scalar]:
-    """The metrics that an optimizer state, variables unwrapped, holds."""
+def scalars_of(state: State) -> list[Scalar]:
+    """The scalars of an optimizer state without Flax NNX variables, sorted by name."""
     found = []
 
     def add(name: str, owner: state_layout.Place, value: Any, *keys: Any) -> None:
@@ -116,15 +115,16 @@ def scalars_of(state: Any) -> list[Scalar]:
                 add(metric, owner, getattr(node, field), GetAttrKey(field))
         for name, value in _injected(node):
             add(name, owner, value, GetAttrKey("hyperparams"), DictKey(name))
-        for rule, rate in enumerate(_rates(node)):
+        has_rules = isinstance(node, ScaleByPathLearningRateState)
+        for rule, rate in enumerate(node.rates if has_rules else ()):
             keys = (*owner.keys, GetAttrKey("rates"), SequenceKey(rule))
             place = owner._replace(keys=keys, groups=(*owner.groups, str(rule)))
             found.append(Scalar("learning_rate", place, place, rate))
-    return sorted(_distinct(found), key=lambda scalar: scalar.name)
+    return sorted(_with_distinct_names(found), key=lambda scalar: scalar.name)
 
 
 def _injected(state: Any) -> list[tuple[str, Any]]:
-    """The learning rate, and what is read from schedules, if it is a state of injection."""
+    """The learning rate and the scheduled hyperparameters of `optax.inject_hyperparams`."""
     if not isinstance(state, state_layout.INJECTED):
         return []
     scheduled = getattr(state, "hyperparams_states", {})
@@ -135,17 +135,12 @@ def _injected(state: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def _rates(state: Any) -> Sequence[Any]:
-    """The learning rate of each rule, if it is a state with rules."""
-    return state.rates if isinstance(state, ScaleByPathLearningRateState) else ()
-
-
-def _distinct(scalars: list[Scalar]) -> list[Scalar]:
-    """With the groups in the names, or with paths in all of one name if groups are not enough."""
-    grouped = [(s.name, trees.joined(s.name, *s.place.groups)) for s in scalars]
-    several = {name for name, full in grouped if grouped.count((name, full)) > 1}
+def _with_distinct_names(scalars: list[Scalar]) -> list[Scalar]:
+    """Appends group labels to the names; where names are then still equal, paths instead."""
+    grouped = [(s.name, trees.join_paths(s.name, *s.place.groups)) for s in scalars]
+    ambiguous = {name for name, full in grouped if grouped.count((name, full)) > 1}
     return [
-        s._replace(name=trees.joined(name, str(s.owner)) if name in several else full)
+        s._replace(name=trees.join_paths(name, str(s.owner)) if name in ambiguous else full)
         for s, (name, full) in zip(scalars, grouped, strict=True)
     ]
 
@@ -158,20 +153,22 @@ def _norms(name: str, tree: Any, per_parameter: bool) -> dict[str, jax.Array]:
     }
     norms = {name: numerics.global_norm(leaves)}
     if per_parameter:
-        norms |= {trees.joined(name, path): numerics.global_norm(x) for path, x in leaves.items()}
+        norms |= {
+            trees.join_paths(name, path): numerics.global_norm(x) for path, x in leaves.items()
+        }
     return norms
 
 
-def _share_touched(rows: SparseRows) -> jax.Array:
+def _fraction_touched(rows: SparseRows) -> jax.Array:
     distinct = jnp.sum(rows.sum_duplicates().is_valid, dtype=jnp.int32)
     return distinct.astype(jnp.float32) / float(max(rows.num_rows, 1))
 
 
-def _longest_gaps(state: Any) -> dict[str, jax.Array]:
+def _longest_gaps(state: State) -> dict[str, jax.Array]:
     gaps = {}
     for found in trees.find_states(state, DeferredAdamState):
         for path, idle in idle_tables(found).items():
-            # The minimum first: the gaps of all rows would be one more (V,) array.
+            # max(count - last_step) would allocate a (V,) array for the differences.
             oldest = jnp.min(idle.last_step) if idle.last_step.size else found.count
-            gaps[trees.joined("longest_gap", path)] = found.count - oldest
+            gaps[trees.join_paths("longest_gap", path)] = found.count - oldest
     return gaps

@@ -1,4 +1,4 @@
-"""What an optimizer keeps for each parameter, as a table."""
+"""A table of the parameters and their slots."""
 
 import math
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from adam_transforms._core import arguments, state_layout, trees
 from adam_transforms._core.slots import Parameter, match
 from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._core.types import Params, Path, State
 from adam_transforms._embeddings.deferred import sync
 from adam_transforms._embeddings.deferred.missed_updates import UpdateHistory
 from adam_transforms._embeddings.deferred.state import DeferredAdamState
@@ -21,7 +22,7 @@ from adam_transforms._tools.metrics import scalars_of
 
 
 class Summary(str):
-    """Text that prints as it is, also as the result of a notebook's cell."""
+    """A string with itself as its repr, so that a notebook displays it as it prints."""
 
     __slots__ = ()
 
@@ -29,33 +30,32 @@ class Summary(str):
         return str(self)
 
 
-def summary(params: Any, state: Any, *, rows: bool = True) -> Summary:
-    """A table of the parameters and of what the optimizer keeps for each.
+def summary(params: Params, state: State, *, rows: bool = True) -> Summary:
+    """A table of the parameters and their slots.
 
-    A line for each parameter tells
+    Each parameter has one line:
 
     - its path, dtype and shape;
     - its kind: *deferred*, a table of `deferred_adam`; *lazy*, inside `lazy`; *dense*, with any
-      other slots; *masked*, left out by a mask or a group whose states have slots for others
-      (frozen, say); *no slots*;
+      other slots; *masked*, excluded by a mask or a group from states that have slots for other
+      parameters (e.g. frozen); *no slots*;
     - the label of its group, if there are groups (`by_path` numbers them, the default last);
-    - its slots, the arrays of the state that mirror it, their dtypes, and the shape where it is not
-      the parameter's;
+    - its slots, the arrays of the state that mirror it, their dtypes, and their shapes if they
+      differ from the parameter's;
     - the bytes of the parameter and of its slots, over all devices;
-    - if anything is sharded, the spec of the parameter, and of slots that have another;
-    - its rows: of a deferred table how many owe steps, and the longest idle gap; of a lazy
-      parameter, how many are untouched: nu is zero all along the row.
+    - if anything is sharded, the spec of the parameter, and of slots with another spec;
+    - its rows: for a deferred table, the number of rows with pending updates and the longest idle
+      gap; for a lazy parameter, the number of untouched rows, in which nu is zero.
 
-    Below are the totals, the scalars in the state by their names in `metrics`, and under *other*
-    all the rest of it.
+    Below are the totals, the scalars of the state by their names in `metrics`, and under *other*
+    the rest of the state.
 
     Args:
-      params: the parameters, a tree of arrays, a Flax NNX module or state.
-      state: the optimizer state, to any depth of wrappers; slots are found by the parameters'
-        paths. Of arrays without values (`jax.ShapeDtypeStruct`, tracers) all but the values is
-        told.
-      rows: whether to tell of rows. It reads tables and slots where they are, O(V D) time; only
-        counts reach the host. With several processes all of them must call it then.
+      params: the parameters: a tree of arrays, a Flax NNX module or state.
+      state: the optimizer state, with any wrappers; slots are found by the paths of the parameters.
+        Arrays may be abstract (`jax.ShapeDtypeStruct`, tracers); their values are then omitted.
+      rows: whether to count rows. This reads tables and slots on their devices in O(V D) time; only
+        counts are copied to the host. With several processes, all of them must then call it.
 
     Returns:
       A string that displays as it prints.
@@ -73,16 +73,16 @@ def summary(params: Any, state: Any, *, rows: bool = True) -> Summary:
     count  0
     """
     rows = arguments.flag("rows", rows)
-    params, state = trees.unwrapped(params), trees.unwrapped(state)
+    params, state = trees.unwrap_variables(params), trees.unwrap_variables(state)
     parameters, rest = match(params, state)
-    told = _told_of_rows(parameters, state) if rows else {}
+    row_stats = _row_stats(parameters, state) if rows else {}
     scalars = scalars_of(state)
     named = {scalar.place.keys for scalar in scalars}
     other = [(place, node) for place, node in rest if place.keys not in named]
-    facts = [*_totals(parameters, rest), *((s.name, _value(s.value)) for s in scalars)]
-    blocks = [_table(parameters, told), _listed(facts)]
+    items = [*_totals(parameters, rest), *((s.name, _value(s.value)) for s in scalars)]
+    blocks = [_table(parameters, row_stats), _two_columns(items)]
     if other:
-        blocks.append(["other", *_listed([(f"  {place}", _other(x)) for place, x in other])])
+        blocks.append(["other", *_two_columns([(f"  {place}", _other(x)) for place, x in other])])
     return Summary("\n\n".join("\n".join(lines) for lines in blocks if lines))
 
 
@@ -95,36 +95,36 @@ def _kind(parameter: Parameter) -> str:
     return "dense" if slots else "masked" if parameter.is_masked else "no slots"
 
 
-# ---- what the rows are like ---------------------------------------------------------------------
+# ---- statistics of rows -------------------------------------------------------------------------
 
 
-def _told_of_rows(parameters: Sequence[Parameter], state: Any) -> dict[str, str]:
-    """{path: what is to tell of its rows}, of parameters that have values."""
-    told = {}
+def _row_stats(parameters: Sequence[Parameter], state: State) -> dict[Path, str]:
+    """{path: text about the rows} of the tables that are not abstract."""
+    row_stats = {}
     states = trees.find_states(state, DeferredAdamState)
     tables = {p.path: p.leaf for p in parameters if _kind(p) == "deferred"}
-    if tables and _has_values((tables, states)):
+    if tables and _is_concrete((tables, states)):
         for path, owed in jax.device_get(_owed(tables, states)).items():
-            told[path] = f"{int(owed.rows):,} owe, gap up to {int(owed.longest_gap):,}"
+            row_stats[path] = f"{int(owed.rows):,} owe, gap up to {int(owed.longest_gap):,}"
     nus = {
         p.path: slot.leaf
         for p in parameters
         for slot in p.slots
         if _kind(p) == "lazy" and slot.place.field == "nu" and len(trees.shape_of(slot.leaf)) > 1
     }
-    if nus and _has_values(nus):
+    if nus and _is_concrete(nus):
         for path, untouched in jax.device_get(_untouched(nus)).items():
             if untouched:
-                told[path] = f"{int(untouched):,} untouched"
-    return told
+                row_stats[path] = f"{int(untouched):,} untouched"
+    return row_stats
 
 
-_owed = jax.jit(sync.owed)  # fused, for fewer temporaries of the size of a table
+_owed = jax.jit(sync.owed)  # fused, with fewer temporaries of the size of a table
 
 
 @jax.jit
-def _untouched(nus: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """For each nu how many of its rows are zero."""
+def _untouched(nus: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
+    """The number of rows of each nu that are zero."""
 
     def count(nu: jax.Array) -> jax.Array:
         return jnp.sum(jnp.all(nu == 0, axis=tuple(range(1, nu.ndim))), dtype=jnp.int32)
@@ -135,8 +135,8 @@ def _untouched(nus: dict[str, jax.Array]) -> dict[str, jax.Array]:
 # ---- text ---------------------------------------------------------------------------------------
 
 
-def _table(parameters: Sequence[Parameter], told: dict[str, str]) -> list[str]:
-    """The lines for the parameters; columns without content are left out."""
+def _table(parameters: Sequence[Parameter], row_stats: dict[Path, str]) -> list[str]:
+    """The lines of the parameters; empty columns are omitted."""
     columns = {
         "parameter": [p.path or "(the parameter)" for p in parameters],
         "type": [_type(p.leaf) for p in parameters],
@@ -148,7 +148,7 @@ def _table(parameters: Sequence[Parameter], told: dict[str, str]) -> list[str]:
             _bytes(_size([s.leaf for s in p.slots])) * bool(p.slots) for p in parameters
         ],
         "sharding": [_shardings(p) for p in parameters],
-        "rows": [told.get(p.path, "") for p in parameters],
+        "rows": [row_stats.get(p.path, "") for p in parameters],
     }
     columns = {name: cells for name, cells in columns.items() if any(cells)}
     if not columns:
@@ -165,9 +165,9 @@ def _table(parameters: Sequence[Parameter], told: dict[str, str]) -> list[str]:
     return lines
 
 
-def _listed(facts: Sequence[tuple[str, str]]) -> list[str]:
-    width = max(len(name) for name, _ in facts)
-    return [f"{name.ljust(width)}  {value}" for name, value in facts]
+def _two_columns(items: Sequence[tuple[str, str]]) -> list[str]:
+    width = max(len(name) for name, _ in items)
+    return [f"{name.ljust(width)}  {value}" for name, value in items]
 
 
 def _totals(
@@ -183,15 +183,15 @@ def _totals(
     state = list(by_slot.values())
     elements = sum(math.prod(trees.shape_of(leaf)) for leaf in leaves)
     parts = ", ".join(f"{name} {_bytes(_size(x))}" for name, x in by_slot.items())
-    counted = f"{_number(len(leaves), 'parameter')}, {_number(elements, 'element')}"
+    counts = f"{_count(len(leaves), 'parameter')}, {_count(elements, 'element')}"
     totals = [
-        ("total", f"{counted}, {_bytes(_size(leaves))}"),
+        ("total", f"{counts}, {_bytes(_size(leaves))}"),
         ("state", _bytes(_size(state)) + (f": {parts}" if parts else "")),
     ]
-    here = [_size(x, on_one_device=True) for x in (leaves, state)]
-    if here != [_size(leaves), _size(state)]:
-        parameters_here, state_here = map(_bytes, here)
-        totals.append(("per device", f"{parameters_here} of parameters, {state_here} of state"))
+    per_device = [_size(x, on_one_device=True) for x in (leaves, state)]
+    if per_device != [_size(leaves), _size(state)]:
+        of_parameters, of_state = map(_bytes, per_device)
+        totals.append(("per device", f"{of_parameters} of parameters, {of_state} of state"))
     return totals
 
 
@@ -201,20 +201,20 @@ def _groups(parameter: Parameter) -> str:
 
 
 def _slots(parameter: Parameter) -> str:
-    """Names by dtype: "mu, nu: float32; ema: bfloat16"."""
+    """Names grouped by type: "mu, nu: float32; ema: bfloat16"."""
     names: dict[str, list[str]] = {}
     for slot in parameter.slots:
-        kind = str(trees.dtype_of(slot.leaf))
+        slot_type = str(trees.dtype_of(slot.leaf))
         if isinstance(slot.leaf, SparseRows):
-            kind += f", {slot.leaf.values.shape[0]:,} rows"
+            slot_type += f", {slot.leaf.values.shape[0]:,} rows"
         elif trees.shape_of(slot.leaf) != trees.shape_of(parameter.leaf):
-            kind = _type(slot.leaf)
-        names.setdefault(kind, []).append(slot.name)
-    return "; ".join(f"{', '.join(slots)}: {kind}" for kind, slots in names.items())
+            slot_type = _type(slot.leaf)
+        names.setdefault(slot_type, []).append(slot.name)
+    return "; ".join(f"{', '.join(slots)}: {slot_type}" for slot_type, slots in names.items())
 
 
 def _shardings(parameter: Parameter) -> str:
-    """The parameter's, and those of slots of its rank that have another."""
+    """The spec of the parameter, and different specs of slots of the same rank."""
     own, rank = _spec(parameter.leaf), len(trees.shape_of(parameter.leaf))
     others: dict[str, list[str]] = {}
     for slot in parameter.slots:
@@ -225,7 +225,7 @@ def _shardings(parameter: Parameter) -> str:
 
 
 def _spec(x: Any) -> str:
-    """How it is sharded; empty if it is not, or not known."""
+    """The sharding of an array as text; empty if it is replicated or not known."""
     x = x.values if isinstance(x, SparseRows) else x
     sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
     if sharding is None or sharding.is_fully_replicated:
@@ -240,8 +240,8 @@ def _other(node: Any) -> str:
 
 
 def _value(x: Any) -> str:
-    """Of a scalar."""
-    if not _has_values(x) or jnp.issubdtype(trees.dtype_of(x), jax.dtypes.extended):
+    """A scalar as text: its value, or its type if it is abstract or a PRNG key."""
+    if not _is_concrete(x) or jnp.issubdtype(trees.dtype_of(x), jax.dtypes.extended):
         return _type(x)
     value = np.asarray(x)[()]
     if jnp.issubdtype(value.dtype, jnp.integer):
@@ -261,20 +261,20 @@ def _bytes(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
-def _number(count: int, of: str) -> str:
-    return f"{count:,} {of}{'s' * (count != 1)}"
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-# ---- arrays, with values or without -------------------------------------------------------------
+# ---- concrete and abstract arrays ---------------------------------------------------------------
 
 
-def _has_values(tree: Any) -> bool:
+def _is_concrete(tree: Any) -> bool:
     leaves = jax.tree.leaves(tree)
     return not any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in leaves)
 
 
 def _size(tree: Any, *, on_one_device: bool = False) -> int:
-    """Bytes, on all devices together (what is replicated counts once), or on one of them."""
+    """Bytes over all devices (replicated arrays are counted once), or on one device."""
     total = 0
     for x in jax.tree.leaves(tree):
         shape = trees.shape_of(x)

@@ -1,12 +1,14 @@
 """Adam and AMSGrad: gradients rescaled by their moments.
 
-Both bias corrections are folded into scalars of the step (`Coefficients`), so that the work on an
-element is two moving averages and one ``alpha * m / (sqrt(v + eps_root) + eps)``.
+Both bias corrections are folded into scalars of the step (`Coefficients`). For each element there
+remain two moving averages and one ``alpha * m / (sqrt(v + eps_root) + eps)``.
 """
+
+from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,34 +24,34 @@ from adam_transforms._transforms import numerics
 class ScheduledDecayState(NamedTuple):
     """State of Adam or AMSGrad when a decay rate is a schedule.
 
-    With ``b(0), b(1), ...`` the scheduled values, the bias corrections are one minus their running
-    product, ``1 - b(0) b(1) ... b(t-1)``: what the moving average of ones has reached.
+    For scheduled values ``b(0), b(1), ...`` the bias correction is one minus their running product,
+    ``1 - b(0) b(1) ... b(t-1)``: the moving average of ones, started at zero.
 
     Attributes:
-      corrections: (for mu, for nu), scalars in float32 (float64 in x64 mode).
+      corrections: (of mu, of nu), float32 scalars (float64 in x64 mode).
       inner_state: Optax's ScaleByAdamState or ScaleByAmsgradState.
     """
 
     corrections: tuple[jax.Array, jax.Array]
-    inner_state: Any
+    inner_state: State
 
 
 class Coefficients(NamedTuple):
-    """The scalars of one step, for ``alpha * m / (sqrt(v + eps_root) + eps)``."""
+    """The scalars of one step in ``alpha * m / (sqrt(v + eps_root) + eps)``."""
 
     b1: Any
     b2: Any
     alpha: Any
     eps: Any
     eps_root: Any
-    # Nesterov: m in the formula is `momentum * mu + gradient * g`; None without it.
+    # (x, y) of Nesterov's m = x * mu + y * g; None for m = mu.
     nesterov: tuple[Any, Any] | None
-    # "corrected" AMSGrad: nu is divided by this before its maximum is taken; None otherwise.
+    # AMSGrad with max_of="corrected": the divisor of nu before the maximum; None otherwise.
     nu_correction: Any
 
 
 class Hyperparameters(NamedTuple):
-    """What `scale_by_adam` (``max_of=None``) or `scale_by_amsgrad` was called with."""
+    """The arguments of `scale_by_adam` (``max_of=None``) or `scale_by_amsgrad`."""
 
     b1: Any
     b2: Any
@@ -63,8 +65,8 @@ class Hyperparameters(NamedTuple):
     bias_correction_mu: bool = True
     bias_correction_nu: bool = True
 
-    def checked(self) -> "Hyperparameters":
-        """The same, every argument checked."""
+    def checked(self) -> Hyperparameters:
+        """A copy whose values are checked; numbers become Python floats."""
         hp = self._replace(
             b1=arguments.decay_rate("b1", self.b1),
             b2=arguments.decay_rate("b2", self.b2),
@@ -76,7 +78,7 @@ class Hyperparameters(NamedTuple):
         for name in ("eps_hat", "nesterov", "bias_correction_mu", "bias_correction_nu"):
             arguments.flag(name, getattr(hp, name))
         if hp.eps_hat and hp.max_of == "corrected":
-            raise ValueError('eps_hat=True goes with max_of="raw", got max_of="corrected"')
+            raise ValueError('eps_hat=True needs max_of="raw", got max_of="corrected"')
         return hp
 
 
@@ -106,7 +108,7 @@ def scale_by_adam(
       v_t &= b_2 v_{t-1} + (1-b_2) |g_t|^2, \qquad \hat v_t = v_t / (1-b_2^t) \\
       u_t &= \hat m_t / (\sqrt{\hat v_t + \epsilon_{root}} + \epsilon)
 
-    With `eps_hat`, TensorFlow's and Keras's form, epsilon joins the uncorrected root:
+    With `eps_hat` (TensorFlow, Keras), epsilon is added to the uncorrected root:
 
     .. math::
       u_t = \frac{\sqrt{1-b_2^t}}{1-b_1^t}\,
@@ -115,21 +117,21 @@ def scale_by_adam(
     With `nesterov`, :math:`\hat m_t = b_1 m_t / (1-b_1^{t+1}) + (1-b_1) g_t / (1-b_1^t)`.
 
     Args:
-      b1, b2: decay rates in [0, 1). Python floats are the most accurate; a schedule ``count ->
-        value`` is bias-corrected by the running product of its values (`ScheduledDecayState`); an
-        array by ``1 - b**t`` at its present value.
+      b1, b2: decay rates in [0, 1). Python floats are the most accurate. The bias correction of a
+        schedule ``count -> value`` is one minus the running product of its values
+        (`ScheduledDecayState`), that of an array ``1 - b**t`` with its current value.
       eps: added to the root, >= 0.
       eps_root: added inside the root, >= 0.
-      mu_dtype: dtype that mu is kept in; None for the parameter's.
-      nesterov: look one step ahead with the momentum.
+      mu_dtype: dtype of mu; None for the parameter's.
+      nesterov: use Nesterov momentum.
       eps_hat: epsilon as in the formula just before Section 2.1 of the paper.
-      nu_dtype: dtype that nu is kept in; None for the parameter's real dtype, but at least float32,
-        because a bfloat16 nu stops moving at b2 = 0.999.
+      nu_dtype: dtype of nu; None for the parameter's real dtype, but at least float32, because a
+        bfloat16 nu stops changing at b2 = 0.999.
 
     Returns:
       A transformation with `optax.ScaleByAdamState`: count int32 (), mu and nu like the parameters.
-      Updates come back in the promotion of the gradient's dtype and the parameter's; the state
-      keeps the dtypes it came with. Where a gradient is None, so is the update, and the slots stay.
+      The dtype of an update is the promotion of the gradient's and the parameter's; the dtypes of
+      the state do not change. Where a gradient is None, so is the update; the slots are unchanged.
 
     Raises:
       ValueError: a rate or epsilon out of range; in update, a shape or structure that differs.
@@ -162,17 +164,17 @@ def scale_by_amsgrad(
     *,
     eps_hat: bool = False,
     nu_dtype: Any = None,
-    max_of: str = "corrected",
+    max_of: Literal["raw", "corrected"] = "corrected",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Rescales gradients by the AMSGrad rule: Adam with the largest second moment seen so far.
+    r"""Rescales gradients by the AMSGrad rule: Adam with the running maximum of second moments.
 
-    With m and v as in `scale_by_adam`, ``max_of="corrected"`` is Optax's rule,
+    The moments m and v are those of `scale_by_adam`. ``max_of="corrected"`` is Optax's rule,
 
     .. math::
       \bar v_t = \max(\bar v_{t-1},\, v_t / (1-b_2^t)), \qquad
       u_t = \hat m_t / (\sqrt{\bar v_t + \epsilon_{root}} + \epsilon)
 
-    and ``max_of="raw"`` that of Keras and PyTorch, where the maximum is corrected afterwards:
+    and ``max_of="raw"`` the rule of Keras and PyTorch, which correct the bias of the maximum:
 
     .. math::
       \bar v_t = \max(\bar v_{t-1},\, v_t), \qquad
@@ -180,14 +182,14 @@ def scale_by_amsgrad(
 
     Args:
       b1, b2, eps, eps_root, mu_dtype, eps_hat, nu_dtype: as in `scale_by_adam`. `eps_hat` needs
-        ``max_of="raw"``: no system combines it with the other.
-      bias_correction_mu, bias_correction_nu: False leaves out that correction, as the AMSGrad paper
+        ``max_of="raw"``: no system combines it with "corrected".
+      bias_correction_mu, bias_correction_nu: False omits that correction, as the AMSGrad paper
         does.
       max_of: "corrected" or "raw".
 
     Returns:
       A transformation with `optax.ScaleByAmsgradState`: count int32 (), mu, nu and nu_max like the
-      parameters; nu_max has nu's dtype and holds what the maximum was taken of.
+      parameters; nu_max is :math:`\bar v`, in the dtype of nu.
 
     Raises:
       ValueError, TypeError: as `scale_by_adam`.
@@ -204,7 +206,7 @@ def scale_by_amsgrad(
     >>> state.nu.tolist(), state.nu_max.tolist()
     ([4.0], [8.0])
     """
-    max_of = arguments.choice("max_of", max_of, ("corrected", "raw"))
+    arguments.choice("max_of", max_of, ("corrected", "raw"))
     return _moment_transformation(
         Hyperparameters(
             b1,
@@ -222,7 +224,7 @@ def scale_by_amsgrad(
 
 
 def _moment_transformation(hp: Hyperparameters) -> optax.GradientTransformationExtraArgs:
-    """The transformation that `scale_by_adam` and `scale_by_amsgrad` share."""
+    """`scale_by_adam` or `scale_by_amsgrad`."""
     hp = hp.checked()
     scheduled = callable(hp.b1) or callable(hp.b2)
 
@@ -241,7 +243,7 @@ def _moment_transformation(hp: Hyperparameters) -> optax.GradientTransformationE
             count = numerics.increment(state.count)
             return update_leaves(hp, coefficients, count, updates, state, params)
         inner = state.inner_state
-        b1, b2 = (arguments.at_count(b, inner.count) for b in (hp.b1, hp.b2))
+        b1, b2 = (numerics.at_count(b, inner.count) for b in (hp.b1, hp.b2))
         corrections = [
             numerics.moving_average(c, 1.0, b)
             for c, b in zip(state.corrections, (b1, b2), strict=True)
@@ -254,13 +256,18 @@ def _moment_transformation(hp: Hyperparameters) -> optax.GradientTransformationE
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def init_state(hp: Hyperparameters, params: Params) -> Any:
+def init_state(hp: Hyperparameters, params: Params) -> State:
     """Optax's state of Adam or AMSGrad before the first step."""
+
+    def zero_mu(p: Any) -> jax.Array:
+        return jnp.zeros_like(p, hp.mu_dtype or jnp.result_type(p))
+
+    def zero_nu(p: Any) -> jax.Array:
+        return jnp.zeros_like(p, hp.nu_dtype or dtypes.nu_dtype(jnp.result_type(p)))
+
     count = jnp.zeros((), jnp.int32)
-    likes = jax.tree.map(jnp.result_type, params)
-    mu = jax.tree.map(lambda p, like: jnp.zeros_like(p, hp.mu_dtype or like), params, likes)
-    likes = jax.tree.map(lambda like: hp.nu_dtype or dtypes.nu_dtype(like), likes)
-    nu, nu_max = (jax.tree.map(jnp.zeros_like, params, likes) for _ in range(2))
+    mu = jax.tree.map(zero_mu, params)
+    nu, nu_max = (jax.tree.map(zero_nu, params) for _ in range(2))
     if hp.max_of is None:
         return optax.ScaleByAdamState(count, mu, nu)
     return optax.ScaleByAmsgradState(count, mu, nu, nu_max)
@@ -273,11 +280,11 @@ def coefficients_of(
     b2: Any = None,
     corrections: Sequence[jax.Array] | None = None,
 ) -> Coefficients:
-    """The scalars of the step that follows `count` others, the bias corrections folded in.
+    """The scalars of the step after `count` steps, with the bias corrections folded in.
 
     Args:
-      b1, b2, corrections: where the decay rates are schedules their values at this step, and the
-        bias corrections of mu and nu; None for constant rates.
+      b1, b2, corrections: if the decay rates are schedules, their values at this step and the bias
+        corrections of mu and nu; None for constant rates.
     """
     eps, eps_root = numerics.scalar_at(hp.eps, count), numerics.scalar_at(hp.eps_root, count)
     if corrections is None:
@@ -289,7 +296,7 @@ def coefficients_of(
     nesterov = None
     mu_factor = 1.0 / mu_correction
     if hp.nesterov:
-        b1_next = arguments.at_count(hp.b1, count + 1)
+        b1_next = numerics.at_count(hp.b1, count + 1)
         next_correction = numerics.moving_average(corrections[0], 1.0, b1_next)
         nesterov = (
             dtypes.as_scalar(b1_next) / next_correction,
@@ -313,18 +320,18 @@ def update_leaves(
     c: Coefficients,
     count: jax.Array,
     updates: Updates,
-    state: Any,
+    state: State,
     params: Params | None,
-) -> tuple[Updates, Any]:
-    """Moves the moments and rescales, leaf by leaf."""
+) -> tuple[Updates, State]:
+    """Updates the moments and rescales the gradients, leaf by leaf."""
     slots = {name: slot for name, slot in state._asdict().items() if name != "count"}
-    # A parameter says no more than the dtype of its update; without parameters mu stands in.
-    likes = slots["mu"] if params is None else params
+    # Only the dtype of a parameter matters. Without parameters it is taken from mu.
+    params = slots["mu"] if params is None else params
     updates, *new_slots = trees.map_leaves(
         functools.partial(update_leaf, hp, c),
         updates,
         *slots.values(),
-        likes,
+        params,
         names=(*(f"the state's {name}" for name in slots), "the parameters"),
         outputs=1 + len(slots),
     )
@@ -332,13 +339,13 @@ def update_leaves(
 
 
 def update_leaf(
-    hp: Hyperparameters, c: Coefficients, path: Path, g: jax.Array, *slots_and_like: jax.Array
+    hp: Hyperparameters, c: Coefficients, path: Path, g: jax.Array, *slots_and_param: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """One leaf's update and its new slots, in the dtypes of the old slots."""
-    old_mu, old_nu, *old_nu_max, like = slots_and_like
+    """The update of one leaf and its new slots, in the dtypes of the old slots."""
+    old_mu, old_nu, *old_nu_max, param = slots_and_param
     dtype = dtypes.compute_dtype(g.dtype, old_mu.dtype)
     real = dtypes.real_dtype(dtype)
-    out_dtype = dtypes.promote(g.dtype, jnp.result_type(like))
+    out_dtype = dtypes.promote(g.dtype, jnp.result_type(param))
 
     g = g.astype(dtype)
     nu, square = dtypes.real(old_nu).astype(real), dtypes.abs_sq(g)
@@ -350,8 +357,8 @@ def update_leaf(
             v = nu / dtypes.as_scalar(c.nu_correction, real)
         v = jnp.maximum(dtypes.real(old_nu_max[0]).astype(real), v)
     if c.nesterov is not None:
-        on_mu, on_g = (dtypes.as_scalar(x, real) for x in c.nesterov)
-        m = dtypes.scale(mu, on_mu) + dtypes.scale(g, on_g)
+        mu_factor, g_factor = (dtypes.as_scalar(x, real) for x in c.nesterov)
+        m = dtypes.scale(mu, mu_factor) + dtypes.scale(g, g_factor)
     u = direction(m, v, c).astype(out_dtype)
     new, old = (mu, nu, v)[: 2 + len(old_nu_max)], (old_mu, old_nu, *old_nu_max)
     return u, *(dtypes.store(path, x, y.dtype) for x, y in zip(new, old, strict=True))

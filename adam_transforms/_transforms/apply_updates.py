@@ -7,26 +7,27 @@ import jax.numpy as jnp
 
 from adam_transforms._core import dtypes, trees
 from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._core.types import P, Path, Updates
 
 
-def apply_updates(params: Any, updates: Any, *, key: jax.Array | None = None) -> Any:
+def apply_updates(params: P, updates: Updates, *, key: jax.Array | None = None) -> P:
     """Parameters plus updates, each sum rounded once to the parameter's dtype.
 
-    A superset of `optax.apply_updates`. The sum is taken in at least float32. Nearest rounding
-    loses what is small: a bfloat16 parameter at 1.0 never moves by steps of 1e-3. With `key` the
-    sum is rounded stochastically, up or down with the odds that make it right on average.
+    A superset of `optax.apply_updates`. The sum is computed in at least float32. Rounding to
+    nearest loses small updates: a bfloat16 parameter at 1.0 does not change by steps of 1e-3. With
+    `key` the sum is rounded stochastically, up or down, and its expected value is exact.
 
     Args:
       params: a tree of arrays; a None leaf stays None.
-      updates: a tree like `params`; where it is None the parameter stays as it is.
-      key: a PRNG key, a new one every step; None for nearest rounding. Only real parameters below
-        float32 use it.
+      updates: a tree like `params`; where a leaf is None the parameter is unchanged.
+      key: a PRNG key, a new one for every step; None rounds to nearest. It is used only for real
+        parameters below float32.
 
     Returns:
-      The new parameters, of the structure, shapes and dtypes of `params`.
+      The new parameters, with the structure, shapes and dtypes of `params`.
 
     Raises:
-      ValueError: structure or shape differs; names the path.
+      ValueError: a structure or shape differs; names the path.
 
     >>> import jax, jax.numpy as jnp
     >>> params = {"w": jnp.ones(10_000, jnp.bfloat16)}
@@ -44,8 +45,8 @@ def apply_updates(params: Any, updates: Any, *, key: jax.Array | None = None) ->
     )
 
 
-def apply_update(path: str, p: Any, u: Any, key: jax.Array | None = None) -> Any:
-    """One leaf of `apply_updates`."""
+def apply_update(path: Path, p: Any, u: Any, key: jax.Array | None = None) -> Any:
+    """`apply_updates` for one leaf."""
     if p is None or u is None:
         return p
     if isinstance(u, SparseRows):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_transforms._core import arguments, dtypes, trees
+from adam_transforms._core.types import Params, Path, State, Updates
 from adam_transforms._transforms import numerics
 
 
@@ -18,8 +19,8 @@ def clip_by_value(limit: float | jax.Array) -> optax.GradientTransformationExtra
       limit: > 0.
 
     Returns:
-      A stateless transformation; updates keep their dtype. Of a complex gradient the real and the
-      imaginary part are clipped each.
+      A stateless transformation; updates keep their dtype. The real and the imaginary part of a
+      complex gradient are clipped separately.
 
     >>> import jax.numpy as jnp
     >>> tx = clip_by_value(1.0)
@@ -31,14 +32,14 @@ def clip_by_value(limit: float | jax.Array) -> optax.GradientTransformationExtra
     def clip(g: jax.Array) -> jax.Array:
         if jnp.iscomplexobj(g):
             return jax.lax.complex(clip(g.real), clip(g.imag))
-        at = jnp.asarray(limit).astype(g.dtype)
-        return jnp.clip(g, -at, at)
+        bound = jnp.asarray(limit).astype(g.dtype)
+        return jnp.clip(g, -bound, bound)
 
     return _stateless(lambda updates: trees.map_leaves(lambda path, g: clip(g), updates))
 
 
 def clip_by_norm(max_norm: float | jax.Array) -> optax.GradientTransformationExtraArgs:
-    r"""Scales each leaf down to the norm `max_norm` if its own is larger (Keras's clipnorm).
+    r"""Scales each leaf with a norm above `max_norm` down to `max_norm` (Keras's clipnorm).
 
     .. math:: g_i \, \max(1, \|g_i\|_2 / c)^{-1}
 
@@ -56,8 +57,8 @@ def clip_by_norm(max_norm: float | jax.Array) -> optax.GradientTransformationExt
     """
     max_norm = arguments.scalar("max_norm", max_norm, above=0.0)
 
-    def clip(path: str, g: jax.Array) -> jax.Array:
-        return _scaled_down(g, numerics.global_norm(g), max_norm)
+    def clip(path: Path, g: jax.Array) -> jax.Array:
+        return _scale_down(g, numerics.global_norm(g), max_norm)
 
     return _stateless(lambda updates: trees.map_leaves(clip, updates))
 
@@ -72,7 +73,7 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
 
     Returns:
       A stateless transformation; updates keep their dtype. The norm is computed in at least
-      float32: in float16, the norm of 70,000 ones is already infinite.
+      float32: in float16 the sum of 70,000 squared ones overflows.
 
     References:
       Pascanu et al., `On the difficulty of training Recurrent Neural Networks
@@ -86,16 +87,16 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
     """
     max_norm = arguments.scalar("max_norm", max_norm, above=0.0)
 
-    def clip_all(updates: Any) -> Any:
-        updates = trees.map_leaves(lambda path, g: g, updates)
+    def clip(updates: Updates) -> Updates:
+        updates = trees.map_leaves(lambda path, g: g, updates)  # refuses row gradients
         norm = numerics.global_norm(updates)
-        return trees.map_leaves(lambda path, g: _scaled_down(g, norm, max_norm), updates)
+        return trees.map_leaves(lambda path, g: _scale_down(g, norm, max_norm), updates)
 
-    return _stateless(clip_all)
+    return _stateless(clip)
 
 
-def _scaled_down(g: jax.Array, norm: jax.Array, max_norm: Any) -> jax.Array:
-    """`g` times max_norm / norm if that is below one; exactly `g` if it is not."""
+def _scale_down(g: jax.Array, norm: jax.Array, max_norm: Any) -> jax.Array:
+    """``g * min(1, max_norm / norm)``, exactly `g` if the norm is not above `max_norm`."""
     limit = dtypes.as_scalar(max_norm, norm.dtype)
     factor = limit / jnp.maximum(norm, limit)
     dtype = dtypes.compute_dtype(g.dtype)
@@ -103,10 +104,12 @@ def _scaled_down(g: jax.Array, norm: jax.Array, max_norm: Any) -> jax.Array:
     return dtypes.scale(g.astype(dtype), factor).astype(g.dtype)
 
 
-def _stateless(clip: Callable[[Any], Any]) -> optax.GradientTransformationExtraArgs:
-    """A transformation without state from a function of the updates."""
+def _stateless(clip: Callable[[Updates], Updates]) -> optax.GradientTransformationExtraArgs:
+    """A stateless transformation that applies a function to the updates."""
 
-    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
+    def update(
+        updates: Updates, state: State, params: Params | None = None, **_: Any
+    ) -> tuple[Updates, State]:
         del params
         return clip(updates), state
 

@@ -1,8 +1,8 @@
-"""Running an inner update only on a condition.
+"""Running an inner update only if a condition holds.
 
 Accumulation micro-steps and skipped non-finite steps cost almost nothing and leave the optimizer
-state bit-identical. No buffer is allocated for them: the updates leave the conditional computation
-in the buffers in which the gradients entered it.
+state bit-identical. They allocate no buffer: the conditional computation writes the updates into
+the buffers of the gradients.
 """
 
 from collections.abc import Callable
@@ -23,18 +23,18 @@ def update_if(
     gradients: Updates,
     state: State,
 ) -> tuple[Updates, State]:
-    """``update(gradients, state)`` where `condition` holds, else ``(gradients, state)``.
+    """``update(gradients, state)`` if `condition` holds, else ``(gradients, state)``.
 
     Args:
-      condition: bool scalar.
-      update: returns updates structured and shaped like `gradients`, and the new state.
+      condition: a bool scalar.
+      update: returns updates with the structure and shapes of `gradients`, and the new state.
       gradients: a tree of arrays and row gradients.
-      state: a tree of arrays; its dtypes are kept.
+      state: a tree of arrays; their dtypes do not change.
 
     Returns:
-      (carried, state). A leaf of ``carried`` has the promotion of the gradient's dtype and the
-      update's, which holds either exactly; `select` makes updates of it. A row gradient carries its
-      indices with its values; its uniqueness is that of the update.
+      (carried, state). ``carried`` contains the updates or the gradients, in the promotion of their
+      dtypes, which represents both exactly; `select` converts it to updates. Rows are carried with
+      their indices, and are marked unique if those of the update are.
 
     It has no reverse-mode derivative; forward mode works.
     """
@@ -51,12 +51,13 @@ def update_if(
             f"{jax.tree.structure(gradients)}, got {jax.tree.structure(outputs)}"
         )
 
-    def enter(g: jax.Array, u: Any) -> jax.Array:
-        # Only accumulated rows come out in another number than a step's gradient brings.
-        same = g.shape == u.shape
-        return g.astype(dtypes.promote(g.dtype, u.dtype)) if same else jnp.zeros_like(u)
+    def to_carried(g: jax.Array, u: Any) -> jax.Array:
+        # The shapes differ only if the update has another number of rows than the gradient.
+        if g.shape != u.shape:
+            return jnp.zeros_like(u)
+        return g.astype(dtypes.promote(g.dtype, u.dtype))
 
-    def as_gradient(g: jax.Array, carried: jax.Array) -> jax.Array:
+    def from_carried(g: jax.Array, carried: jax.Array) -> jax.Array:
         if g.shape != carried.shape:
             return g
         # A real gradient is carried as complex if the update is complex.
@@ -64,10 +65,10 @@ def update_if(
 
     def step(carry: tuple[Any, State]) -> tuple[Any, State]:
         carried, state = carry
-        updates, new_state = update_parts(jax.tree.map(as_gradient, parts, carried), state)
+        updates, new_state = update_parts(jax.tree.map(from_carried, parts, carried), state)
         return _cast_like(updates, carried), _cast_like(new_state, state)
 
-    carried = jax.tree.map(enter, parts, output_parts)
+    carried = jax.tree.map(to_carried, parts, output_parts)
     carried, state = run_if(condition, step, (carried, state))
     return from_parts(outputs, carried), state
 
@@ -75,8 +76,8 @@ def update_if(
 def select(
     condition: jax.Array, carried: Updates, gradients: Updates, params: Params | None
 ) -> Updates:
-    """The updates out of what `update_if` returned if `condition` holds; else zeros, with padding
-    for the indices of rows."""
+    """Converts the ``carried`` of `update_if` to updates: zeros if `condition` does not hold, with
+    padding for the indices of rows."""
 
     def zero_unless(x: jax.Array) -> jax.Array:
         return jnp.where(condition, x, jnp.zeros((), x.dtype))
@@ -92,7 +93,7 @@ def select(
 
 
 def _cast_like(tree: Any, like: Any) -> Any:
-    """Each leaf in the dtype of the same leaf of `like`; PRNG keys stay as they are."""
+    """Casts each leaf to the dtype of the same leaf of `like`; PRNG keys need no cast."""
     return jax.tree.map(
         lambda x, y: x if x.dtype == jnp.result_type(y) else x.astype(jnp.result_type(y)),
         tree,

@@ -1,5 +1,7 @@
 """Masks, groups and learning rates by path."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ import optax
 from adam_transforms._core import arguments, dtypes, trees
 from adam_transforms._core.patterns import Patterns, Rules, compile_patterns, parse_rules
 from adam_transforms._core.state_layout import Role, register
+from adam_transforms._core.types import Params, Path, State, Updates
 from adam_transforms._transforms import numerics
 
 
@@ -17,14 +20,14 @@ def path_mask(patterns: Patterns, *, exclude: bool = False) -> Callable[[Any], A
     """A mask by path, for `optax.masked`, `optax.add_decayed_weights` or `adamw`.
 
     Args:
-      patterns: one regular expression or several, searched for in each leaf's path.
-      exclude: select the leaves that match none of them instead.
+      patterns: one or several regular expressions, searched for in the path of each leaf.
+      exclude: select the leaves that match no pattern instead.
 
     Returns:
-      A function from a tree to booleans in its structure: True where the leaf is selected.
+      A function from a tree to a tree of booleans: True where the leaf is selected.
 
     Raises:
-      ValueError: a pattern is no regular expression; when called, no leaf matches.
+      ValueError: a pattern is not a regular expression; when called, no leaf matches.
 
     >>> mask = path_mask(["bias$", "norm/"], exclude=True)
     >>> mask({"kernel": 1.0, "bias": 2.0, "norm": {"scale": 1.0}})
@@ -43,12 +46,12 @@ def by_path(
     rules: Sequence[tuple[Patterns, optax.GradientTransformation]],
     default: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Parameter groups: a transformation for each group of paths.
+    """Parameter groups: one transformation for each group of paths.
 
     Args:
-      rules: (patterns, transformation) pairs; a parameter gets the first whose patterns match its
-        path.
-      default: for the parameters that no rule matches.
+      rules: (patterns, transformation) pairs; the first pair whose patterns match the path of a
+        parameter applies to it.
+      default: applies to the parameters that no rule matches.
 
     Returns:
       `optax.multi_transform` over these groups, with its state.
@@ -76,9 +79,9 @@ class ScaleByPathLearningRateState(NamedTuple):
     """State of `scale_by_path_learning_rate`.
 
     Attributes:
-      count: int32 (), the number of steps taken.
-      rates: the learning rates of the last step, before it those of the first: a scalar of the
-        widest float (`jnp.result_type(float)`) for each rule in order, and the default's.
+      count: int32 (), the number of steps.
+      rates: the learning rates of the last step (before the first step, of the first step): a
+        scalar of the widest float (`jnp.result_type(float)`) for each rule, the default last.
     """
 
     count: jax.Array
@@ -92,15 +95,14 @@ def scale_by_path_learning_rate(
     """Multiplies each update by minus the learning rate of its path.
 
     Args:
-      rules: (patterns, learning rate) pairs; a parameter gets the first whose patterns match its
-        path. A learning rate is a number, a scalar array, or a schedule ``count -> value`` read at
-        the number of steps taken before this one.
-      default: the learning rate where no rule matches.
+      rules: (patterns, learning rate) pairs; the first pair whose patterns match the path of a
+        parameter applies to it. A learning rate is a number, a scalar array, or a schedule ``count
+        -> value`` of the number of steps before this one.
+      default: the learning rate if no rule matches.
 
     Returns:
-      A transformation with `ScaleByPathLearningRateState`, from which `metrics` tells the rates;
-      updates keep their dtype. Like `optax.scale_by_learning_rate` it flips the sign, so it comes
-      where that one would.
+      A transformation with `ScaleByPathLearningRateState`, whose rates are in `metrics`; updates
+      keep their dtype. It flips the sign and replaces `optax.scale_by_learning_rate` in a chain.
 
     Raises:
       ValueError: a rule matches no parameter.
@@ -122,40 +124,42 @@ def scale_by_path_learning_rate(
 
     scale = scale_by_chosen_rate(compiled.index, rates)
 
-    def init(params: Any) -> Any:
-        compiled.indices(params)  # a rule that matches nothing is an error from the start
+    def init(params: Params) -> State:
+        compiled.indices(params)  # raises if a rule matches no parameter
         return scale.init(params)
 
     return optax.GradientTransformationExtraArgs(init, scale.update)
 
 
 def scale_by_chosen_rate(
-    choose: Callable[[str], int], rates: Sequence[Any]
+    choose: Callable[[Path], int], rates: Sequence[Any]
 ) -> optax.GradientTransformationExtraArgs:
-    """Each leaf times minus the learning rate, a number or a schedule, that its path chooses."""
+    """Multiplies the leaf at `path` by minus ``rates[choose(path)]``, a number or a schedule."""
 
     def rates_at(count: jax.Array) -> list[Any]:
         return [numerics.scalar_at(rate, count) for rate in rates]
 
-    def kept(values: Sequence[Any]) -> tuple[jax.Array, ...]:
-        # Copies: whoever donates the state must not delete the caller's arrays.
-        return tuple(jnp.array(value, dtypes.scalar_dtype()) for value in values)
+    def make_state(count: jax.Array, values: Sequence[Any]) -> ScaleByPathLearningRateState:
+        # Copies: donating the state must not delete the caller's arrays.
+        copies = tuple(jnp.array(value, dtypes.scalar_dtype()) for value in values)
+        return ScaleByPathLearningRateState(count, copies)
 
-    def init(params: Any) -> ScaleByPathLearningRateState:
+    def init(params: Params) -> ScaleByPathLearningRateState:
         del params
         count = jnp.zeros((), jnp.int32)
-        return ScaleByPathLearningRateState(count, kept(rates_at(count)))
+        return make_state(count, rates_at(count))
 
-    def update(updates: Any, state: Any, params: Any = None, **_: Any):
+    def update(
+        updates: Updates, state: State, params: Params | None = None, **_: Any
+    ) -> tuple[Updates, State]:
         del params
-        now = rates_at(state.count)
+        values = rates_at(state.count)
 
-        def scale(path: str, g: jax.Array) -> jax.Array:
+        def scale(path: Path, g: jax.Array) -> jax.Array:
             dtype = dtypes.real_dtype(g.dtype)
-            return dtypes.scale(g, dtypes.as_scalar(-now[choose(path)], dtype))
+            return dtypes.scale(g, dtypes.as_scalar(-values[choose(path)], dtype))
 
         updates = trees.map_leaves(scale, updates)
-        count = numerics.increment(state.count)
-        return updates, ScaleByPathLearningRateState(count, kept(now))
+        return updates, make_state(numerics.increment(state.count), values)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -1,4 +1,4 @@
-"""Loss scaling and steps skipped when a gradient is not finite."""
+"""Loss scaling, and skipping steps with non-finite gradients."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ import optax
 from adam_transforms._core import arguments, dtypes, trees
 from adam_transforms._core.sparse_rows import on_values
 from adam_transforms._core.state_layout import Field, Role, register
+from adam_transforms._core.types import Params, State, Updates
 from adam_transforms._transforms import conditional_update, numerics
 
 _SCALE = Field(Role.SCALAR, metric="loss_scale")
@@ -21,7 +22,7 @@ class StaticLossScaleState(NamedTuple):
     """State of `static_loss_scale`: the scale, float32 (), and the inner state."""
 
     scale: jax.Array
-    inner_state: Any
+    inner_state: State
 
 
 @register(scale=_SCALE, finite_steps=Role.SCALAR, skipped=_SKIPPED, inner_state=Role.INNER)
@@ -29,35 +30,35 @@ class DynamicLossScaleState(NamedTuple):
     """State of `dynamic_loss_scale`.
 
     Attributes:
-      scale: float32 (), what the loss is multiplied by.
-      finite_steps: int32 (), finite steps since the scale last changed.
-      skipped: int32 (), steps skipped so far.
+      scale: float32 (), the factor of the loss.
+      finite_steps: int32 (), finite steps since the last change of the scale.
+      skipped: int32 (), the number of skipped steps.
       inner_state: the state of the inner transformation.
     """
 
     scale: jax.Array
     finite_steps: jax.Array
     skipped: jax.Array
-    inner_state: Any
+    inner_state: State
 
 
 @register(skipped=_SKIPPED, inner_state=Role.INNER)
 class SkipNonfiniteState(NamedTuple):
-    """State of `skip_nonfinite`: int32 (), the steps skipped so far, and the inner state."""
+    """State of `skip_nonfinite`: the number of skipped steps, int32 (), and the inner state."""
 
     skipped: jax.Array
-    inner_state: Any
+    inner_state: State
 
 
 def static_loss_scale(
     inner: optax.GradientTransformation, scale: float | jax.Array
 ) -> optax.GradientTransformationExtraArgs:
-    """Divides the gradients by a fixed loss scale before `inner` sees them.
+    """Divides the gradients by a fixed loss scale, then runs `inner`.
 
     Args:
-      inner: any transformation; it gets the gradients in at least float32, where a float16
+      inner: any transformation; it receives the gradients in at least float32, because a float16
         gradient divided by the scale would underflow.
-      scale: what the loss was multiplied by (see `scale_loss`), > 0.
+      scale: the factor of the loss (see `scale_loss`), > 0.
 
     Returns:
       A transformation with `StaticLossScaleState`.
@@ -71,10 +72,12 @@ def static_loss_scale(
     inner = arguments.transformation("inner", inner)
     scale = arguments.scalar("scale", scale, above=0.0)
 
-    def init(params: Any) -> StaticLossScaleState:
+    def init(params: Params) -> StaticLossScaleState:
         return StaticLossScaleState(jnp.array(scale, jnp.float32), inner.init(params))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any):
+    def update(
+        updates: Updates, state: State, params: Params | None = None, **extra_args: Any
+    ) -> tuple[Updates, State]:
         unscaled = _unscale(updates, state.scale)
         new_updates, inner_state = inner.update(unscaled, state.inner_state, params, **extra_args)
         new_updates = trees.in_update_dtype(new_updates, updates, params)
@@ -91,21 +94,21 @@ def dynamic_loss_scale(
     *,
     min_scale: float | jax.Array = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Divides the gradients by a loss scale that adapts, and skips steps that are not finite.
+    """Divides the gradients by an adaptive loss scale, and skips non-finite steps.
 
-    A step whose gradients are all finite is taken with the present scale; `growth_interval` of
-    them in a row multiply the scale by `factor`. A step with an infinity or a NaN is skipped
-    whole - updates zero, the inner state bit-identical - and divides the scale by `factor`.
+    If all gradients are finite, `inner` runs; after `growth_interval` such steps in a row the scale
+    is multiplied by `factor`. If a gradient contains an infinity or a NaN, the step is skipped: the
+    updates are zero, the inner state stays bit-identical, and the scale is divided by `factor`.
 
     Args:
-      inner: any transformation; it gets the gradients in at least float32.
+      inner: any transformation; it receives the gradients in at least float32.
       initial_scale: > 0.
       growth_interval: static int >= 1.
       factor: > 1.
-      min_scale: the scale is never halved below it, > 0.
+      min_scale: the lower bound of the scale, > 0; a scale already below it is not raised.
 
     Returns:
-      A transformation with `DynamicLossScaleState`. The loss is scaled with `scale_loss`.
+      A transformation with `DynamicLossScaleState`. Scale the loss with `scale_loss`.
 
     References:
       Micikevicius et al., `Mixed Precision Training <https://arxiv.org/abs/1710.03740>`_, 2018;
@@ -128,7 +131,7 @@ def dynamic_loss_scale(
     factor = arguments.scalar("factor", factor, above=1.0)
     min_scale = arguments.scalar("min_scale", min_scale, above=0.0)
 
-    def init(params: Any) -> DynamicLossScaleState:
+    def init(params: Params) -> DynamicLossScaleState:
         return DynamicLossScaleState(
             scale=jnp.array(initial_scale, jnp.float32),
             finite_steps=jnp.zeros((), jnp.int32),
@@ -136,21 +139,24 @@ def dynamic_loss_scale(
             inner_state=inner.init(params),
         )
 
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any):
-        def step(gradients: Any, inner_state: Any) -> tuple[Any, Any]:
+    def update(
+        updates: Updates, state: State, params: Params | None = None, **extra_args: Any
+    ) -> tuple[Updates, State]:
+        def step(gradients: Updates, inner_state: State) -> tuple[Updates, State]:
             unscaled = _unscale(gradients, state.scale)
             return inner.update(unscaled, inner_state, params, **extra_args)
 
         finite, updates, inner_state = _step_if_finite(step, updates, state.inner_state, params)
         finite_steps = jnp.where(finite, state.finite_steps + 1, 0)
-        grows = finite_steps >= growth_interval
-        by = dtypes.as_scalar(factor, jnp.float32)
-        least = jnp.minimum(state.scale, dtypes.as_scalar(min_scale, jnp.float32))
-        grown = jnp.where(grows, state.scale * by, state.scale)
-        # A scale grown past the largest float32 would make every step non-finite.
+        grow = finite_steps >= growth_interval
+        ratio = dtypes.as_scalar(factor, jnp.float32)
+        lower_bound = jnp.minimum(state.scale, dtypes.as_scalar(min_scale, jnp.float32))
+        grown = jnp.where(grow, state.scale * ratio, state.scale)
+        # An infinite scale would make every later step non-finite.
         grown = jnp.where(jnp.isfinite(grown), grown, state.scale)
-        scale = jnp.where(finite, grown, jnp.maximum(state.scale / by, least))
-        finite_steps = jnp.where(grows, 0, finite_steps)
+        shrunk = jnp.maximum(state.scale / ratio, lower_bound)
+        scale = jnp.where(finite, grown, shrunk)
+        finite_steps = jnp.where(grow, 0, finite_steps)
         skipped = _count_skip(state.skipped, finite)
         return updates, DynamicLossScaleState(scale, finite_steps, skipped, inner_state)
 
@@ -158,9 +164,9 @@ def dynamic_loss_scale(
 
 
 def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Skips a step whose gradients hold an infinity or a NaN.
+    """Skips steps whose gradients contain an infinity or a NaN.
 
-    Such a step is skipped whole: the updates are zero and the inner state stays bit-identical.
+    The updates of a skipped step are zero, and the inner state stays bit-identical.
 
     Args:
       inner: any transformation.
@@ -176,11 +182,13 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
     """
     inner = arguments.transformation("inner", inner)
 
-    def init(params: Any) -> SkipNonfiniteState:
+    def init(params: Params) -> SkipNonfiniteState:
         return SkipNonfiniteState(jnp.zeros((), jnp.int32), inner.init(params))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any):
-        def step(gradients: Any, inner_state: Any) -> tuple[Any, Any]:
+    def update(
+        updates: Updates, state: State, params: Params | None = None, **extra_args: Any
+    ) -> tuple[Updates, State]:
+        def step(gradients: Updates, inner_state: State) -> tuple[Updates, State]:
             return inner.update(gradients, inner_state, params, **extra_args)
 
         finite, updates, inner_state = _step_if_finite(step, updates, state.inner_state, params)
@@ -189,18 +197,18 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def scale_loss(loss: jax.Array | float, state: Any) -> jax.Array:
-    """The loss times the loss scale that an optimizer state holds; differentiate this one.
+def scale_loss(loss: jax.Array | float, state: State) -> jax.Array:
+    """The loss times the loss scale in an optimizer state; differentiate this product.
 
     Args:
       loss: a scalar (any shape works).
-      state: an optimizer state with a `dynamic_loss_scale` or `static_loss_scale` anywhere in it.
+      state: an optimizer state with a `dynamic_loss_scale` or `static_loss_scale` at any depth.
 
     Returns:
       The product, in at least float32.
 
     Raises:
-      ValueError: the state holds no loss scale, or several.
+      ValueError: the state has no loss scale, or several.
 
     >>> import jax.numpy as jnp, optax
     >>> state = static_loss_scale(optax.identity(), 8.0).init(jnp.zeros(1))
@@ -221,7 +229,7 @@ def scale_loss(loss: jax.Array | float, state: Any) -> jax.Array:
     return jnp.asarray(loss, dtype) * scales[0].astype(dtype)
 
 
-def _unscale(updates: Any, scale: jax.Array) -> Any:
+def _unscale(updates: Updates, scale: jax.Array) -> Updates:
     """The gradients divided by `scale`, in at least float32."""
 
     def unscale(g: jax.Array) -> jax.Array:
@@ -232,9 +240,12 @@ def _unscale(updates: Any, scale: jax.Array) -> Any:
 
 
 def _step_if_finite(
-    step: Callable[[Any, Any], tuple[Any, Any]], gradients: Any, state: Any, params: Any
-) -> tuple[jax.Array, Any, Any]:
-    """(whether all gradients are finite, updates, state); the step is skipped if they are not."""
+    step: Callable[[Updates, State], tuple[Updates, State]],
+    gradients: Updates,
+    state: State,
+    params: Params | None,
+) -> tuple[jax.Array, Updates, State]:
+    """(whether all gradients are finite, updates, state); a non-finite step is skipped."""
     gradients = trees.as_gradients(gradients)
     finite = numerics.all_finite(gradients)
     carried, state = conditional_update.update_if(finite, step, gradients, state)

@@ -1,4 +1,4 @@
-"""The arithmetic that the transformations share: averages, bias corrections, norms."""
+"""Arithmetic that several transformations use: averages, bias corrections, norms."""
 
 import math
 import operator
@@ -22,9 +22,9 @@ from adam_transforms._core.sparse_rows import is_rows
 def moving_average(average: jax.Array, x: jax.Array | float, decay: Any) -> jax.Array:
     """``decay * average + (1 - decay) * x``, in the form that is accurate for this decay.
 
-    Near decay 1, ``decay`` and ``1 - decay`` rounded apart no longer add up to 1, which biases the
-    average by 1.3e-5 at 0.999 in float32; ``average + (1 - decay) * (x - average)`` has no such
-    bias. Near decay 0 that form would cancel, and the textbook one is exact.
+    Near decay 1, ``decay`` and ``1 - decay`` are rounded separately and do not sum to 1: at 0.999
+    in float32 the average has a bias of 1.3e-5. ``average + (1 - decay) * (x - average)`` has no
+    such bias. Near decay 0 it suffers from cancellation, and the textbook form is exact.
     """
     if isinstance(decay, float):
         weight = 1.0 - decay
@@ -39,21 +39,24 @@ def moving_average(average: jax.Array, x: jax.Array | float, decay: Any) -> jax.
     return jnp.where(decay < 0.5, textbook, average + scale(x - average, weight))
 
 
+def at_count(value: Any, count: jax.Array) -> Any:
+    """The value of a hyperparameter, possibly a schedule, after `count` steps."""
+    return value(count) if callable(value) else value
+
+
 def scalar_at(value: Any, count: jax.Array) -> Any:
-    """The value of a hyperparameter, perhaps a schedule, when `count` steps have been taken: a
-    Python float, or a scalar of the widest float."""
-    value = value(count) if callable(value) else value
-    return value if isinstance(value, float) else as_scalar(value)
+    """`at_count` as a Python float or a scalar of the widest float."""
+    return as_scalar(at_count(value, count))
 
 
 def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
-    """``1 - decay**count``: what a moving average of `count` ones, started at zero, has reached.
+    """``1 - decay**count``: the moving average of `count` ones, started at zero.
 
-    As ``-expm1(count * log1p(decay - 1))``, which is right to rounding; the literal form in
-    float32 is off by 1.3e-5 at decay 0.999 and by 1.3e-2 at 0.999999 in the first steps. A decay
-    given as a float32 array carries an error of that size itself: pass Python floats.
+    It is computed as ``-expm1(count * log1p(decay - 1))``, which is accurate to rounding. The
+    literal form in float32 has an error of 1.3e-5 at decay 0.999 and of 1.3e-2 at 0.999999 in the
+    first steps. A decay in a float32 array has an error of the same size: pass Python floats.
     """
-    count = jnp.asarray(count, float)  # in the widest float that JAX is configured for
+    count = jnp.asarray(count, float)  # the widest float that is enabled in JAX
     if isinstance(decay, float):
         if decay == 0.0:  # log 0
             return jnp.ones_like(count)
@@ -62,17 +65,17 @@ def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
 
 
 def increment(count: jax.Array) -> jax.Array:
-    """``count + 1``, which stays at the largest integer once it is there."""
+    """``count + 1``, saturating at the largest integer of the dtype."""
     return jnp.asarray(optax.safe_increment(count))
 
 
 def global_norm(tree: Any) -> jax.Array:
-    r"""The Euclidean norm of all elements of all leaves together.
+    r"""The Euclidean norm of all elements of all leaves.
 
     .. math:: \sqrt{\sum_i |x_i|^2}
 
     Args:
-      tree: arrays of any shapes and dtypes, and row gradients; None leaves count for nothing.
+      tree: arrays of any shapes and dtypes, row gradients, and None, which is ignored.
 
     Returns:
       A scalar, in at least float32 (a float16 sum of squares would overflow at 65,504); 0 for an
@@ -83,28 +86,23 @@ def global_norm(tree: Any) -> jax.Array:
     5.0
     """
     leaves = [
-        # Of a row gradient, the norm of the array that it stands for.
+        # The norm of a row gradient is that of the dense array with the same sums.
         x.sum_duplicates().values if is_rows(x) else jnp.asarray(x)
         for x in jax.tree.leaves(tree, is_leaf=is_rows)
     ]
     dtype = real_dtype(compute_dtype(*(x.dtype for x in leaves)))
-    return jnp.sqrt(sum((sum_of_squares(x, dtype) for x in leaves), jnp.zeros((), dtype)))
-
-
-def sum_of_squares(x: jax.Array, dtype: Any) -> jax.Array:
-    """Sum of |x|^2 over one leaf, accumulated in the real `dtype`."""
-    wide = promote(x.dtype, dtype)
-    return jnp.sum(abs_sq(x.astype(wide))).astype(dtype)
+    squares = [abs_sq(x.astype(promote(x.dtype, dtype))) for x in leaves]
+    return jnp.sqrt(sum((jnp.sum(x).astype(dtype) for x in squares), jnp.zeros((), dtype)))
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """Whether no leaf holds an infinity or a NaN; a bool scalar."""
+    """A bool scalar: whether no leaf contains an infinity or a NaN."""
 
     def finite(x: jax.Array) -> jax.Array:
         if jnp.iscomplexobj(x):
             return finite(x.real) & finite(x.imag)
-        # Times 0, all that is not finite is NaN, and a NaN wins any sum. A maximum it may lose, as
-        # XLA reduces on CPU; all(isfinite(x)) is right too, but writes an array of bools.
+        # x * 0 is NaN where x is not finite, and the NaN propagates through the sum. It need not
+        # propagate through a maximum in XLA on CPU. all(isfinite(x)) would write a bool array.
         return jnp.sum(x * 0.0) == 0.0
 
     leaves = jax.tree.leaves(tree, is_leaf=is_rows)

@@ -1,4 +1,4 @@
-"""Optimizer states that take less memory on each device than the parameters do."""
+"""Sharding the optimizer state of replicated parameters."""
 
 import math
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adam_transforms._core import arguments, trees
 from adam_transforms._core.sparse_rows import is_rows
+from adam_transforms._core.types import Params, State, Updates
 
 
 def shard_slots(
@@ -19,24 +20,24 @@ def shard_slots(
 ) -> optax.GradientTransformationExtraArgs:
     """Shards the slots of replicated parameters over the devices of a data axis (ZeRO stage 1).
 
-    Each device keeps one part of every slot, moves the parameters' part that belongs to it, and
-    gets the other parts of the update from the others. That is the memory of the slots divided by
-    the number of devices, for as much traffic as an all-reduce of the gradients has anyway: XLA
-    can make of this and the gather of the updates a reduce-scatter and an all-gather.
+    Each device keeps one part of every slot, computes that part of the update, and receives the
+    other parts from the other devices. The memory of the slots is divided by the number of devices.
+    The traffic is that of an all-reduce of the gradients, which is needed anyway: XLA can turn it
+    and the gather of the updates into a reduce-scatter and an all-gather.
 
     Args:
       inner: any transformation.
-      mesh: the mesh that the parameters are on, with Explicit or Auto axes.
-      axis: the name of the axis, or of several, over which the parameters are replicated.
+      mesh: the mesh of the parameters, with Explicit or Auto axes.
+      axis: the name of the axis, or names of the axes, over which the parameters are replicated.
 
     Returns:
-      A transformation whose state is `inner`'s. A slot is sharded over its longest dimension of
-      those that the number of devices divides; one without any stays replicated, as do scalars
-      and whatever else does not mirror a parameter. Row gradients pass as they are: their tables
-      are best sharded themselves.
+      A transformation with the state of `inner`. A slot is sharded over the longest of the
+      dimensions that are multiples of the number of devices. A slot without such a dimension, a
+      scalar, or any other array that mirrors no parameter is replicated. Row gradients are passed
+      on unchanged: shard their tables instead.
 
     Raises:
-      ValueError: the mesh has no such axis. TypeError: it is no `jax.sharding.Mesh`.
+      ValueError: the mesh has no such axis. TypeError: `mesh` is not a `jax.sharding.Mesh`.
 
     References:
       Rajbhandari et al., `ZeRO <https://arxiv.org/abs/1910.02054>`_, 2020.
@@ -56,58 +57,61 @@ def shard_slots(
         if name not in mesh.shape:
             raise ValueError(f"axis must be of the mesh, {tuple(mesh.shape)}, got {name!r}")
     devices = math.prod(mesh.shape[name] for name in axes)
-    explicit = AxisType.Explicit in mesh.axis_types
+    is_explicit = AxisType.Explicit in mesh.axis_types
 
-    def written(spec: list[Any]) -> PartitionSpec:
-        """As `jax.jit` writes the shardings of its results: any other way compiles it again."""
-        while spec and spec[-1] is None and not explicit:
-            spec = spec[:-1]
-        return PartitionSpec(*spec)
+    def make_spec(entries: list[Any]) -> PartitionSpec:
+        """The form in which `jax.jit` returns shardings; any other form causes a recompilation."""
+        while entries and entries[-1] is None and not is_explicit:
+            entries = entries[:-1]
+        return PartitionSpec(*entries)
 
-    def parts(shape: tuple[int, ...]) -> PartitionSpec:
-        divided = [i for i, size in enumerate(shape) if size and size % devices == 0]
-        longest = max(divided, key=lambda i: shape[i], default=None)
+    def sharded_spec(shape: tuple[int, ...]) -> PartitionSpec:
+        divisible = [i for i, size in enumerate(shape) if size and size % devices == 0]
+        longest = max(divisible, key=lambda i: shape[i], default=None)
         name = axes[0] if len(axes) == 1 else axes
-        return written([name if i == longest else None for i in range(len(shape))])
+        return make_spec([name if i == longest else None for i in range(len(shape))])
 
-    def place(x: Any, spec: PartitionSpec) -> Any:
+    def reshard(x: Any, spec: PartitionSpec) -> Any:
         sharding = NamedSharding(mesh, spec)
         if isinstance(x, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         x = jnp.asarray(x)
         if not isinstance(x, Tracer):
             return jax.device_put(x, sharding)
-        if explicit:
+        if is_explicit:
             return jax.sharding.reshard(x, sharding)
         return jax.lax.with_sharding_constraint(x, sharding)
 
-    def in_parts(tree: Any) -> Any:
+    def shard(tree: Any) -> Any:
         return jax.tree.map(
-            lambda x: x if is_rows(x) else place(x, parts(jnp.shape(x))), tree, is_leaf=is_rows
-        )
-
-    def slots_in_parts(state: Any, like: Any) -> Any:
-        shapes = {x.shape if is_rows(x) else jnp.shape(x) for _, x in _leaves(like)}
-        shapes.discard(())
-        return jax.tree.map(
-            lambda x: place(x, parts(x.shape)) if jnp.shape(x) in shapes else x, state
-        )
-
-    def init(params: Any) -> Any:
-        return slots_in_parts(inner.init(in_parts(params)), params)
-
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any):
-        own = None if params is None else in_parts(params)
-        new, state = inner.update(in_parts(updates), state, own, **extra_args)
-        whole = jax.tree.map(
-            lambda u: u if is_rows(u) else place(u, written([None] * u.ndim)),
-            new,
+            lambda x: x if is_rows(x) else reshard(x, sharded_spec(jnp.shape(x))),
+            tree,
             is_leaf=is_rows,
         )
-        return whole, slots_in_parts(state, updates)
+
+    def replicate(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda x: x if is_rows(x) else reshard(x, make_spec([None] * x.ndim)),
+            tree,
+            is_leaf=is_rows,
+        )
+
+    def shard_state(state: State, params: Params) -> State:
+        shapes = {x.shape if is_rows(x) else jnp.shape(x) for _, x in trees.non_none(params)}
+        shapes.discard(())
+        return jax.tree.map(
+            lambda x: reshard(x, sharded_spec(x.shape)) if jnp.shape(x) in shapes else x, state
+        )
+
+    def init(params: Params) -> State:
+        return shard_state(inner.init(shard(params)), params)
+
+    def update(
+        updates: Updates, state: State, params: Params | None = None, **extra_args: Any
+    ) -> tuple[Updates, State]:
+        gradients = updates
+        params = None if params is None else shard(params)
+        updates, state = inner.update(shard(gradients), state, params, **extra_args)
+        return replicate(updates), shard_state(state, gradients)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    return [(path, x) for path, x in trees.flatten_with_paths(tree)[0] if x is not None]
