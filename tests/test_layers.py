@@ -34,6 +34,13 @@ FLOORS: list[tuple[str, ...]] = [
     ("__main__",),
 ]
 
+MATHEMATICS = (
+    "_core/dtypes.py",
+    *(f"_transforms/{name}.py" for name in ("adam", "clipping", "ema", "learning_rates")),
+    *(f"_transforms/{name}.py" for name in ("loss_scaling", "master_weights", "numerics")),
+    *(f"_embeddings/deferred/{name}.py" for name in ("chebyshev", "missed_updates")),
+)
+
 # What only these modules may mention.
 KNOWN_TO = {
     "the platform": ("_xla/platform.py",),
@@ -53,9 +60,11 @@ PLATFORM_WORDS = {
 PROGRAM_WORDS = {"eqns", "primitive", "invars", "outvars", "Jaxpr", "ClosedJaxpr"}
 PRIVATE_JAX = ("jax.extend", "jax._src", "jax.interpreters")
 # The modules that apply workarounds for XLA, where rows are gathered, scattered or held back, and
-# those that read programs.
+# values rounded or reduced; and those that read programs.
 USE_XLA = (
+    "_core/dtypes.py",
     "_core/sparse_rows.py",
+    "_transforms/numerics.py",
     "_transforms/conditional_update.py",
     "_embeddings/lazy.py",
     "_embeddings/lookups.py",
@@ -142,8 +151,15 @@ def test_only_the_modules_of_the_table_know_platforms_and_programs(path: Path) -
         assert not any(parts[:1] == ("_xla",) for _, parts in imports(path))
 
 
+def test_mathematics_does_not_speak_of_the_compiler() -> None:
+    words = re.compile(r"\bXLA\b|\bLLVM\b|\bHLO\b|optimization_barrier|\bCPUs?\b|\bGPUs?\b")
+    for name in MATHEMATICS:
+        found = words.search((PACKAGE / name).read_text())
+        assert not found, f"{name}: {found}"
+
+
 def test_the_tables_name_modules_that_exist() -> None:
-    for names in (*KNOWN_TO.values(), USE_XLA):
+    for names in (*KNOWN_TO.values(), USE_XLA, MATHEMATICS):
         for name in names:
             assert (PACKAGE / name).exists(), name
     for names in FLOORS:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adam_transforms._core.types import Path
+from adam_transforms._xla.rounding import round_to as round_to
 
 
 def promote(*dtypes: Any) -> np.dtype:
@@ -81,26 +82,12 @@ def scale(x: jax.Array, factor: Any) -> jax.Array:
     return x * factor
 
 
-def round_to(x: jax.Array, dtype: Any) -> jax.Array:
-    """Rounds a real `x` to values that `dtype` represents; returns them in the dtype of `x`.
-
-    A cast to `dtype` and back is not enough: XLA may remove the pair of casts, and on GPUs it does.
-    """
-    to, own = jnp.finfo(dtype), jnp.finfo(x.dtype)
-    if to.bits >= own.bits:
-        return x
-    if to.nexp == own.nexp:
-        return jax.lax.reduce_precision(x, int(to.nexp), int(to.nmant))
-    # reduce_precision flushes the subnormal numbers of `dtype` to zero.
-    return jax.lax.optimization_barrier(x.astype(dtype)).astype(x.dtype)
-
-
 def round_stochastically(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
     """Rounds each element of `x` to one of its two neighbours in `dtype`, at random.
 
     With a gap g between the neighbours, the one at distance d is chosen with probability 1 - d/g.
-    The expected result is `x` (XLA may flush float32 subnormals). Values that `dtype` represents,
-    and values beyond its range, are rounded to nearest.
+    The expected result is `x` (float32 subnormals may be flushed to zero). Values that `dtype`
+    represents, and values beyond its range, are rounded to nearest.
 
     Args:
       x: a real array.

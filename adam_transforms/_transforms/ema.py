@@ -128,7 +128,7 @@ def track_params_ema(
             dtype = dtypes.compute_dtype(p.dtype, ema.dtype)
             new_p = apply_update(path, p, u).astype(dtype)
             if jnp.issubdtype(p.dtype, jnp.floating):
-                new_p = dtypes.round_to(new_p, p.dtype)  # XLA may remove the cast to p.dtype
+                new_p = dtypes.round_to(new_p, p.dtype)  # as it will be stored
             new_ema = average(ema.astype(dtype), new_p)
             if u is not None and overwrite is not None:
                 to_average = _debias(new_ema, weight) - p.astype(dtype)

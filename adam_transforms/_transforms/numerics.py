@@ -17,6 +17,7 @@ from adam_transforms._core.dtypes import (
     scale,
 )
 from adam_transforms._core.sparse_rows import is_rows
+from adam_transforms._xla.reductions import is_all_finite
 
 
 def moving_average(average: jax.Array, x: jax.Array | float, decay: Any) -> jax.Array:
@@ -86,7 +87,7 @@ def global_norm(tree: Any) -> jax.Array:
     5.0
     """
     leaves = [
-        # The norm of a row gradient is that of the dense array with the same sums.
+        # Duplicate rows are summed first, as in the dense gradient.
         x.sum_duplicates().values if is_rows(x) else jnp.asarray(x)
         for x in jax.tree.leaves(tree, is_leaf=is_rows)
     ]
@@ -97,14 +98,6 @@ def global_norm(tree: Any) -> jax.Array:
 
 def all_finite(tree: Any) -> jax.Array:
     """A bool scalar: whether no leaf contains an infinity or a NaN."""
-
-    def finite(x: jax.Array) -> jax.Array:
-        if jnp.iscomplexobj(x):
-            return finite(x.real) & finite(x.imag)
-        # x * 0 is NaN where x is not finite, and the NaN propagates through the sum. It need not
-        # propagate through a maximum in XLA on CPU. all(isfinite(x)) would write a bool array.
-        return jnp.sum(x * 0.0) == 0.0
-
     leaves = jax.tree.leaves(tree, is_leaf=is_rows)
     leaves = [x.masked_values() if is_rows(x) else jnp.asarray(x) for x in leaves]
-    return jnp.all(jnp.array([finite(x) for x in leaves], bool))
+    return jnp.all(jnp.array([is_all_finite(x) for x in leaves], bool))

@@ -194,10 +194,10 @@ def deferred_adam(
             path: Path, decays: bool, g: jax.Array, p: jax.Array, *slots: jax.Array
         ) -> list[jax.Array]:
             """What is added to one parameter, or to rows of it, and its new slots."""
-            u, *slots = update_leaf(hp, coefficients, path, g, *slots, p)
+            u, *new_slots = update_leaf(hp, coefficients, path, g, *slots, p)
             if decays:
                 u = u + p.astype(u.dtype) * dtypes.as_scalar(weight_decay, u.dtype)
-            return [-dtypes.as_scalar(rate, u.dtype) * u, *slots]
+            return [-dtypes.as_scalar(rate, u.dtype) * u, *new_slots]
 
         old_slots = slot_trees(state)
         names = ("the updates", "the parameters", *("the state's moments" for _ in old_slots))

@@ -159,8 +159,8 @@ def lagrange_polynomials(rule: Rule, s: Any, j: Any, xp: Any) -> Any:
     low, high = _log_x(scalars, s, 1.0, xp), _log_x(scalars, s, scalars.window, xp)
     width = xp.maximum(high - low, 1e-30)  # it is 0 once e_t no longer changes
     z = xp.clip(2.0 * (_log_x(scalars, s, j, xp) - low) / width - 1.0, -1.0, 1.0)
-    # By Chebyshev's T_0 to T_{Q-1}, one after the other: so XLA makes it one loop. A product of
-    # matrices as small as these takes ten times as long to set up as to compute.
+    # By the recurrence of Chebyshev's T_0 to T_{Q-1}. A product of matrices as small as these takes
+    # ten times as long to set up as to compute.
     z = z[..., None]
     total, polynomials = 0.0, (xp.ones_like(z), z)
     for row in _chebyshev_to_lagrange(rule.nodes):

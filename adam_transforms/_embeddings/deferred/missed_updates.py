@@ -249,7 +249,7 @@ def _sum_of_fractions(weights: jax.Array, nodes: jax.Array, root: jax.Array) -> 
       weights, nodes: W and X of each row, (n, Q).
       root: q, (n, D...).
     """
-    # Unrolled, so that XLA makes it one loop over the elements without an array of (n, D, Q).
+    # One expression of Q terms: a sum over an axis would need an array of (n, D, Q).
     fractions = [
         (_column(weights[:, i], root.ndim), root + _column(nodes[:, i], root.ndim))
         for i in range(nodes.shape[1])
