@@ -4,7 +4,10 @@ All are deterministic for one version of JAX, so that a step that grows is seen 
 """
 
 import functools
+import itertools
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -106,3 +109,37 @@ def test_temporary_bytes(name: str, tables: int) -> None:
 @pytest.mark.parametrize("tables", [1, pytest.param(26, marks=pytest.mark.slow)])
 def test_a_table_of_ten_times_the_rows_takes_no_more_memory(name: str, tables: int) -> None:
     assert temporary_bytes(name, tables, 10 * ROWS) == temporary_bytes(name, tables)
+
+
+# Calls inside the package while a lazy step of one table is traced, and how often the next call is
+# in another file: what a reader follows.
+CALLS, CHANGES_OF_FILE = 200, 45
+
+
+def test_a_lazy_step_is_followed_through_few_files() -> None:
+    root = str(Path(at.__file__).parent)
+    calls: list[str] = []
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(root) and code.co_name[0] != "<":
+            calls.append(code.co_filename)
+
+    params = {"table": jnp.ones((1000, 4))}
+    tx = at.lazy_adam(0.1)
+    state = tx.init(params)
+
+    def step(params: Any, state: Any, ids: jax.Array) -> Any:
+        _, grads = at.value_and_grad(lambda p: jnp.sum(p["table"][ids] ** 2))(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    previous = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        jax.make_jaxpr(step)(params, state, jnp.arange(8))
+    finally:
+        sys.setprofile(previous)
+    changes = sum(a != b for a, b in itertools.pairwise(calls))
+    assert 50 < len(calls) <= CALLS, f"{len(calls)} calls"
+    assert 10 < changes <= CHANGES_OF_FILE, f"{changes} changes of file"

@@ -11,7 +11,7 @@ from jax import export
 
 import adam_transforms as at
 
-V, D, N = 100_000, 64, 16_384  # 4 MiB of gradients, which a CPU updates in blocks
+V, D, N = 100_000, 64, 65_536  # 16 MiB of gradients, which a CPU updates in blocks
 SORTED = 10**9  # rows; more than a hash table of N ids has slots
 
 

@@ -10,6 +10,7 @@ from helpers import assert_bits_equal, in_tiers
 
 import adam_transforms as at
 from adam_transforms._embeddings import lazy, row_blocks
+from adam_transforms._embeddings.deferred import adam
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -53,8 +54,8 @@ def trained(tx: Any, dtype: Any = jnp.float32) -> tuple[Any, str]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Whether blocks are of 16 rows of these tables, or of more than there are."""
-    monkeypatch.setattr(row_blocks, "MANY_BYTES", 1)
-    monkeypatch.setattr(lazy, "MANY_BYTES", 1)
+    monkeypatch.setattr(lazy, "LAZY_BYTES", 1)
+    monkeypatch.setattr(adam, "DEFERRED_BYTES", 1)
 
     def use(small: bool) -> None:
         monkeypatch.setattr(row_blocks, "_BLOCK_BYTES", 16 * WIDTH * 4 if small else 2**40)
@@ -164,7 +165,7 @@ def test_low_precision_tables_go_in_blocks_too(small_blocks: Any) -> None:
     assert_same_but_for_rounding(at_once, in_blocks, rtol=0.01)
 
 
-ROWS, COLUMNS, MANY = 200_000, 64, 40_000  # of float32: 10 MB for one array of the rows touched
+ROWS, COLUMNS, MANY = 200_000, 64, 70_000  # of float32: 18 MB for one array of the rows touched
 LARGE: dict[str, Any] = {
     "lazy": lambda: at.lazy_adam(0.1),
     "lazy, skipped if not finite": lambda: at.skip_nonfinite(at.lazy_adam(0.1)),

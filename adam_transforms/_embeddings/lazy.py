@@ -12,7 +12,7 @@ from adam_transforms._core.slots import StateLeaf, find_slots
 from adam_transforms._core.sparse_rows import SparseRows
 from adam_transforms._core.state_layout import FoundField, Role, find_fields, register
 from adam_transforms._core.types import Params, State, Updates
-from adam_transforms._embeddings.row_blocks import MANY_BYTES, block_length, over_blocks
+from adam_transforms._embeddings.row_blocks import LAZY_BYTES, block_length, over_blocks
 from adam_transforms._xla.platform import by_platform
 from adam_transforms._xla.row_independence import RowFunction, as_row_function
 from adam_transforms._xla.scheduling import materialize_outputs
@@ -35,7 +35,7 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
     spans both. Time and memory are O(rows touched), whatever V, and in place where the state is
     donated.
 
-    On a CPU, many rows (arrays of 2 MiB and more) are updated in blocks that fit into the caches,
+    On a CPU, many rows (arrays of 16 MiB and more) are updated in blocks that fit into the caches,
     if `inner` is seen to compute each row from that row alone and from what the gradients determine
     beforehand, such as their norm.
 
@@ -153,8 +153,8 @@ class _RowUpdate(NamedTuple):
         self, gradients: _Leaves, params: _Leaves, state: _Leaves
     ) -> tuple[list[Any], list[Any]]:
         """The updates and the new state; in blocks where that pays."""
-        many = [rows for rows in self.rows.values() if rows.values.nbytes >= MANY_BYTES]
-        lengths = [n for rows in many if (n := block_length(rows)) is not None]
+        many = [rows for rows in self.rows.values() if rows.values.nbytes >= LAZY_BYTES]
+        lengths = [n for rows in many if (n := block_length(rows, LAZY_BYTES)) is not None]
         by_row = self.row_function(gradients, params, state) if lengths else None
         if by_row is None:
             return self.at_once(gradients, params, state)

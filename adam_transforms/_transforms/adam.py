@@ -266,11 +266,10 @@ def init_state(hp: Hyperparameters, params: Params) -> State:
         return jnp.zeros_like(p, hp.nu_dtype or dtypes.nu_dtype(jnp.result_type(p)))
 
     count = jnp.zeros((), jnp.int32)
-    mu = jax.tree.map(zero_mu, params)
-    nu, nu_max = (jax.tree.map(zero_nu, params) for _ in range(2))
+    mu, nu = jax.tree.map(zero_mu, params), jax.tree.map(zero_nu, params)
     if hp.max_of is None:
         return optax.ScaleByAdamState(count, mu, nu)
-    return optax.ScaleByAmsgradState(count, mu, nu, nu_max)
+    return optax.ScaleByAmsgradState(count, mu, nu, jax.tree.map(zero_nu, params))
 
 
 def coefficients_of(

@@ -47,7 +47,8 @@ def at_count(value: Any, count: jax.Array) -> Any:
 
 def scalar_at(value: Any, count: jax.Array) -> Any:
     """`at_count` as a Python float or a scalar of the widest float."""
-    return as_scalar(at_count(value, count))
+    value = at_count(value, count)
+    return value if isinstance(value, float) else as_scalar(value)
 
 
 def bias_correction(decay: Any, count: jax.Array) -> jax.Array:

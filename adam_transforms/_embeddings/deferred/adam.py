@@ -36,7 +36,7 @@ from adam_transforms._embeddings.deferred.state import (
     with_last_steps,
     with_slots,
 )
-from adam_transforms._embeddings.row_blocks import block_length, over_blocks
+from adam_transforms._embeddings.row_blocks import DEFERRED_BYTES, block_length, over_blocks
 from adam_transforms._transforms import numerics
 from adam_transforms._transforms.adam import (
     Hyperparameters,
@@ -273,7 +273,7 @@ def _step_table(
         u, now = over_blocks(block, rows, (table.slots, table.last_step), length)
         return u, now, token(u)
 
-    length = block_length(rows)
+    length = block_length(rows, DEFERRED_BYTES)
     if length is None:
         u, now, reads = at_once(rows, table)
     else:
