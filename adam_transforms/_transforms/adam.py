@@ -61,7 +61,7 @@ class Hyperparameters(NamedTuple):
     nu_dtype: Any
     eps_hat: bool
     nesterov: bool = False
-    max_of: str | None = None
+    max_of: Literal["raw", "corrected"] | None = None
     bias_correction_mu: bool = True
     bias_correction_nu: bool = True
 

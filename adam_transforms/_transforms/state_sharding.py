@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adam_transforms._core import arguments, trees
+from adam_transforms._core.slots import owners
 from adam_transforms._core.sparse_rows import is_rows
 from adam_transforms._core.types import Params, State, Updates
 
@@ -97,11 +98,15 @@ def shard_slots(
         )
 
     def shard_state(state: State, params: Params) -> State:
-        shapes = {x.shape if is_rows(x) else jnp.shape(x) for _, x in trees.non_none(params)}
-        shapes.discard(())
-        return jax.tree.map(
-            lambda x: reshard(x, sharded_spec(x.shape)) if jnp.shape(x) in shapes else x, state
-        )
+        parameter_of = owners(params, state)
+        shapes = {path: trees.shape_of(x) for path, x in trees.non_none(params)}
+
+        def shard_slot(keys: tuple[Any, ...], x: Any) -> Any:
+            parameter = parameter_of.get(trees.path_str(keys))
+            shape = () if parameter is None else shapes[parameter]
+            return reshard(x, sharded_spec(shape)) if shape and jnp.shape(x) == shape else x
+
+        return jax.tree_util.tree_map_with_path(shard_slot, state)
 
     def init(params: Params) -> State:
         return shard_state(inner.init(shard(params)), params)
@@ -109,9 +114,9 @@ def shard_slots(
     def update(
         updates: Updates, state: State, params: Params | None = None, **extra_args: Any
     ) -> tuple[Updates, State]:
-        gradients = updates
+        likes = updates if params is None else params
         params = None if params is None else shard(params)
-        updates, state = inner.update(shard(gradients), state, params, **extra_args)
-        return replicate(updates), shard_state(state, gradients)
+        updates, state = inner.update(shard(updates), state, params, **extra_args)
+        return replicate(updates), shard_state(state, likes)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -6,9 +6,11 @@ row is left alone, and the updates that it misses are pending. They are applied 
 round robin that synchronizes every row at least once in `max_idle` steps.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +59,7 @@ def deferred_adam(
     tables: Any,
     eps_hat: bool = False,
     amsgrad: bool = False,
-    max_of: str = "raw",
+    max_of: Literal["corrected", "raw"] = "raw",
     weight_decay: float | jax.Array | None = None,
     weight_decay_mask: Any = None,
     mu_dtype: Any = None,
@@ -128,7 +130,7 @@ def deferred_adam(
     [[-0.074...], [0.0], [-0.16...], [0.0]]
     """
     amsgrad = arguments.flag("amsgrad", amsgrad)
-    max_of = arguments.choice("max_of", max_of, ("corrected", "raw"))
+    arguments.choice("max_of", max_of, ("corrected", "raw"))
     for name, value in (("b1", b1), ("b2", b2), ("eps", eps)):
         if not isinstance(arguments.scalar(name, value), float):
             raise TypeError(f"{name} must be a Python number in deferred_adam, got {value!r}")
