@@ -14,6 +14,10 @@ from adam_transforms._core import dtypes
 from adam_transforms._xla.duplicates import first_positions
 from adam_transforms._xla.scheduling import materialize
 
+# Bytes of values from which on summed rows are packed: an update in blocks then skips the padding.
+# With Zipf ids and without it a lazy step of 32 MiB takes 1.15 times as long, on two cores.
+PACKED_BYTES = 16 * 2**20
+
 
 @jax.tree_util.register_pytree_with_keys_class
 class SparseRows:
@@ -110,11 +114,12 @@ class SparseRows:
         """The same gradient with unique indices: the first occurrence of a row holds the sum, and
         later occurrences become padding with value zero.
 
-        Sums are taken in at least float32. O(n) time and memory, whatever V.
+        Sums are taken in at least float32. O(n) time and memory, whatever V. From 16 MiB of values
+        on the rows are packed: all padding is at the end.
         """
         if self.unique:
             return self.with_values(self.masked_values())
-        return _sum_duplicates(self, None)
+        return _sum_duplicates(self, PACKED_BYTES)
 
     def masked_values(self) -> jax.Array:
         """`values` with zeros at padding."""
@@ -252,18 +257,21 @@ def on_values(fn: Callable[[jax.Array], jax.Array], x: Any) -> Any:
     return x.with_values(fn(x.values)) if is_rows(x) else fn(x)
 
 
-def sum_with_run(rows: SparseRows, start: jax.Array, length: int) -> SparseRows:
+def sum_with_run(rows: SparseRows, start: jax.Array, length: int, packed_bytes: int) -> SparseRows:
     """`rows` with duplicates summed, and the rows start, start+1, ... named besides, with zeros.
 
     Args:
       rows: n rows; the result has n + length.
       start: int32 scalar.
       length: static; rows of the run beyond the table's last are padding.
+      packed_bytes: bytes of values from which on all padding is put at the end.
     """
-    return _sum_duplicates(rows, (start, length))
+    return _sum_duplicates(rows, packed_bytes, (start, length))
 
 
-def _sum_duplicates(rows: SparseRows, run: tuple[jax.Array, int] | None) -> SparseRows:
+def _sum_duplicates(
+    rows: SparseRows, packed_bytes: int, run: tuple[jax.Array, int] | None = None
+) -> SparseRows:
     indices, is_valid, num_rows = rows.indices, rows.is_valid, rows.num_rows
     n = indices.size
     positions = jnp.arange(n, dtype=jnp.int32)
@@ -274,7 +282,14 @@ def _sum_duplicates(rows: SparseRows, run: tuple[jax.Array, int] | None) -> Spar
         indices = jnp.concatenate([indices, run_indices])
         is_first = jnp.concatenate([is_first, is_new])
     size = indices.size
-    if rows.unique:
+    distinct = jnp.where(is_first, indices, num_rows)
+    pack = rows.values.nbytes >= packed_bytes
+    if pack:
+        place = jax.lax.associative_scan(jnp.add, is_first.astype(jnp.int32)) - 1
+        packed = jnp.full((size,), num_rows, jnp.int32).at[jnp.where(is_first, place, size)]
+        distinct = packed.set(indices, mode="drop", unique_indices=True)
+        first = place[first]
+    if rows.unique and not pack:
         values = _masked(is_valid, rows.values)
         sums = jnp.pad(values, [(0, size - n)] + [(0, 0)] * (values.ndim - 1))
     else:
@@ -282,7 +297,6 @@ def _sum_duplicates(rows: SparseRows, run: tuple[jax.Array, int] | None) -> Spar
         into = jnp.where(is_valid, first, size)  # padding is dropped
         sums = jnp.zeros((size, *values.shape[1:]), values.dtype).at[into]
         sums = sums.add(values, mode="drop", out_sharding=explicit_sharding(values))
-    distinct = jnp.where(is_first, indices, num_rows)
     return SparseRows(distinct, sums.astype(rows.values.dtype), num_rows, unique=True)
 
 

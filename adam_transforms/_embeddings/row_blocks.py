@@ -52,7 +52,7 @@ def over_blocks(
     Args:
       fn: from a block of the rows and the arrays as they are so far to the new values of the block,
         (length, D...), and the arrays with these rows replaced.
-      rows: unique. Padding is left out: its values are those of `rows` or zeros.
+      rows: unique.
       arrays: a tree of (V, ...).
 
     Returns:
@@ -61,30 +61,24 @@ def over_blocks(
     n = rows.values.shape[0]
     if n <= length:
         return fn(rows, arrays)
-    indices, is_valid = rows.indices, rows.is_valid
-    # The positions of the rows that are no padding, in order, and n behind them.
-    place = jnp.where(
-        is_valid, jax.lax.associative_scan(jnp.add, is_valid.astype(jnp.int32)), n + 1
-    )
-    positions = jnp.full((n,), n, jnp.int32).at[place - 1]
-    positions = positions.set(jnp.arange(n, dtype=jnp.int32), mode="drop", unique_indices=True)
+    indices = rows.indices
 
     def block(i: jax.Array, values: jax.Array) -> tuple[SparseRows, jax.Array]:
-        of_block = i * length + jnp.arange(length, dtype=jnp.int32)
-        of_block = positions.at[of_block].get(mode="fill", fill_value=n)
-        block_indices = indices.at[of_block].get(mode="fill", fill_value=rows.num_rows)
-        block_values = values.at[of_block].get(mode="clip")
-        return SparseRows(block_indices, block_values, rows.num_rows, unique=True), of_block
+        positions = i * length + jnp.arange(length, dtype=jnp.int32)
+        block_indices = indices.at[positions].get(mode="fill", fill_value=rows.num_rows)
+        block_values = values.at[positions].get(mode="clip")
+        return SparseRows(block_indices, block_values, rows.num_rows, unique=True), positions
 
     def body(i: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         values, arrays = carry
-        some, of_block = block(i, values if in_place else rows.values)
+        some, positions = block(i, values if in_place else rows.values)
         new, arrays = fn(some, arrays)
-        return values.at[of_block].set(new, mode="drop", unique_indices=True), arrays
+        return values.at[positions].set(new, mode="drop", unique_indices=True), arrays
 
     first, _ = block(jnp.zeros((), jnp.int32), rows.values)
     new, _ = jax.eval_shape(fn, first, arrays)
     in_place = new.dtype == rows.dtype  # the new values take the place of the old ones
     values = rows.values if in_place else jnp.zeros(rows.values.shape, new.dtype)
-    blocks = (jnp.sum(is_valid, dtype=jnp.int32) + length - 1) // length
-    return jax.lax.fori_loop(0, blocks, body, (values, arrays))
+    # Blocks of nothing but padding at the end, where packed rows have it, are left out.
+    end = jnp.max(jnp.where(rows.is_valid, jnp.arange(1, n + 1, dtype=jnp.int32), 0))
+    return jax.lax.fori_loop(0, (end + length - 1) // length, body, (values, arrays))

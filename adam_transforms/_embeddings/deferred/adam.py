@@ -325,4 +325,4 @@ def _check_table(path: Path, leaf: Any) -> None:
 def add_round_robin_rows(rows: SparseRows, count: jax.Array, max_idle: int) -> SparseRows:
     """The rows, unique, and with zeros the rows that this step of the round robin synchronizes."""
     period, length = round_robin_schedule(rows.num_rows, max_idle)
-    return sum_with_run(rows, (count % period) * length, length)
+    return sum_with_run(rows, (count % period) * length, length, DEFERRED_BYTES)
