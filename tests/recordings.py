@@ -30,6 +30,17 @@ def of_class(*names: str) -> list[str]:
     return [case for case, entry in (DENSE | SPARSE).items() if entry["class"].endswith(names)]
 
 
+def differs_most(case: str) -> bool:
+    """Whether it is for the first tier: of two runs of one optimizer, with the default numbers and
+    with others, that with others; and of several with the same option, one."""
+    custom = case.removesuffix("_default") + "_custom"
+    return custom not in DENSE | SPARSE and case not in (
+        "k3_weight_decay_zero",
+        "legacy_dense_clipnorm",
+        "legacy_dense_clipvalue",
+    )
+
+
 class Recording:
     """One recorded run; arrays are read by group ("p", "g", "m", ...) as flat dictionaries."""
 

@@ -78,11 +78,19 @@ RULES = {
 }
 
 
+# The first tier tries each rule, the b2 that is hardest for float32, and both regimes.
+QUICK = [
+    ("from zero at the default rate", 0.999999, "adam"),
+    ("from one at ten times it", 0.999, "nadam"),
+    ("from zero at the default rate", 0.999, "amsgrad"),
+]
+
+
 @pytest.mark.parametrize(
     ("regime", "b2", "rule"),
     in_tiers(
         itertools.product(REGIMES, [0.999, 0.9999, 0.999999], RULES),
-        lambda regime, b2, rule: b2 == 0.999 or (rule == "adam" and regime == next(iter(REGIMES))),
+        lambda *case: case in QUICK,
     ),
 )
 def test_float32_trajectory_is_closer_to_float64_than_optax(rule, b2, regime, relaxed_promotion):

@@ -18,7 +18,7 @@ import optax
 import pytest
 import recordings
 import reference
-from helpers import assert_bits_equal, assert_close, normal, types
+from helpers import assert_bits_equal, assert_close, in_tiers, normal, types
 from recordings import Recording, differences, nested
 
 import adam_transforms as at
@@ -78,7 +78,10 @@ def worst_difference(recording: Recording, history: list[tuple[Any, Any]]) -> fl
     )
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in SQUARED_APART])
+@pytest.mark.parametrize(
+    "case",
+    in_tiers([case for case in CASES if case not in SQUARED_APART], recordings.differs_most),
+)
 def test_follows_keras(case: str) -> None:
     recording = Recording(case)
     optimizer = optimizer_of(recording)

@@ -89,7 +89,7 @@ UPDATES_IN_FLOAT32 = ("master_weights",)
 # Whose parameters are to be on it.
 HAS_A_MESH = ("shard_slots",)
 
-# The first tier tries one of each.
+# The first tier tries one of each,
 VARIANTS = (
     "scale_by_adam nesterov",
     "scale_by_adam array",
@@ -100,9 +100,26 @@ VARIANTS = (
     "adam raw AMSGrad",
     "adam with everything",
 )
+# and where that takes a compiled step, one of each kind.
+OF_A_KIND = (
+    "scale_by_adam eps_hat",
+    "clip_by_value",
+    "clip_by_norm",
+    "params_ema debiased",
+    "static_loss_scale",
+    "skip_nonfinite",
+    "wrapped",
+    "by_path",
+    "adamw",
+    "lazy_adam",
+    "shard_slots",
+)
 
 every_transformation = pytest.mark.parametrize(
     "name", in_tiers(TRANSFORMATIONS, lambda name: name not in VARIANTS)
+)
+every_kind = pytest.mark.parametrize(
+    "name", in_tiers(TRANSFORMATIONS, lambda name: name not in VARIANTS + OF_A_KIND)
 )
 
 
@@ -162,7 +179,7 @@ def test_returns_extra_args_transformation_with_arrays_for_state(tx: Any) -> Non
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
 
 
-@every_transformation
+@every_kind
 def test_jitted_equals_eager(tx: Any) -> None:
     params = random_tree(0)
     eager_params, eager_state = params, tx.init(params)
@@ -173,7 +190,7 @@ def test_jitted_equals_eager(tx: Any) -> None:
     chex.assert_trees_all_close(jitted, (eager_params, eager_state), rtol=5e-6, atol=1e-6)
 
 
-@every_transformation
+@every_kind
 def test_second_step_does_not_retrace(tx: Any) -> None:
     traces = 0
 
@@ -242,7 +259,7 @@ LOW = ["float16", "bfloat16", "complex64"]
 @pytest.mark.parametrize(
     "dtypes", in_tiers(["all", *LOW], lambda dtypes: dtypes == "all")
 )  # a tree of all needs one compilation where trees of each need three
-@every_transformation
+@every_kind
 def test_low_precision_and_complex_parameters_stay_finite(tx: Any, dtypes: str) -> None:
     names = LOW if dtypes == "all" else [dtypes]
     params = {dtype: random_tree(0, dtype) for dtype in names}
@@ -269,8 +286,8 @@ KINDS_OF_MESH = [AxisType.Explicit, AxisType.Auto]
     in_tiers(
         [(n, t) for n in TRANSFORMATIONS if n not in HAS_A_MESH for t in KINDS_OF_MESH],
         lambda name, kind: (
-            name in ("adam", "deferred_adam", "lazy")
-            or (kind == AxisType.Explicit and name not in VARIANTS)
+            (kind == AxisType.Explicit or name == "deferred_adam")
+            and name not in VARIANTS + OF_A_KIND
         ),
     ),
 )
@@ -296,7 +313,7 @@ def test_state_is_sharded_like_the_parameters_and_stays_so(tx: Any, axis_type: A
                     assert x.sharding.spec[0] == "x"
 
 
-@every_transformation
+@every_kind
 def test_none_gradient_leaves_parameter_and_slots_alone(name: str, tx: Any) -> None:
     params = random_tree(0)
     state = tx.init(params)
@@ -315,7 +332,7 @@ def test_none_gradient_leaves_parameter_and_slots_alone(name: str, tx: Any) -> N
         state = new_state
 
 
-@every_transformation
+@every_kind
 def test_step_can_donate_parameters_and_state(tx: Any) -> None:
     params = random_tree(0)
 
@@ -331,7 +348,7 @@ def test_step_can_donate_parameters_and_state(tx: Any) -> None:
     chex.assert_trees_all_close((params, state), expected, rtol=2e-6, atol=1e-6)
 
 
-@every_transformation
+@every_kind
 def test_unknown_extra_arguments_are_ignored(tx: Any) -> None:
     params = random_tree(0)
     run(tx, params, [random_tree(1)], value=jnp.float32(1.0))
@@ -365,7 +382,7 @@ def test_extra_arguments_reach_the_inner_transformation(wrap: Any) -> None:
     assert_bits_equal(twice, jax.tree.map(lambda x: 2 * x, once))
 
 
-@every_transformation
+@every_kind
 def test_works_inside_chain_and_masked(tx: Any) -> None:
     params = random_tree(0)
     mask = {"dense": {"kernel": True, "bias": False}, "scale": False}
@@ -376,7 +393,7 @@ def test_works_inside_chain_and_masked(tx: Any) -> None:
     jax.jit(chained.update)(g, state, params)
 
 
-@every_transformation
+@every_kind
 def test_works_inside_multi_transform(name: str, tx: Any) -> None:
     params, g = random_tree(0), random_tree(1)
     labels = {"dense": {"kernel": "ours", "bias": "other"}, "scale": "other"}
@@ -388,7 +405,7 @@ def test_works_inside_multi_transform(name: str, tx: Any) -> None:
         assert np.any(updates["dense"]["kernel"])
 
 
-@every_transformation
+@every_kind
 def test_works_inside_multi_steps(tx: Any, relaxed_promotion: None) -> None:
     params = random_tree(0)
     steps = optax.MultiSteps(tx, every_k_schedule=2)
@@ -458,7 +475,7 @@ def test_traced_structural_argument_says_how_to_make_it_static(
         jax.eval_shape(injected.init, random_tree(0))
 
 
-@every_transformation
+@every_kind
 def test_works_under_vmap(tx: Any) -> None:
     """A batch of independent parameter sets, as in ensembles."""
     members = [random_tree(seed) for seed in (0, 1)]

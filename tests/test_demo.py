@@ -167,6 +167,8 @@ def test_log_uniform_draws_follow_their_probability():
 # Training
 
 
+# The run below trains all optimizers, and test_parity follows Optax's Adam in the first tier.
+@pytest.mark.slow
 def test_adam_and_optax_take_the_same_trajectory(text, relaxed_promotion):
     problem = Problem(text, rows=1024, dim=8, batch=64, seed=1)
     ours, theirs = (train(problem, OPTIMIZERS[name], 1e-3, 8) for name in ("adam", "optax"))
@@ -175,6 +177,7 @@ def test_adam_and_optax_take_the_same_trajectory(text, relaxed_promotion):
     assert float(largest_difference(ours.params, theirs.params)) < 1e-4
 
 
+@pytest.mark.slow  # as the test above
 def test_training_starts_from_the_unigram_model_and_improves_on_it(text, relaxed_promotion):
     problem = Problem(text, rows=4096, dim=8, batch=512, seed=0)
     unigram = problem.unigram_loss()

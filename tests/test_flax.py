@@ -229,7 +229,7 @@ def test_deferred_tables_of_a_module_are_looked_after_by_path() -> None:
     assert np.isfinite(float(step(model, optimizer, batch_of(6))))
 
 
-@pytest.mark.parametrize("kind", ["deferred", "accumulated"])
+@pytest.mark.parametrize("kind", [pytest.param("deferred", marks=pytest.mark.slow), "accumulated"])
 def test_module_and_optimizer_stop_and_resume(kind: str, tmp_path: Path) -> None:
     """Through Orbax, as Flax's guide has it."""
     ocp = pytest.importorskip("orbax.checkpoint")

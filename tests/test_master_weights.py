@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_bits_equal, assert_close, normal, types, x64
+from helpers import assert_bits_equal, assert_close, in_tiers, normal, types, x64
 
 import adam_transforms as at
 from adam_transforms._core import trees
@@ -71,7 +71,11 @@ def test_masters_are_a_float32_run_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "apply"), [("bfloat16", "optax"), ("bfloat16", "stochastic"), ("float16", "ours")]
+    ("dtype", "apply"),
+    in_tiers(
+        [("bfloat16", "optax"), ("bfloat16", "stochastic"), ("float16", "ours")],
+        lambda dtype, apply: apply == "optax",
+    ),
 )
 def test_jitted_parameters_are_the_masters_rounded_at_every_step(
     dtype: str, apply: str, relaxed_promotion: None
@@ -325,26 +329,28 @@ def test_outermost_takes_a_whole_optimizer(relaxed_promotion: None) -> None:
     assert float(at.scale_loss(1.0, state)) == float(at.scale_loss(1.0, inner_state))
 
 
+WRAPPERS: dict[str, Any] = {
+    "skipping": at.skip_nonfinite,
+    "accumulated": lambda inner: at.accumulate(inner, 2),
+    "static loss scale": lambda inner: at.static_loss_scale(inner, 8.0),
+    "loss scale": lambda inner: at.dynamic_loss_scale(at.accumulate(inner, 2), 8.0),
+    "masked": lambda inner: optax.masked(inner, {"kernel": True, "bias": True}),
+    "by path": lambda inner: at.by_path([("kernel", inner)], inner),
+}
+
+
 @pytest.mark.parametrize(
-    "wrap",
-    [
-        at.skip_nonfinite,
-        lambda inner: at.accumulate(inner, 2),
-        lambda inner: at.static_loss_scale(inner, 8.0),
-        lambda inner: at.dynamic_loss_scale(at.accumulate(inner, 2), 8.0),
-        lambda inner: optax.masked(inner, {"kernel": True, "bias": True}),
-        lambda inner: at.by_path([("kernel", inner)], inner),
-    ],
+    "name", in_tiers(WRAPPERS, lambda name: name in ("loss scale", "masked", "by path"))
 )
 def test_inside_other_wrappers_parameters_stay_the_masters_rounded(
-    wrap: Any, relaxed_promotion: None
+    name: str, relaxed_promotion: None
 ) -> None:
     """Also with gradients in the parameters' precision, while steps change them by less than half;
     the masters are then those of the float32 run in the same wrappers."""
     params = tree(0, "bfloat16")
     params = jax.tree.map(lambda x: jnp.sign(x) * (1 + jnp.abs(x)), params)
     gradients = [tree(seed, "bfloat16") for seed in range(1, 41)]
-    inner = at.adam(1e-3)
+    inner, wrap = at.adam(1e-3), WRAPPERS[name]
     trained, state = train(wrap(master_weights(inner)), params, gradients)
     expected, _ = train(wrap(inner), in_float32(params), in_float32(gradients))
     for found in trees.find_states(state, MasterWeightsState):

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import re
 from typing import Any
 
@@ -45,7 +46,6 @@ OPTIMIZERS = {
     # Of all its forms the one that compiles the fastest.
     "deferred": at.deferred_adam(0.1, tables="t", eps_hat=True, max_idle=256),
 }
-both_optimizers = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
 def gradient(name: str, params: Any, state: Any, *batch: Any) -> Any:
@@ -99,7 +99,12 @@ LAYOUTS = [
 ]
 # In the first tier: rows over devices, columns, and both.
 QUICK_LAYOUTS = [(P("x", None), P("y")), (P(None, "x"), P(None)), (P("x", "y"), P("x"))]
-QUICK_DEFERRED = list(zip([*KINDS, KINDS[0]], *zip(*QUICK_LAYOUTS, strict=True), strict=True))
+# And for whole steps, one with each.
+QUICK_STEPS = [
+    ("deferred", AxisType.Explicit, *QUICK_LAYOUTS[0]),
+    ("lazy", AxisType.Auto, *QUICK_LAYOUTS[1]),
+    ("lazy", AxisType.Explicit, *QUICK_LAYOUTS[2]),
+]
 both_kinds = pytest.mark.parametrize("kind", KINDS)
 every_layout = pytest.mark.parametrize(
     ("table_spec", "ids_spec"), helpers.in_tiers(LAYOUTS, lambda *specs: specs in QUICK_LAYOUTS)
@@ -139,9 +144,7 @@ def test_row_gradients_of_a_sharded_table(kind: Any, table_spec: Any, ids_spec: 
     ("name", "kind", "table_spec", "ids_spec"),
     helpers.in_tiers(
         ((name, kind, *specs) for name in OPTIMIZERS for kind in KINDS for specs in LAYOUTS),
-        lambda name, kind, *specs: (
-            specs in QUICK_LAYOUTS and (name == "lazy" or (kind, *specs) in QUICK_DEFERRED)
-        ),
+        lambda *case: case in QUICK_STEPS,
     ),
 )
 def test_steps_keep_every_sharding(name: str, kind: Any, table_spec: Any, ids_spec: Any) -> None:
@@ -278,14 +281,15 @@ def compiled_step(name: str, kind: Any, table_spec: Any, rows: int) -> Any:
     return compiled, re.findall(sent, compiled.as_text())
 
 
-@both_kinds
 @pytest.mark.parametrize(
-    "table_spec",
+    ("name", "kind", "table_spec"),
     helpers.in_tiers(
-        [P(None, None), P("x", None), P(("x", "y"), None)], lambda spec: spec == P("x", None)
+        itertools.product(OPTIMIZERS, KINDS, (P(None, None), P("x", None), P(("x", "y"), None))),
+        lambda name, kind, spec: (
+            spec == P("x", None) and (name == "deferred") == (kind == AxisType.Explicit)
+        ),
     ),
 )
-@both_optimizers
 def test_no_array_of_the_size_of_a_table_crosses_devices(
     name: str, kind: Any, table_spec: Any
 ) -> None:
@@ -376,7 +380,7 @@ def test_all_reduced_it_is_the_gradient_of_the_whole_batch(how: str, average: bo
     ("name", "how"),
     helpers.in_tiers(
         ((name, how) for name in OPTIMIZERS for how in MAPS),
-        lambda name, how: name == "lazy" or how == "shard_map",
+        lambda name, how: how == ("pmap" if name == "lazy" else "shard_map"),
     ),
 )
 def test_steps_on_shares_of_the_batch(name: str, how: str) -> None:
@@ -393,9 +397,13 @@ def test_steps_on_shares_of_the_batch(name: str, how: str) -> None:
     assert_same_on_one_device(name, params, state, scale=1 / 8)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
-@pytest.mark.parametrize("axes", ["x", ("x",), ("x", "y"), ("y", "x")])
+@pytest.mark.parametrize(
+    ("axes", "kind", "check_vma"),
+    helpers.in_tiers(
+        itertools.product(("x", ("x",), ("x", "y"), ("y", "x")), KINDS, (True, False)),
+        lambda axes, kind, check_vma: axes != ("x",) and check_vma == (kind == AxisType.Explicit),
+    ),
+)
 def test_several_axes_and_some(axes: Any, kind: Any, check_vma: bool) -> None:
     mesh = make_mesh(kind)
 

@@ -267,7 +267,9 @@ def test_jitted_step_is_traced_once_and_carries_metrics_through_scan(
     np.testing.assert_array_equal(found["rows_touched/table"] * V, [1, 2, 1])
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize(
+    "axis_type", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)]
+)
 def test_sharded_step_tells_what_the_same_step_on_one_device_does(
     axis_type: Any, relaxed_promotion: None
 ) -> None:

@@ -169,8 +169,9 @@ SETTINGS += [(f"AMSGrad {kind}", *betas) for kind in ("raw", "corrected") for be
 SETTINGS += [("AMSGrad raw, eps hat", 0.9, 0.999), ("AMSGrad raw", 0.99, 0.95)]
 
 
-# The first tier tries every form, and all betas with one.
-QUICK = [*SETTINGS[:5], *{form: (form, *betas) for form, *betas in SETTINGS[5:]}.values()]
+# The first tier tries the hardest betas without AMSGrad, which need the most nodes, and others
+# with each of two further forms; in float32 it leaves out the second.
+QUICK = [("eps", 0.9, 0.95), ("eps hat", 0.95, 0.98), ("AMSGrad corrected", 0.99, 0.999)]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ def test_idle_rows_move_as_under_dense_adam(form: str, b1: float, b2: float) -> 
 
 
 @pytest.mark.parametrize(
-    ("form", "b1", "b2"), in_tiers(SETTINGS[::2], lambda *setting: setting in QUICK)
+    ("form", "b1", "b2"), in_tiers(SETTINGS[::2], lambda *setting: setting in QUICK[::2])
 )
 def test_idle_rows_move_as_under_dense_adam_up_to_roundings(
     form: str, b1: float, b2: float

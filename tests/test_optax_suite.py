@@ -58,6 +58,9 @@ STANDS_FOR = {
     "rms_match_adam": "scale_by_adam",
 }
 
+# What the second tier alone tries: adam and nadamw are the same with decay and without Nesterov.
+ALIKE = ("adamw", "nadam")
+
 USED: collections.Counter[str] = collections.Counter()
 
 
@@ -133,9 +136,9 @@ def chosen_tests() -> Iterator[Any]:
                 if found:
                     excepted = pytest.mark.xfail(raises=AssertionError, strict=True)
                     marks = [excepted] if method == EXCEPTED else []
-                    # The first tier tries each of its tests on each piece once.
+                    # The first tier tries each of its tests once on each piece that is not alike.
                     test = name, method.rstrip("0123456789"), found[1]
-                    marks += [pytest.mark.slow] if test in seen else []
+                    marks += [pytest.mark.slow] if test in seen or found[1] in ALIKE else []
                     seen.add(test)
                     yield pytest.param(
                         Chosen(kind(method), found[1]),

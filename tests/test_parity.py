@@ -17,6 +17,7 @@ import optax
 import pytest
 import recordings
 import reference
+from helpers import in_tiers
 from recordings import DATA, DENSE, Recording, differences, slot_tolerance
 
 import adam_transforms as at
@@ -429,7 +430,7 @@ def test_the_reference_replays_the_recorded_run(case):
     assert_moments(recording, training.adam, training.adam)
 
 
-@pytest.mark.parametrize("case", TARGETS)
+@pytest.mark.parametrize("case", in_tiers(TARGETS, recordings.differs_most))
 def test_follows_the_recorded_run(case, request):
     recording = Recording(case)
     if recording.scheduled:  # Optax's schedules are not ours

@@ -41,11 +41,19 @@ def test_table_example_learns_and_moves_only_what_it_reads(relaxed_promotion: No
     assert set(moved) == set(np.asarray(names["ids"]).tolist())
 
 
+@pytest.mark.slow  # test_deferred and the test below keep the first tier's promise
 def test_deferred_example_learns_and_leaves_nothing_owed(relaxed_promotion: None) -> None:
     names: dict = {}
     exec(EXAMPLES[3], names)
     assert names["loss"] < 0.1
     assert int(at.owed(names["params"], names["state"])["table"].rows) == 0
+
+
+def test_examples_compile_and_name_what_there_is() -> None:
+    for number, example in enumerate(EXAMPLES):
+        compile(example, f"example {number}", "exec")
+        for module, name in re.findall(r"\b(at|optax)\.(\w+)", example):
+            assert hasattr({"at": at, "optax": optax}[module], name), f"{module}.{name}"
 
 
 def test_every_line_of_the_migration_table_runs(relaxed_promotion: None) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import assert_bits_equal, assert_close, normal, types
+from helpers import assert_bits_equal, assert_close, in_tiers, normal, types
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_transforms as at
@@ -113,7 +113,12 @@ ROWS = {
     "lazy frozen": lambda n: freeze_rows(at.lazy_adam(0.1), {"table": range(3)}),
 }
 CASES = [(name, "dense") for name in DENSE] + [(name, "rows") for name in ROWS]
-every_case = pytest.mark.parametrize(("name", "kind"), CASES)
+# The first tier leaves out what is much like another.
+LIKE_OTHERS = ("adam", "amsgrad", "sgd", "MultiSteps", "by_path", "inject_hyperparams", "scheduled")
+LIKE_OTHERS += ("lazy_adam", "lazy frozen")
+every_case = pytest.mark.parametrize(
+    ("name", "kind"), in_tiers(CASES, lambda name, kind: name not in LIKE_OTHERS)
+)
 
 
 def make(name: str, num_rows: int) -> Any:

@@ -586,7 +586,9 @@ def test_ids_that_change_compile_nothing_anew():
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("lookup", ["take", "vmap of scalars", "cast"])
+@pytest.mark.parametrize(
+    "lookup", ["take", pytest.param("vmap of scalars", marks=pytest.mark.slow), "cast"]
+)
 def test_memory_and_program_do_not_know_the_number_of_rows(lookup):
     def loss(params, ids):
         user, item = (LOOKUPS[lookup](params[name], ids) for name in ("users", "items"))
@@ -650,7 +652,7 @@ def test_a_real_table_made_complex():
 # ---- models ----
 
 
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(None, marks=pytest.mark.slow), jnp.bfloat16])
 def test_flax_linen(relaxed_promotion, dtype):
     nn = pytest.importorskip("flax.linen")
 
