@@ -88,11 +88,11 @@ def recorded_store(recording: Recording, legacy: bool) -> dict[str, np.ndarray]:
 
 # The first tier tries each kind of entry in a store, and each system.
 QUICK = (
-    "k3_amsgrad_custom",
     "k3_accum_ema",
-    "k3_combined_custom",
+    "k3_combined_custom",  # AMSGrad too
     "k3_lso_accum",
     "k3_lso_schedule_ema",
+    "legacy_amsgrad_custom",
     "multilr_amsgrad_custom",
 )
 
