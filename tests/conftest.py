@@ -3,6 +3,8 @@
 import os
 import shutil
 import tempfile
+import zlib
+from typing import Any
 
 # Before JAX starts. On a CPU whatever else there is, for the sharding tests lay meshes over eight
 # devices, and CPUs can be divided into so many; `JAX_PLATFORMS=cuda` runs the others on a GPU.
@@ -28,8 +30,25 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(COMPILED, ignore_errors=True)
 
 
+# The first tier runs so many cases of a test, spread evenly over them; all others are slow. Where
+# the spread starts depends on the test's name, so that tests over the same cases take others.
+CASES = 4
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests first, so that at the end no process is left alone with one of them."""
+    cases_of: dict[Any, list[pytest.Item]] = {}
+    for item in items:
+        marked = any(item.get_closest_marker(name) for name in ("slow", "every_case"))
+        if hasattr(item, "callspec") and not marked:
+            cases_of.setdefault((item.path, item.originalname), []).append(item)  # pyright: ignore
+    for (_, name), cases in cases_of.items():
+        start, count = zlib.crc32(name.encode()), len(cases)
+        first_tier = {(start + i * count // CASES) % count for i in range(CASES)}
+        for i, item in enumerate(cases):
+            if i not in first_tier:
+                item.add_marker(pytest.mark.slow)
+    # Long tests first, so that at the end no process is left alone with one of them.
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 

@@ -430,6 +430,7 @@ def test_the_reference_replays_the_recorded_run(case):
     assert_moments(recording, training.adam, training.adam)
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("case", in_tiers(TARGETS, recordings.differs_most))
 def test_follows_the_recorded_run(case, request):
     recording = Recording(case)
