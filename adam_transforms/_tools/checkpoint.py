@@ -9,9 +9,9 @@ import numpy as np
 from jax.core import Tracer
 
 from adam_transforms._core import trees
+from adam_transforms._core.state_layout import Role, walk
 from adam_transforms._core.types import Path, State
 from adam_transforms._embeddings.deferred.chebyshev import Scalars
-from adam_transforms._embeddings.deferred.state import IdleRows
 
 _MOST_LINES = 30
 
@@ -119,14 +119,11 @@ def _prefixes(path: Path) -> list[Path]:
 def _hints(found: dict[Path, _Leaf], expected: dict[Path, _Leaf], like: Any) -> dict[Path, str]:
     """{path: the hyperparameter of `deferred_adam` that differs}."""
 
-    def is_idle_rows(x: Any) -> bool:
-        return isinstance(x, IdleRows)
-
     hints = {}
-    for keys, node in jax.tree_util.tree_flatten_with_path(like, is_leaf=is_idle_rows)[0]:
-        if not is_idle_rows(node):
+    for place, _ in walk(like, stop=lambda place, _: place.role is Role.SHARED):
+        if place.role is not Role.SHARED:
             continue
-        history = trees.path_str((*keys, jax.tree_util.GetAttrKey("ring")))
+        history = str(place)
         for path in (f"{history}/weights", f"{history}/log_decay"):
             old, new = (x[path].shape[0] - 1 if path in x else None for x in (found, expected))
             if None not in (old, new) and old != new:
