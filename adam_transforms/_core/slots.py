@@ -47,9 +47,9 @@ def find_slots(
 ) -> list[StateLeaf]:
     """All leaves of ``init(params)``, each with the table whose rows it is kept by.
 
-    `init` is evaluated abstractly, for the parameters as they are and for taller and wider tables:
-    the k-th has 2 k more rows and, with `probe_columns`, one more column. A leaf is kept by the
-    rows of a table if its first axis grows by that table's 2 k and no other axis by more than one.
+    `init` is evaluated abstractly twice: for the given parameters, and for larger tables. The k-th
+    table has 2 k more rows and, with `probe_columns`, one more column. A leaf is kept by the rows
+    of the k-th table if its first axis grows by 2 k, and every other axis by at most one.
 
     Args:
       init: of the inner transformation.

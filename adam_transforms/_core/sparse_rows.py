@@ -114,8 +114,8 @@ class SparseRows:
         """The same gradient with unique indices: the first occurrence of a row holds the sum, and
         later occurrences become padding with value zero.
 
-        Sums are taken in at least float32. O(n) time and memory, whatever V. From 16 MiB of values
-        on the rows are packed: all padding is at the end.
+        Sums are taken in at least float32. O(n) time and memory, whatever V. If the values have at
+        least 16 MiB, all padding is at the end of the result.
         """
         if self.unique:
             return self.with_values(self.masked_values())
@@ -258,13 +258,13 @@ def on_values(fn: Callable[[jax.Array], jax.Array], x: Any) -> Any:
 
 
 def sum_with_run(rows: SparseRows, start: jax.Array, length: int, packed_bytes: int) -> SparseRows:
-    """`rows` with duplicates summed, and the rows start, start+1, ... named besides, with zeros.
+    """Sums duplicates, and adds the rows start, ..., start + length - 1 with value zero.
 
     Args:
-      rows: n rows; the result has n + length.
+      rows: n rows. The result has n + length rows.
       start: int32 scalar.
-      length: static; rows of the run beyond the table's last are padding.
-      packed_bytes: bytes of values from which on all padding is put at the end.
+      length: static. Rows beyond the end of the table are padding.
+      packed_bytes: if the values have at least this size, all padding is at the end of the result.
     """
     return _sum_duplicates(rows, packed_bytes, (start, length))
 

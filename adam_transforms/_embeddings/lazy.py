@@ -154,7 +154,7 @@ class _RowUpdate(NamedTuple):
     ) -> tuple[list[Any], list[Any]]:
         """The updates and the new state; in blocks where that pays."""
         many = [rows for rows in self.rows.values() if rows.values.nbytes >= LAZY_BYTES]
-        lengths = [n for rows in many if (n := block_length(rows, LAZY_BYTES)) is not None]
+        lengths = [n for rows in many if (n := block_length(rows)) is not None]
         by_row = self.row_function(gradients, params, state) if lengths else None
         if by_row is None:
             return self.at_once(gradients, params, state)

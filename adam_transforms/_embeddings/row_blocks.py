@@ -26,16 +26,16 @@ _BLOCK_BYTES = 2**18
 _LEAST_LENGTH = 8  # of a block, however wide its rows
 
 
-def block_length(rows: SparseRows, least_bytes: int) -> int | None:
+def block_length(rows: SparseRows) -> int | None:
     """The number of rows in a block on a CPU; None to update all rows at once.
 
-    Blocks are used from `least_bytes` of values on, and never over meshes, where a row may be on
-    another device. On other platforms loops cost more than they save: the caller asks
-    `by_platform`.
+    Never over meshes, where a row may be on another device. On other platforms loops cost more
+    than they save: the caller asks `by_platform`, and compares the size with `LAZY_BYTES` or
+    `DEFERRED_BYTES`.
     """
     row_bytes = math.prod(rows.shape[1:]) * rows.dtype.itemsize
     meshes = (jax.sharding.get_abstract_mesh(), jax.typeof(rows.values).sharding.mesh)
-    if rows.values.shape[0] * row_bytes < least_bytes or not all(mesh.empty for mesh in meshes):
+    if not all(mesh.empty for mesh in meshes):
         return None
     length = max(_LEAST_LENGTH, _BLOCK_BYTES // row_bytes)
     return length if length < rows.values.shape[0] else None

@@ -50,9 +50,9 @@ def metrics(
     of Optax is not in its state: log ``schedule(count)``, the rate of the next step, or inject the
     schedule: ``optax.inject_hyperparams(at.adam)(learning_rate=schedule)``.
 
-    Inside a parameter group the label of the group is appended: ``learning_rate/head`` (`by_path`
-    numbers its groups in the order of its rules, the default last). Scalars whose names are still
-    equal get the paths of their states instead: ``count/0``, ``count/1/inner_state``.
+    The name of a scalar in a parameter group ends in the group's label: ``learning_rate/head``.
+    `by_path` numbers its groups in the order of its rules; the default is last. If names are still
+    equal, they end in the paths of their states instead: ``count/0``, ``count/1/inner_state``.
 
     Args:
       updates: the updates that the transformation returned: arrays, `SparseRows` and None.

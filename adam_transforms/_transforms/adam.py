@@ -119,7 +119,7 @@ def scale_by_adam(
     Args:
       b1, b2: decay rates in [0, 1). Python floats are the most accurate. The bias correction of a
         schedule ``count -> value`` is one minus the running product of its values
-        (`ScheduledDecayState`), that of an array ``1 - b**t`` with its current value.
+        (`ScheduledDecayState`). The bias correction of an array is ``1 - b**t`` with its value.
       eps: added to the root, >= 0.
       eps_root: added inside the root, >= 0.
       mu_dtype: dtype of mu; None for the parameter's.

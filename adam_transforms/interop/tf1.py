@@ -57,9 +57,9 @@ def state_from(
 
     Raises:
       TypeError: an argument is of the wrong type.
-      ValueError: the powers are missing or no powers of the betas; or slots do not match: lists
-        all that are missing, left over, of another shape, or not representable in the slot's
-        dtype.
+      ValueError: a power is missing, or is not a power of its beta. Slots do not match: the error
+        lists those that are missing, left over, of another shape, or not representable in the
+        slot's dtype.
 
     >>> import numpy as np, optax
     >>> arrays = {"w": np.ones(2), "w/Adam": np.ones(2), "w/Adam_1": np.ones(2)}
