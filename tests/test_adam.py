@@ -499,3 +499,60 @@ def test_a_gradient_of_a_parameter_that_is_none_is_refused_by_path():
     params = {**PARAMS, "b": None}
     with pytest.raises(ValueError, match="'b'"):
         tx.update(GRADIENTS[0], tx.init(params), params)
+
+
+# Gradients whose squares overflow
+
+LARGE = {
+    "adam": lambda: (at.scale_by_adam(), {}),
+    "nesterov": lambda: (at.scale_by_adam(nesterov=True), {"nesterov": True}),
+    "low b2": lambda: (at.scale_by_adam(b1=0.3, b2=0.4), {"b1": 0.3, "b2": 0.4}),
+    "schedule": lambda: (at.scale_by_adam(b2=lambda count: jnp.float32(0.99)), {"b2": 0.99}),
+    "amsgrad": lambda: (at.scale_by_amsgrad(max_of="raw"), {"max_of": "raw"}),
+    "optax's amsgrad": lambda: (at.scale_by_amsgrad(), {"max_of": "corrected"}),
+}
+
+
+def large_then_ordinary(large, dtype=np.float32):
+    return [
+        {"w": np.array(g, dtype)} for g in ([large, 1.0], [1.0, -2.0], [-large, 0.5], [3.0, 3.0])
+    ]
+
+
+@pytest.mark.parametrize("name", [*LARGE])
+def test_a_gradient_whose_square_overflows_is_followed(name):
+    tx, options = LARGE[name]()
+    large = 1e19 if name == "optax's amsgrad" else 2e19  # its state has the square itself
+    gradients = large_then_ordinary(large)
+    updates, state = run(tx, gradients, {"w": np.zeros(2, np.float32)})
+    adam = reference.Adam(**options)
+    for u, g in zip(updates, gradients, strict=True):
+        assert_close(u, adam.direction(g), rtol=5e-6)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("name", [*LARGE])
+@pytest.mark.parametrize("large", [1e30, 3.4e38])
+def test_a_second_moment_that_overflows_stalls_its_element_alone(name, large):
+    tx, options = LARGE[name]()
+    updates, state = run(tx, large_then_ordinary(large), {"w": np.zeros(2, np.float32)})
+    adam = reference.Adam(**options)
+    for u, g in zip(updates, large_then_ordinary(1.0), strict=True):
+        assert u["w"][0] == 0.0
+        assert_close(u["w"][1], adam.direction(g)["w"][1])
+    assert not any(np.isnan(x).any() for x in jax.tree.leaves(state))
+
+
+def test_a_large_complex_gradient_is_followed():
+    gradients = large_then_ordinary(2e19 * (0.6 + 0.8j), np.complex64)
+    updates, _ = run(at.scale_by_adam(), gradients, {"w": np.zeros(2, np.complex64)})
+    adam = reference.Adam()
+    for u, g in zip(updates, gradients, strict=True):
+        assert_close(u, adam.direction(g), rtol=5e-6)
+
+
+def test_a_low_precision_first_moment_stays_finite():
+    tx = at.scale_by_adam(mu_dtype=jnp.float16)
+    updates, state = run(tx, large_then_ordinary(1e7), {"w": np.zeros(2, np.float32)})
+    assert np.isfinite(state.mu["w"]).all()
+    assert all(np.isfinite(u["w"]).all() for u in updates)

@@ -64,6 +64,14 @@ def store(path: Path, x: jax.Array, dtype: Any) -> jax.Array:
     return x.astype(dtype)
 
 
+def saturate(x: jax.Array, dtype: Any) -> jax.Array:
+    """`x` within the range of `dtype`, if that is the smaller one: float16's ends at 65,504."""
+    if jnp.finfo(dtype).maxexp >= jnp.finfo(x.dtype).maxexp:
+        return x
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -largest, largest)
+
+
 def real(x: jax.Array) -> jax.Array:
     """The real part; `x` itself if it is real."""
     return x.real if jnp.iscomplexobj(x) else x

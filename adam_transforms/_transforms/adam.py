@@ -347,17 +347,24 @@ def update_leaf(
     out_dtype = dtypes.promote(g.dtype, jnp.result_type(param))
 
     g = g.astype(dtype)
-    nu, square = dtypes.real(old_nu).astype(real), dtypes.abs_sq(g)
+    nu = dtypes.real(old_nu).astype(real)
     mu = numerics.moving_average(old_mu.astype(dtype), g, c.b1)
-    nu = numerics.moving_average(nu, square, c.b2)
-    m, v = mu, nu
+    nu = numerics.average_of_squares(nu, g, c.b2)
+    v = nu
     if old_nu_max:
         if c.nu_correction is not None:
             v = nu / dtypes.as_scalar(c.nu_correction, real)
         v = jnp.maximum(dtypes.real(old_nu_max[0]).astype(real), v)
-    if c.nesterov is not None:
+    if c.nesterov is None:
+        u = direction(mu, v, c)
+    else:
         mu_factor, g_factor = (dtypes.as_scalar(x, real) for x in c.nesterov)
-        m = dtypes.scale(mu, mu_factor) + dtypes.scale(g, g_factor)
-    u = direction(m, v, c).astype(out_dtype)
-    new, old = (mu, nu, v)[: 2 + len(old_nu_max)], (old_mu, old_nu, *old_nu_max)
+        # Not the sum of the two first: it may overflow.
+        u = dtypes.scale(direction(mu, v, c), mu_factor)
+        u = u + dtypes.scale(direction(g, v, c), g_factor)
+    new, old = (
+        (dtypes.saturate(mu, old_mu.dtype), nu, v)[: 2 + len(old_nu_max)],
+        (old_mu, old_nu, *old_nu_max),
+    )
+    u = u.astype(out_dtype)
     return u, *(dtypes.store(path, x, y.dtype) for x, y in zip(new, old, strict=True))

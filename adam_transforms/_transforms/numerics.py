@@ -1,5 +1,6 @@
 """Arithmetic that several transformations use: averages, bias corrections, norms."""
 
+import functools
 import math
 import operator
 from typing import Any
@@ -21,23 +22,60 @@ from adam_transforms._xla.reductions import is_all_finite
 
 
 def moving_average(average: jax.Array, x: jax.Array | float, decay: Any) -> jax.Array:
-    """``decay * average + (1 - decay) * x``, in the form that is accurate for this decay.
+    """``decay * average + (1 - decay) * x``, to rounding, without overflow."""
+    decay = _scalar_like(average, decay)
+    if not (isinstance(x, float) and isinstance(decay, float)):
+        x = jnp.asarray(x, average.dtype)
+    return _decay_and_add(average, average, _times(x, 1.0 - decay), decay)
+
+
+def average_of_squares(average: jax.Array, x: jax.Array, decay: Any) -> jax.Array:
+    """The `moving_average` of ``|x|^2``, real.
+
+    It is right wherever ``(1 - decay) |x|^2`` is finite, even if ``|x|^2`` is not. Beyond, it is
+    infinity, and stays infinity unless the decay is zero.
+    """
+    decay = _scalar_like(average, decay)
+    parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
+    square = functools.reduce(operator.add, [part * (1.0 - decay) * part for part in parts])
+    if not isinstance(decay, float):
+        average = jnp.where(decay == 0.0, jnp.zeros_like(average), average)
+    elif decay == 0.0:
+        return square
+    finite = jnp.minimum(average, jnp.finfo(average.dtype).max)
+    return _decay_and_add(average, finite, square, decay)
+
+
+def _scalar_like(x: jax.Array, value: Any) -> Any:
+    """`value` as a scalar for arithmetic with `x`."""
+    return value if isinstance(value, float) else as_scalar(value, real_dtype(x.dtype))
+
+
+def _times(x: jax.Array | float, factor: Any) -> Any:
+    return scale(x, factor) if jnp.iscomplexobj(x) else x * factor
+
+
+def _decay_and_add(average: jax.Array, finite: jax.Array, x: Any, decay: Any) -> jax.Array:
+    """``decay * average + x``, in the form that is accurate for this decay.
 
     Near decay 1, ``decay`` and ``1 - decay`` are rounded separately and do not sum to 1: at 0.999
-    in float32 the average has a bias of 1.3e-5. ``average + (1 - decay) * (x - average)`` has no
-    such bias. Near decay 0 it suffers from cancellation, and the textbook form is exact.
+    in float32 a moving average would have a bias of 1.3e-5. ``average + (x - (1 - decay) *
+    average)`` has no such bias. Near decay 0 it suffers from cancellation, and the textbook form is
+    exact.
+
+    Args:
+      finite: `average` without infinities: infinity minus infinity would be NaN.
     """
+
+    def textbook() -> jax.Array:
+        return _times(average, decay) + x
+
+    def unbiased() -> jax.Array:
+        return average + (x - _times(finite, 1.0 - decay))
+
     if isinstance(decay, float):
-        weight = 1.0 - decay
-        times = scale if jnp.iscomplexobj(average) else operator.mul
-        if decay < 0.5:
-            return times(average, decay) + weight * x
-        return average + times(x - average, weight)
-    decay = as_scalar(decay, real_dtype(average.dtype))
-    weight = 1.0 - decay
-    x = jnp.asarray(x, average.dtype)
-    textbook = scale(average, decay) + scale(x, weight)
-    return jnp.where(decay < 0.5, textbook, average + scale(x - average, weight))
+        return textbook() if decay < 0.5 else unbiased()
+    return jnp.where(decay < 0.5, textbook(), unbiased())
 
 
 def at_count(value: Any, count: jax.Array) -> Any:

@@ -118,7 +118,9 @@ class PendingUpdate(NamedTuple):
         return self._where_idle(mu, self.mu, jnp.zeros((), self.move.dtype))
 
     def decay_nu(self, nu: jax.Array) -> jax.Array:
-        return self._where_idle(nu, self.nu, jnp.zeros((), dtypes.real_dtype(self.move.dtype)))
+        now = self._where_idle(nu, self.nu, jnp.zeros((), dtypes.real_dtype(self.move.dtype)))
+        # The sum of two floats, times an infinity, would be infinity minus infinity.
+        return jnp.where(jnp.isinf(nu), nu.astype(now.dtype), now)
 
     def _where_idle(self, x: jax.Array, factor: jax.Array, move: jax.Array) -> jax.Array:
         """``factor * x - move`` where idle, else `x`."""
@@ -227,6 +229,7 @@ def pending_update(rows: HistoryRows, mu: jax.Array, nu: jax.Array) -> PendingUp
         decay = _exp(_difference(now, then))
     root = jnp.sqrt(dtypes.real(nu).astype(real))
     total = _sum_of_fractions(weights.astype(real), rows.nodes.astype(real), root)
+    total = jnp.where(jnp.isinf(root), 0.0, total)
     gap = rows.gap.astype(rows.weights.dtype)
     return PendingUpdate(
         idle=rows.gap > 0,
