@@ -206,3 +206,49 @@ def test_integer_gradients_are_refused_by_path(name):
 @every_factory
 def test_an_empty_tree_is_no_error(name):
     assert clip(FACTORIES[name][0](1.0), {"a": ()}) == {"a": ()}
+
+
+# Norms whose squares are not representable
+
+EXTREME = [[3e30, 4e30], [3e-30, -4e-30], [1e-30] * 9, [2e19, 1.0], [3.3e38, 1e38], [1e-37, 0.0]]
+MAX_NORMS = [1.0, 1e-8, 1e33]
+
+
+@pytest.mark.parametrize("elements", EXTREME)
+def test_the_global_norm_does_not_overflow_or_underflow(elements):
+    halves = {"a": jnp.array(elements[:1]), "b": jnp.array(elements[1:])}
+    exact = np.linalg.norm(np.array(elements, np.float32).astype(np.float64))
+    np.testing.assert_allclose(jax.jit(at.global_norm)(halves), exact, rtol=1e-6)
+
+
+@by_norm
+@pytest.mark.parametrize("elements", [*EXTREME, [3.3e38, -3.3e38, 3.3e38]])
+def test_clipping_keeps_the_direction_of_extreme_gradients(factory, elements):
+    g = np.array(elements, np.float32)
+    exact = np.linalg.norm(g.astype(np.float64))
+    for max_norm in MAX_NORMS:
+        (clipped,) = clip(factory(max_norm), [jnp.asarray(g)])
+        expected = g.astype(np.float64) * min(1.0, max_norm / exact)
+        np.testing.assert_allclose(clipped, expected, rtol=2e-6)
+
+
+@by_norm
+def test_clipping_keeps_the_direction_of_extreme_rows(factory):
+    tx = at.lazy(factory(1.0))
+    params = {"t": jnp.zeros((9, 1))}
+    values = jnp.array([[1e30], [4e30], [2e30]])  # rows 2 and 5: 3e30 and 4e30
+    rows = at.SparseRows(jnp.array([2, 5, 2]), values, 9)
+    updates, _ = tx.update({"t": rows}, tx.init(params), params)
+    np.testing.assert_allclose(updates["t"].to_dense()[jnp.array([2, 5]), 0], [0.6, 0.8], rtol=1e-6)
+
+
+def test_an_ordinary_norm_takes_one_pass():
+    """The second one is in a branch of a conditional."""
+    program = jax.make_jaxpr(at.global_norm)(jnp.ones(5))
+    assert [eqn.primitive.name for eqn in program.eqns].count("reduce_sum") == 1
+
+
+@by_norm
+def test_a_nan_among_extreme_gradients_is_in_every_element(factory):
+    for large in (1e30, 1e-30):
+        assert np.isnan(clip(factory(1.0), [jnp.array([np.nan, large])])[0]).all()

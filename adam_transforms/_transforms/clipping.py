@@ -58,7 +58,7 @@ def clip_by_norm(max_norm: float | jax.Array) -> optax.GradientTransformationExt
     max_norm = arguments.scalar("max_norm", max_norm, above=0.0)
 
     def clip(path: Path, g: jax.Array) -> jax.Array:
-        return _scale_down(g, numerics.global_norm(g), max_norm)
+        return _scale_down(g, numerics.norm(g), max_norm)
 
     return _stateless(lambda updates: trees.map_leaves(clip, updates))
 
@@ -89,19 +89,24 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
 
     def clip(updates: Updates) -> Updates:
         updates = trees.map_leaves(lambda path, g: g, updates)  # refuses row gradients
-        norm = numerics.global_norm(updates)
+        norm = numerics.norm(updates)
         return trees.map_leaves(lambda path, g: _scale_down(g, norm, max_norm), updates)
 
     return _stateless(clip)
 
 
-def _scale_down(g: jax.Array, norm: jax.Array, max_norm: Any) -> jax.Array:
+def _scale_down(g: jax.Array, norm: numerics.Norm, max_norm: Any) -> jax.Array:
     """``g * min(1, max_norm / norm)``, exactly `g` if the norm is not above `max_norm`."""
-    limit = dtypes.as_scalar(max_norm, norm.dtype)
-    factor = limit / jnp.maximum(norm, limit)
+    limit = dtypes.as_scalar(max_norm, norm.relative.dtype)
+    # So that a NaN is in all elements.
+    exceeds = ~(norm.value <= limit)
     dtype = dtypes.compute_dtype(g.dtype)
-    factor = factor.astype(dtypes.real_dtype(dtype))
-    return dtypes.scale(g.astype(dtype), factor).astype(g.dtype)
+    g_wide = g.astype(dtype)
+    # The product of the two factors may underflow.
+    for factor in (1.0 / norm.scale, limit / norm.relative):
+        factor = jnp.where(exceeds, factor, 1.0).astype(dtypes.real_dtype(dtype))
+        g_wide = dtypes.scale(g_wide, factor)
+    return g_wide.astype(g.dtype)
 
 
 def _stateless(clip: Callable[[Updates], Updates]) -> optax.GradientTransformationExtraArgs:

@@ -3,7 +3,8 @@
 import functools
 import math
 import operator
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,8 @@ def global_norm(tree: Any) -> jax.Array:
 
     .. math:: \sqrt{\sum_i |x_i|^2}
 
+    The norm does not overflow or underflow while it is representable, even if its square is not.
+
     Args:
       tree: arrays of any shapes and dtypes, row gradients, and None, which is ignored.
 
@@ -125,14 +128,55 @@ def global_norm(tree: Any) -> jax.Array:
     >>> float(global_norm({"a": jnp.array([3.0]), "b": jnp.array(4.0), "c": None}))
     5.0
     """
-    leaves = [
+    return norm(tree).value
+
+
+class Norm(NamedTuple):
+    """A norm, ``scale * relative``. The scale is 1 unless the square of the norm overflows."""
+
+    scale: jax.Array
+    relative: jax.Array
+
+    @property
+    def value(self) -> jax.Array:
+        return self.scale * self.relative
+
+
+def norm(tree: Any) -> Norm:
+    """`global_norm`, as a product.
+
+    One pass over the arrays sums their squares. Only if the sum overflows, or is so small that
+    squares may be lost in it, a second pass scales the arrays by a power of two first.
+    """
+    arrays = [
         # Duplicate rows are summed first, as in the dense gradient.
         x.sum_duplicates().values if is_rows(x) else jnp.asarray(x)
         for x in jax.tree.leaves(tree, is_leaf=is_rows)
     ]
-    dtype = real_dtype(compute_dtype(*(x.dtype for x in leaves)))
-    squares = [abs_sq(x.astype(promote(x.dtype, dtype))) for x in leaves]
-    return jnp.sqrt(sum((jnp.sum(x).astype(dtype) for x in squares), jnp.zeros((), dtype)))
+    dtype = real_dtype(compute_dtype(*(x.dtype for x in arrays)))
+
+    def sum_of_squares(factor: Any) -> jax.Array:
+        wide = [x.astype(promote(x.dtype, dtype)) for x in arrays]
+        squares = [abs_sq(x if factor is None else scale(x, factor)) for x in wide]
+        return sum((jnp.sum(x).astype(dtype) for x in squares), jnp.zeros((), dtype))
+
+    info, total = jnp.finfo(dtype), sum_of_squares(None)
+    one, size = jnp.ones_like(total), sum(x.size for x in arrays)
+    if size == 0:
+        return Norm(one, total)
+
+    def rescaled() -> Norm:
+        # For float32 2^-96 or 2^80: no square of a scaled element overflows or matters and is lost.
+        down, up = 2.0 ** (-info.maxexp * 3 // 4), 2.0 ** (info.maxexp * 5 // 8)
+        is_small = total < 1.0
+        relative = jnp.sqrt(sum_of_squares(jnp.where(is_small, up, down).astype(dtype)))
+        return Norm(
+            jnp.where(is_small, one, 1.0 / down), jnp.where(is_small, relative / up, relative)
+        )
+
+    smallest_accurate = size * float(info.tiny) / float(info.eps)
+    is_accurate = (total > smallest_accurate) & (total < jnp.inf)
+    return jax.lax.cond(is_accurate, lambda: Norm(one, jnp.sqrt(total)), rescaled)
 
 
 def all_finite(tree: Any) -> jax.Array:
