@@ -556,3 +556,13 @@ def test_a_low_precision_first_moment_stays_finite():
     updates, state = run(tx, large_then_ordinary(1e7), {"w": np.zeros(2, np.float32)})
     assert np.isfinite(state.mu["w"]).all()
     assert all(np.isfinite(u["w"]).all() for u in updates)
+
+
+# Parameters without moments
+
+
+@pytest.mark.parametrize("leaf", [np.arange(3), np.array([True]), jax.random.key(0)])
+def test_a_parameter_that_is_no_number_is_refused_by_its_path(leaf):
+    for make in (at.scale_by_adam, at.scale_by_amsgrad, at.adam, at.lazy_adam):
+        with pytest.raises(TypeError, match=r"'model/steps' is .*optax\.masked"):
+            make().init({"model": {"w": np.zeros(2, np.float32), "steps": leaf}})

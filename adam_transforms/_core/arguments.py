@@ -28,12 +28,14 @@ def scalar(
     above: float = -math.inf,
     below: float = math.inf,
 ) -> Any:
-    """Returns a number as a Python float, a scalar array unchanged.
+    """Returns a number, NumPy's too, as a Python float, a scalar JAX array unchanged.
 
     Raises:
       TypeError: `value` is neither a number nor a floating or integer array of shape ().
       ValueError: `value` is known at trace time, and is NaN or out of range.
     """
+    if isinstance(value, np.ndarray) and value.shape == () and _is_real(value.dtype):
+        value = float(value)
     if isinstance(value, _NUMBERS) and not isinstance(value, bool):
         value = float(value)
         known = value

@@ -135,7 +135,8 @@ def scale_by_adam(
 
     Raises:
       ValueError: a rate or epsilon out of range; in update, a shape or structure that differs.
-      TypeError: an argument of the wrong type; in update, a gradient neither floating nor complex.
+      TypeError: an argument of the wrong type; a parameter or a gradient neither floating nor
+        complex.
 
     References:
       Kingma & Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2015; Dozat, `Incorporating Nesterov
@@ -258,6 +259,12 @@ def _moment_transformation(hp: Hyperparameters) -> optax.GradientTransformationE
 
 def init_state(hp: Hyperparameters, params: Params) -> State:
     """Optax's state of Adam or AMSGrad before the first step."""
+    for path, p in trees.non_none(params):
+        if not jnp.issubdtype(jnp.result_type(p), jnp.inexact):
+            raise TypeError(
+                f"{path!r} is {jnp.result_type(p)}, but Adam's parameters are floating or complex: "
+                "take it out of the parameters, or leave it out with optax.masked"
+            )
 
     def zero_mu(p: Any) -> jax.Array:
         return jnp.zeros_like(p, hp.mu_dtype or jnp.result_type(p))
