@@ -14,11 +14,14 @@ from adam_transforms._transforms.adam import scale_by_adam, scale_by_amsgrad
 from adam_transforms._transforms.ema import params_ema
 
 
+@arguments.suggest_names
 def adam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: optax.ScalarOrSchedule = 0.9,
     b2: optax.ScalarOrSchedule = 0.999,
     eps: optax.ScalarOrSchedule = 1e-8,
+    eps_root: optax.ScalarOrSchedule = 0.0,
+    mu_dtype: Any = None,
     *,
     eps_hat: bool = False,
     amsgrad: bool = False,
@@ -33,7 +36,6 @@ def adam(
     ema_overwrite_every: int | None = None,
     accumulate_every: int | None = None,
     loss_scale: float | jax.Array | Literal["dynamic"] | None = None,
-    mu_dtype: Any = None,
     nu_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with every option of the Keras constructor, in Keras's order.
@@ -59,7 +61,7 @@ def adam(
     Args:
       learning_rate: a number, a scalar array, or a schedule ``count -> value``; with accumulation
         `count` is the number of completed cycles.
-      b1, b2, eps, eps_hat, nesterov, mu_dtype, nu_dtype: as in `scale_by_adam`.
+      b1, b2, eps, eps_root, eps_hat, nesterov, mu_dtype, nu_dtype: as in `scale_by_adam`.
       amsgrad, max_of: use `scale_by_amsgrad` with this `max_of`.
       weight_decay: decoupled (AdamW): each update adds ``-learning_rate * weight_decay * p`` to p.
       weight_decay_mask: the parameters to decay: a tree of booleans or a function from the
@@ -96,17 +98,21 @@ def adam(
     return _add_wrappers(_chain(options), options)
 
 
+@arguments.suggest_names
 def adamw(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: optax.ScalarOrSchedule = 0.9,
     b2: optax.ScalarOrSchedule = 0.999,
     eps: optax.ScalarOrSchedule = 1e-8,
+    eps_root: optax.ScalarOrSchedule = 0.0,
+    mu_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Any = None,
     *,
     eps_hat: bool = False,
     amsgrad: bool = False,
     max_of: Literal["raw", "corrected"] = "raw",
     nesterov: bool = False,
-    weight_decay: optax.ScalarOrSchedule = 1e-4,
     weight_decay_mask: Any = None,
     clip_value: float | jax.Array | None = None,
     clip_norm: float | jax.Array | None = None,
@@ -115,12 +121,12 @@ def adamw(
     ema_overwrite_every: int | None = None,
     accumulate_every: int | None = None,
     loss_scale: float | jax.Array | Literal["dynamic"] | None = None,
-    mu_dtype: Any = None,
     nu_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`adam` with decoupled weight decay: 1e-4 by default, as in Optax (1e-2 in PyTorch).
 
-    Arguments, return value and errors are those of `adam`.
+    Arguments, return value and errors are those of `adam`, and:
+      mask: Optax's name of `weight_decay_mask`.
 
     >>> import jax.numpy as jnp
     >>> tx = adamw(learning_rate=0.1, weight_decay=0.5)
@@ -128,15 +134,23 @@ def adamw(
     >>> tx.update(jnp.zeros(1), tx.init(params), params)[0].round(3).tolist()
     [-0.1...]
     """
-    options = _Options(**locals())
+    given = dict(locals())
+    if given.pop("mask") is not None:
+        if weight_decay_mask is not None:
+            raise ValueError("mask is weight_decay_mask under another name, got both")
+        given["weight_decay_mask"] = mask
+    options = _Options(**given)
     return _add_wrappers(_chain(options), options)
 
 
+@arguments.suggest_names
 def lazy_adam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: optax.ScalarOrSchedule = 0.9,
     b2: optax.ScalarOrSchedule = 0.999,
     eps: optax.ScalarOrSchedule = 1e-8,
+    eps_root: optax.ScalarOrSchedule = 0.0,
+    mu_dtype: Any = None,
     *,
     eps_hat: bool = False,
     amsgrad: bool = False,
@@ -150,7 +164,6 @@ def lazy_adam(
     accumulate_every: int | None = None,
     accumulate_like: Any = None,
     loss_scale: float | jax.Array | Literal["dynamic"] | None = None,
-    mu_dtype: Any = None,
     nu_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`adam` that updates only the touched rows of a table with a row gradient.
@@ -186,6 +199,8 @@ class _Options(NamedTuple):
     b1: Any
     b2: Any
     eps: Any
+    eps_root: Any
+    mu_dtype: Any
     eps_hat: bool
     amsgrad: bool
     max_of: Literal["raw", "corrected"]
@@ -199,7 +214,6 @@ class _Options(NamedTuple):
     ema_overwrite_every: Any
     accumulate_every: Any
     loss_scale: Any
-    mu_dtype: Any
     nu_dtype: Any
 
 
@@ -209,9 +223,9 @@ def _chain(options: _Options) -> optax.GradientTransformationExtraArgs:
     arguments.scalar_or_schedule("learning_rate", o.learning_rate)
     chain: list[Any] = [*_clips(o), _moments(o)]
     if o.weight_decay is not None:
-        arguments.scalar_or_schedule("weight_decay", o.weight_decay)
+        weight_decay = arguments.scalar_or_schedule("weight_decay", o.weight_decay)
         _check_mask(o.weight_decay_mask)
-        chain.append(optax.add_decayed_weights(o.weight_decay, o.weight_decay_mask))
+        chain.append(optax.add_decayed_weights(weight_decay, o.weight_decay_mask))
     elif o.weight_decay_mask is not None:
         raise ValueError("weight_decay_mask needs weight_decay, got None")
     chain.append(optax.scale_by_learning_rate(o.learning_rate))
@@ -246,11 +260,12 @@ def _moments(options: _Options) -> optax.GradientTransformationExtraArgs:
     o = options
     if arguments.flag("amsgrad", o.amsgrad) and arguments.flag("nesterov", o.nesterov):
         raise ValueError("amsgrad and nesterov exclude each other, got both")
-    shared = {"mu_dtype": o.mu_dtype, "nu_dtype": o.nu_dtype, "eps_hat": o.eps_hat}
+    shared = (o.b1, o.b2, o.eps, o.eps_root, o.mu_dtype)
+    options = {"nu_dtype": o.nu_dtype, "eps_hat": o.eps_hat}
     if o.amsgrad:
-        return scale_by_amsgrad(o.b1, o.b2, o.eps, max_of=o.max_of, **shared)
+        return scale_by_amsgrad(*shared, max_of=o.max_of, **options)
     arguments.choice("max_of", o.max_of, ("corrected", "raw"))
-    return scale_by_adam(o.b1, o.b2, o.eps, nesterov=o.nesterov, **shared)
+    return scale_by_adam(*shared, nesterov=o.nesterov, **options)
 
 
 def _check_mask(mask: Any) -> None:

@@ -217,21 +217,44 @@ def test_adamw_takes_every_option_of_adam():
     options = {**EVERYTHING, "nesterov": True, "loss_scale": 2.0}
     assert_same(at.adamw(**options), at.adam(**options))
     adam, adamw = (inspect.signature(preset).parameters for preset in (at.adam, at.adamw))
-    assert list(adamw) == list(adam)
+    assert set(adamw) == {*adam, "mask"}
     different = {name for name in adam if adam[name].default != adamw[name].default}
     assert different == {"weight_decay"}
     assert adamw["weight_decay"].default == 1e-4
 
 
+def positional(fn):
+    parameters = inspect.signature(fn).parameters.items()
+    return [name for name, p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
 def test_the_positional_arguments_are_optaxs():
-    for preset in (at.adam, at.adamw):
-        names = [
-            name
-            for name, p in inspect.signature(preset).parameters.items()
-            if p.kind is p.POSITIONAL_OR_KEYWORD
-        ]
-        assert names == ["learning_rate", "b1", "b2", "eps"]
-        assert list(inspect.signature(optax.adam).parameters)[:4] == names
+    assert positional(at.adam) == positional(at.lazy_adam) == positional(optax.adam)
+    assert positional(at.adamw) == positional(optax.adamw)
+
+
+def test_presets_drop_in_for_optaxs():
+    arguments, decay = (0.1, 0.8, 0.99, 1e-3, 1e-4), (0.2, {"kernel": True, "bias": False})
+    for ours, theirs in (
+        (at.adam(*arguments), optax.adam(*arguments)),
+        (at.adamw(*arguments, None, *decay), optax.adamw(*arguments, None, *decay)),
+    ):
+        assert_close(run(ours)[-1][0], run(theirs)[-1][0], rtol=2e-5)
+    (adam_state, *_) = at.adam(*arguments, "bfloat16").init(PARAMS)
+    assert adam_state.mu["bias"].dtype == jnp.bfloat16
+
+
+def test_both_names_of_the_mask_are_not_taken_together():
+    with pytest.raises(ValueError, match="weight_decay_mask"):
+        at.adamw(mask=not_bias, weight_decay_mask=not_bias)
+
+
+@pytest.mark.parametrize("options", [{"lr": 0.1}, {"betas": (0.9, 0.99)}, {"beta_1": 0.9}])
+def test_the_name_of_an_argument_elsewhere_is_told(options):
+    own = {"lr": "learning_rate", "betas": "b1 and b2", "beta_1": "b1"}[next(iter(options))]
+    for preset in (at.adam, at.adamw, at.lazy_adam, at.deferred_adam):
+        with pytest.raises(TypeError, match=f"{preset.__name__} has no argument .*{own}"):
+            preset(**options)
 
 
 # Wrong arguments

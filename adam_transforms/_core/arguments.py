@@ -4,10 +4,12 @@ A hyperparameter is a Python number, a scalar array (possibly a tracer), or a sc
 ``count -> value``. Its range is checked if its value is known at trace time.
 """
 
+import functools
 import inspect
 import math
 import operator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,9 @@ from jax.core import Tracer
 _NUMBERS = int | float | np.integer | np.floating
 _ARRAYS = jax.Array | np.ndarray
 _SCALARS = _NUMBERS | _ARRAYS
+
+A = ParamSpec("A")
+R = TypeVar("R")
 
 
 def scalar(
@@ -122,6 +127,41 @@ def float_dtype(name: str, value: Any) -> np.dtype | None:
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"{name} must be a floating or complex dtype, got {dtype}")
     return dtype
+
+
+_NAMES_ELSEWHERE = {
+    "lr": "learning_rate",
+    "betas": "b1 and b2",
+    "beta1": "b1",
+    "beta2": "b2",
+    "beta_1": "b1",
+    "beta_2": "b2",
+    "epsilon": "eps",
+    "clipvalue": "clip_value",
+    "clipnorm": "clip_norm",
+    "global_clipnorm": "clip_global_norm",
+    "use_ema": "ema",
+    "ema_momentum": "ema",
+    "ema_overwrite_frequency": "ema_overwrite_every",
+    "gradient_accumulation_steps": "accumulate_every",
+    "loss_scale_factor": "loss_scale",
+}
+"""{argument of PyTorch, TensorFlow or Keras: of this package}."""
+
+
+def suggest_names(fn: Callable[A, R]) -> Callable[A, R]:
+    """A decorator: the error for an argument that another library has names it in this one."""
+    known = inspect.signature(fn).parameters
+
+    @functools.wraps(fn)
+    def checked(*args: A.args, **kwargs: A.kwargs) -> R:
+        for name in kwargs:
+            own = _NAMES_ELSEWHERE.get(name)
+            if name not in known and own is not None:
+                raise TypeError(f"{fn.__name__} has no argument {name!r}: here it is {own}")
+        return fn(*args, **kwargs)
+
+    return checked
 
 
 def transformation(name: str, value: Any) -> optax.GradientTransformationExtraArgs:

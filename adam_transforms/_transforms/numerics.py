@@ -3,7 +3,6 @@
 import functools
 import math
 import operator
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax

@@ -50,6 +50,7 @@ from adam_transforms._xla.platform import by_platform
 from adam_transforms._xla.scheduling import depend_on, materialize_outputs, token, token_of_all
 
 
+@arguments.suggest_names
 def deferred_adam(
     learning_rate: optax.ScalarOrSchedule,
     b1: float = 0.9,
