@@ -261,11 +261,10 @@ def _moments(options: _Options) -> optax.GradientTransformationExtraArgs:
     if arguments.flag("amsgrad", o.amsgrad) and arguments.flag("nesterov", o.nesterov):
         raise ValueError("amsgrad and nesterov exclude each other, got both")
     shared = (o.b1, o.b2, o.eps, o.eps_root, o.mu_dtype)
-    options = {"nu_dtype": o.nu_dtype, "eps_hat": o.eps_hat}
     if o.amsgrad:
-        return scale_by_amsgrad(*shared, max_of=o.max_of, **options)
+        return scale_by_amsgrad(*shared, eps_hat=o.eps_hat, nu_dtype=o.nu_dtype, max_of=o.max_of)
     arguments.choice("max_of", o.max_of, ("corrected", "raw"))
-    return scale_by_adam(*shared, nesterov=o.nesterov, **options)
+    return scale_by_adam(*shared, nesterov=o.nesterov, eps_hat=o.eps_hat, nu_dtype=o.nu_dtype)
 
 
 def _check_mask(mask: Any) -> None:

@@ -51,7 +51,7 @@ def _scalar_like(x: jax.Array, value: Any) -> Any:
     return value if isinstance(value, float) else as_scalar(value, real_dtype(x.dtype))
 
 
-def _times(x: jax.Array | float, factor: Any) -> Any:
+def _times(x: Any, factor: Any) -> Any:
     return scale(x, factor) if jnp.iscomplexobj(x) else x * factor
 
 
