@@ -23,8 +23,11 @@ from recordings import Recording, differences, nested
 
 import adam_transforms as at
 from adam_transforms.compat import keras
-from adam_transforms.compat.keras import Adam, LossScaleOptimizer, schedules
+from adam_transforms.compat.keras import Adam, AdamW, LossScaleOptimizer, schedules
 from adam_transforms.interop import keras as interop
+
+# Keras's warning of gradients that are None, where it is not what is tried.
+IGNORE_ABSENT = pytest.mark.filterwarnings("ignore:Gradients do not exist for variables")
 
 # Trees: a recording's variables are called "dense/kernel", which is their path here
 
@@ -377,6 +380,7 @@ def test_minimize_updates_the_variables_asked_for() -> None:
         assert not np.any(optimizer.get_slot(after, "dense/bias", "momentum"))
 
 
+@IGNORE_ABSENT
 def test_minimize_weighs_the_loss_by_grad_loss() -> None:
     optimizer = Adam(0.1, epsilon=1.0)
     state, weights = optimizer.init(PARAMS), np.array([1.0, 0.0, -2.0], np.float32)
@@ -445,6 +449,7 @@ def with_none(t: int) -> Any:
     }
 
 
+@IGNORE_ABSENT
 def test_a_variable_without_gradient_stays_with_its_slots() -> None:
     for optimizer in (Adam(0.1, weight_decay=0.1), LossScaleOptimizer(Adam(0.1, use_ema=True))):
         before = one_step(optimizer)
@@ -457,6 +462,7 @@ def test_a_variable_without_gradient_stays_with_its_slots() -> None:
         assert int(optimizer.iterations(after[1])) == 2
 
 
+@IGNORE_ABSENT
 @pytest.mark.parametrize("wrap", [lambda adam: adam, LossScaleOptimizer], ids=["adam", "scaled"])
 def test_a_variable_without_gradient_is_overwritten_by_its_average_all_the_same(wrap: Any) -> None:
     optimizer = wrap(Adam(0.1, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2))
@@ -474,6 +480,38 @@ def test_a_variable_without_gradient_is_overwritten_by_its_average_all_the_same(
     assert_close(fourth[0]["dense"]["bias"], optimizer.get_slot(fourth[1], "dense/bias", "average"))
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_one_warning_names_the_variables_without_gradient(legacy: bool) -> None:
+    optimizer = Adam(0.1, legacy=legacy)
+    params = PARAMS | {"count": np.int32(0)}
+    state = optimizer.init(params)
+    absent = {"dense": {"bias": None, "kernel": GRADS["dense"]["kernel"]}}
+    absent |= {"table": None, "count": None}
+    pairs = [(None, "table"), (GRADS["dense"]["kernel"], "dense/kernel")]
+    for step, names in (
+        (lambda: optimizer.apply(absent, params, state), "'dense/bias', 'table'"),
+        (lambda: optimizer.stateless_apply(state, absent, params), "'dense/bias', 'table'"),
+        (lambda: optimizer.apply_gradients(iter(pairs), params, state), "'table'"),
+        (lambda: optimizer.minimize(partial_loss, params, state), "'dense/bias', 'table'"),
+    ):
+        with pytest.warns(UserWarning) as caught:
+            after, _ = step()
+        assert_bits_equal(after["table"], params["table"])
+        expected = f"Gradients do not exist for variables [{names}] when minimizing the loss"
+        assert [str(w.message).partition(":")[0] for w in caught] == [expected]
+    # A variable that is not in the list is not asked for.
+    optimizer.apply_gradients(pairs[1:], params, state)
+    optimizer.minimize(partial_loss, params, state, ["dense/kernel"])
+
+
+def test_a_warning_of_gradients_comes_when_a_step_is_traced() -> None:
+    optimizer = LossScaleOptimizer(Adam(0.1))
+    step, state = jax.jit(optimizer.apply), optimizer.init(PARAMS)
+    with pytest.warns(UserWarning, match=r"\['dense/bias'\]"):
+        params, state = step(with_none(1), PARAMS, state)
+    step(with_none(1), params, state)
+
+
 def test_what_is_no_floating_array_passes_through() -> None:
     params = {"w": jnp.ones(3), "steps": jnp.int32(4), "nothing": None}
     grads = {"w": jnp.ones(3), "steps": None, "nothing": None}
@@ -484,6 +522,7 @@ def test_what_is_no_floating_array_passes_through() -> None:
         assert np.all(np.asarray(after["w"]) < 1.0)
 
 
+@IGNORE_ABSENT
 def test_a_step_that_is_not_finite_leaves_averages_and_parameters_bit_identical() -> None:
     inner = Adam(0.1, use_ema=True, ema_overwrite_frequency=1)
     optimizer = LossScaleOptimizer(inner)
@@ -566,6 +605,134 @@ def test_can_be_copied_and_is_never_equal_to_another() -> None:
     assert optimizer != Adam(0.1) and optimizer == optimizer and hash(optimizer)
     with pytest.raises(dataclasses.FrozenInstanceError):
         optimizer.learning_rate = 0.2  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_an_assignment_names_the_way_to_replace_the_field() -> None:
+    inner = "inner_optimizer=dataclasses.replace(optimizer.inner_optimizer, learning_rate=...)"
+    for optimizer, name, change in (
+        (Adam(), "learning_rate", "learning_rate=..."),
+        (AdamW(), "weight_decay", "weight_decay=..."),
+        (Adam(legacy=True), "lr", "learning_rate=..."),
+        (LossScaleOptimizer(Adam()), "learning_rate", inner),
+    ):
+        remedy = re.escape(f"dataclasses.replace(optimizer, {change})")
+        with pytest.raises(dataclasses.FrozenInstanceError, match=f"'{name}'.*{remedy}"):
+            setattr(optimizer, name, 0.2)
+
+
+# r2.0's name of the learning rate
+
+
+def test_lr_is_the_learning_rate_of_r2_and_wins() -> None:
+    for optimizer in (
+        Adam(legacy=True, lr=0.5),
+        Adam(0.1, legacy=True, lr=0.5),
+        Adam(learning_rate=0.1, lr=0.5, legacy=True),
+        Adam.from_config({"lr": 0.5}),
+        Adam.from_config({"lr": 0.5, "learning_rate": 0.1, "decay": 0.0}),
+        LossScaleOptimizer(Adam(legacy=True, lr=0.5)),
+    ):
+        assert optimizer.adam.legacy
+        assert (optimizer.lr, optimizer.learning_rate) == (0.5, 0.5)
+        assert optimizer.adam.get_config()["learning_rate"] == 0.5
+    replaced = dataclasses.replace(Adam(legacy=True, lr=0.5), learning_rate=0.25)
+    assert (replaced.lr, replaced.name) == (0.25, "Adam")
+    rate = schedules.InverseTimeDecay(0.1, 5, 0.5)
+    assert Adam(legacy=True, lr=rate).lr is rate
+
+
+@pytest.mark.parametrize("make", [Adam, AdamW])
+def test_keras_3_has_no_lr(make: Any) -> None:
+    with pytest.raises(ValueError, match="lr needs legacy=True.*learning_rate, got lr=0.5"):
+        make(lr=0.5)
+    with pytest.raises(AttributeError, match="has no 'lr': Keras 3 has learning_rate"):
+        make().lr  # noqa: B018
+    with pytest.raises(ValueError, match="no lr"):
+        make.from_config({"lr": 0.5, "use_ema": False})
+
+
+# AdamW
+
+
+def test_adamw_is_adam_with_decay_in_keras_3_s_order() -> None:
+    fields = ["learning_rate", "weight_decay", "beta_1", "beta_2", "epsilon", "amsgrad", "clipnorm"]
+    assert [f.name for f in dataclasses.fields(AdamW)][: len(fields)] == fields
+    theirs = Adam(0.1, 0.8, 0.9, 1e-3, True, 0.2, 1.0)
+    ours = AdamW(0.1, 0.2, 0.8, 0.9, 1e-3, True, 1.0)
+    assert fields_of(ours) == fields_of(theirs) | {"name": "adam_w"}
+    assert AdamW().weight_decay == 0.004
+    assert_bits_equal(one_step(AdamW(0.1)), one_step(Adam(0.1, weight_decay=0.004)))
+    excluded = ours.exclude_from_weight_decay(var_names=["bias"])
+    assert type(excluded) is AdamW and decayed(excluded) == {"dense/kernel", "table"}
+
+
+def test_adamw_keeps_its_class_in_configs() -> None:
+    for optimizer in (AdamW(0.5, 0.1), AdamW(0.5, clipnorm=1.0, name="a")):
+        written = json.loads(json.dumps(keras.serialize(optimizer)))
+        assert (written["module"], written["class_name"]) == ("keras.optimizers", "AdamW")
+        again = keras.deserialize(written)
+        assert type(again) is AdamW and fields_of(again) == fields_of(optimizer)
+        scaled: Any = keras.deserialize(keras.serialize(LossScaleOptimizer(optimizer)))
+        assert type(scaled.inner_optimizer) is AdamW
+        assert fields_of(scaled.inner_optimizer) == fields_of(optimizer)
+    assert AdamW.from_config({}).weight_decay == 0.004
+    assert type(Adam.from_config(AdamW().get_config())) is Adam
+
+
+# By name
+
+
+def test_get_makes_an_optimizer_of_what_keras_takes() -> None:
+    for identifier, kind in (
+        ("adam", Adam),
+        ("ADAM", Adam),
+        ("AdamW", AdamW),
+        ("adamw", AdamW),
+        ({"class_name": "adam", "config": {"learning_rate": 0.5}}, Adam),
+        (keras.serialize(AdamW(0.5)), AdamW),
+        (keras.serialize(LossScaleOptimizer(Adam())), LossScaleOptimizer),
+    ):
+        found: Any = keras.get(identifier)
+        assert type(found) is kind
+        assert isinstance(identifier, str) or fields_of(found) == fields_of(
+            keras.deserialize(identifier)
+        )
+    for optimizer in (Adam(), LossScaleOptimizer(Adam()), at.compat.capreolus.AdamMultilr()):
+        assert keras.get(optimizer) is optimizer
+    assert keras.get(None) is None
+
+
+# What a loss scale takes for its inner optimizer
+
+
+def test_a_loss_scale_takes_keras_s_defaults_of_what_is_the_inner_optimizer_s() -> None:
+    plain = LossScaleOptimizer(Adam(0.1), 8.0)
+    unused = {"clipnorm": None, "use_ema": False, "ema_momentum": 0.99, "loss_scale_factor": None}
+    for optimizer in (
+        LossScaleOptimizer(Adam(0.1), 8.0, dynamic=True),
+        LossScaleOptimizer(Adam(0.1), 8.0, **unused),
+        LossScaleOptimizer.from_config({**plain.get_config(), **unused, "dynamic": True}),
+    ):
+        assert fields_of(optimizer) == fields_of(plain)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"dynamic": False}, "no dynamic=False.*loss_scale_factor.*static_loss_scale"),
+        ({"clipnorm": 0.5}, "has no clipnorm: set clipnorm on the inner_optimizer"),
+        ({"ema_momentum": 0.5}, "has no ema_momentum: set ema_momentum on the inner_optimizer"),
+        ({"loss_scale_factor": 2.0}, "on the inner_optimizer, and use it without"),
+        ({"learning_rate": 0.1}, "has no learning_rate: set learning_rate on the inner_optimizer"),
+        ({"rho": 0.9}, "has no rho: its arguments are inner_optimizer, initial_scale"),
+    ],
+)
+def test_a_loss_scale_says_what_belongs_to_the_inner_optimizer(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LossScaleOptimizer(Adam(), **options)
+    config = LossScaleOptimizer(Adam()).get_config()
+    with pytest.raises(ValueError, match=message):
+        LossScaleOptimizer.from_config(config | options)
 
 
 # Weight decay
@@ -705,6 +872,36 @@ def test_the_store_is_the_one_of_interop(name: str) -> None:
     assert list(ours) == list(store)
     for key, array in store.items():
         np.testing.assert_array_equal(ours[key], array)
+
+
+def test_the_variables_of_a_state_are_weights() -> None:
+    for name, other in (
+        ("plain", Adam(0.1, name="other")),
+        ("legacy amsgrad", STATEFUL["legacy amsgrad"]),
+        ("wrapped", STATEFUL["wrapped"]),
+    ):
+        optimizer = STATEFUL[name]
+        params, state = trained(optimizer, 2)
+        assert_bits_equal(other.set_weights(optimizer.variables(state), params), state)
+        reordered = optimizer.variables(state, PATHS[::-1])
+        assert_bits_equal(other.set_weights(reordered, params, PATHS[::-1]), state)
+
+
+def test_variables_in_another_order_than_the_weights_are_refused() -> None:
+    optimizer = Adam(0.1)
+    params = {"a": np.ones(2, np.float32), "b": np.ones(2, np.float32)}
+    variables = optimizer.variables(optimizer.init(params), ["b", "a"])
+    with pytest.raises(ValueError, match=r"weights\[2\] is 'adam/b_momentum', where 'adam/a_mom"):
+        optimizer.set_weights(variables, params)
+
+
+def test_names_are_not_numbered() -> None:
+    assert [optimizer.name for optimizer in (Adam(), Adam(), AdamW(), Adam(legacy=True))] == [
+        "adam",
+        "adam",
+        "adam_w",
+        "Adam",
+    ]
 
 
 def test_weights_are_renamed_and_transposed_on_the_way_in() -> None:
@@ -877,11 +1074,15 @@ DOCUMENTED = """learning_rate variables add_variable add_variable_from_reference
 apply_gradients assign assign_add assign_sub build exclude_from_weight_decay
 finalize_variable_values from_config get_config load_own_variables save_own_variables scale_loss
 set_weights stateless_apply update_step iterations weights add_slot add_weight get_gradients
-get_slot get_slot_names get_updates get_weights minimize""".split()
+get_slot get_slot_names get_updates get_weights minimize add_optimizer_variables
+check_finite gradient_aggregator gradient_transformers""".split()
 
 
 def test_the_table_names_everything_that_keras_documents() -> None:
-    assert table().keys() >= {*DOCUMENTED, "Adam", "AdamW", "LossScaleOptimizer", "dynamic_scale"}
+    assert table().keys() >= {
+        *(*DOCUMENTED, "Adam", "AdamW", "LossScaleOptimizer", "dynamic_scale", "get"),
+        *("constraint", "overwrite_with_gradient"),
+    }
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
@@ -1011,6 +1212,13 @@ ONES = np.ones((6, 3), int)
         (lambda: keras.serialize(at.adam()), TypeError, "must be an optimizer"),
         (lambda: LossScaleOptimizer(at.adam()), TypeError, "inner_optimizer must be an Adam"),
         (lambda: LossScaleOptimizer(LossScaleOptimizer(ADAM)), TypeError, "inner_optimizer must"),
+        (lambda: AdamW(weight_decay=None), ValueError, "weight_decay must be a number, got None"),
+        (lambda: AdamW(legacy=True), ValueError, "r2.0 has no AdamW"),
+        (lambda: AdamW.from_config(ADAM.get_config()), ValueError, "weight_decay must be a num"),
+        (lambda: keras.get("sgd"), ValueError, "one of Adam, AdamW, LossScaleOptimizer, got 'sgd'"),
+        (lambda: keras.get(Adam), ValueError, "one of 'Adam', 'AdamW', .*or an optimizer of this"),
+        (lambda: keras.get({}), ValueError, "class_name and a config"),
+        (lambda: LossScaleOptimizer(ADAM, dynamic=1), TypeError, "dynamic must be True or False"),
         (lambda: LossScaleOptimizer(ADAM, 0.0), ValueError, "initial_scale must be > 0"),
         (lambda: LossScaleOptimizer(ADAM, 1.0, 0), ValueError, "dynamic_growth_steps must be at"),
         (lambda: LossScaleOptimizer(ADAM, name=1), TypeError, "name must be a string"),

@@ -1,7 +1,9 @@
 """Beside the real Keras, where it is installed: schedules, configs, options at random, and state
 that moves there and back."""
 
+import copy
 import importlib.util
+import inspect
 import json
 import os
 import warnings
@@ -13,7 +15,17 @@ import numpy as np
 import pytest
 from helpers import normal
 
-from adam_transforms.compat.keras import Adam, LossScaleOptimizer, deserialize, schedules, serialize
+from adam_transforms.compat import keras as compat
+from adam_transforms.compat.keras import (
+    Adam,
+    AdamW,
+    LossScaleOptimizer,
+    deserialize,
+    get,
+    schedules,
+    serialize,
+)
+from adam_transforms.compat.keras._surface import REPLACEMENTS
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 HAS_TENSORFLOW = importlib.util.find_spec("tensorflow") is not None
@@ -235,16 +247,115 @@ def test_configs_are_read_there_and_here(seed: int) -> None:
         assert type(ours).from_config(theirs.get_config()).get_config() == written["config"]
 
 
-def test_adamw_is_read_as_adam_with_weight_decay() -> None:
-    ours: Any = deserialize(keras.optimizers.serialize(keras.optimizers.AdamW(0.05)))
-    assert ours.weight_decay == 0.004
-    compare(ours, keras.optimizers.AdamW(0.05), gradients(3), 3)
+def test_adamw_is_keras_s() -> None:
+    theirs = keras.optimizers.AdamW(0.05)
+    written = keras.optimizers.serialize(theirs)
+    ours: Any = deserialize(written)
+    assert type(ours) is AdamW and ours.weight_decay == 0.004
+    assert serialize(ours) == written
+    assert theirs.name.startswith(AdamW().name)
+    compare(AdamW(0.05), theirs, gradients(3), 3)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "LossScaleOptimizer"])
+def test_arguments_and_public_names_are_keras_s(name: str) -> None:
+    ours, theirs = (getattr(module, name) for module in (compat, keras.optimizers))
+
+    def arguments_of(kind: Any) -> list[tuple[str, Any]]:
+        parameters = inspect.signature(kind).parameters.values()
+        return [(p.name, p.default) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    assert arguments_of(ours) == arguments_of(theirs)
+    public = {attribute for attribute in dir(theirs) if not attribute.startswith("_")}
+    assert public - set(dir(ours)) - {"learning_rate"} <= REPLACEMENTS.keys()
+
+
+@pytest.mark.parametrize(
+    "identifier",
+    [
+        *("adam", "AdamW", "ADAM", "adam_w", "nothing", None, 3, ["adam"]),
+        {"class_name": "adamw", "config": {"learning_rate": 0.5}},
+        {"class_name": "nothing", "config": {}},
+    ],
+    ids=repr,
+)
+def test_get_takes_what_keras_takes(identifier: Any) -> None:
+    try:
+        theirs = keras.optimizers.get(copy.deepcopy(identifier))
+    except ValueError:
+        with pytest.raises(ValueError, match="an optimizer must be one of"):
+            get(identifier)
+        return
+    ours: Any = get(identifier)
+    assert type(ours).__name__ == type(theirs).__name__
+    if theirs is not None:
+        here, there = ours.get_config(), theirs.get_config()
+        # Keras numbers names, and keeps a learning rate in float32.
+        assert there.pop("name").startswith(here.pop("name"))
+        here["learning_rate"] = float(np.float32(here["learning_rate"]))
+        assert here == there
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"dynamic": True}, {"dynamic": False}, {"clipnorm": 0.5}, {"clipnorm": None}),
+        *({"use_ema": False}, {"ema_momentum": 0.5}, {"learning_rate": 0.1}, {"rho": 0.1}),
+    ],
+    ids=repr,
+)
+def test_a_loss_scale_refuses_what_keras_refuses(options: dict[str, Any]) -> None:
+    try:
+        keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(), **options)
+    except ValueError as error:
+        with pytest.raises(ValueError, match=next(iter(options))) as ours:
+            LossScaleOptimizer(Adam(), **options)
+        if "inner_optimizer" in str(error):
+            assert "on the inner_optimizer" in str(ours.value)
+    else:
+        assert LossScaleOptimizer(Adam(), **options).get_config()
+
+
+def test_gradients_that_are_none_are_warned_of_as_by_keras() -> None:
+    ours, theirs, variables = Adam(0.1), keras.optimizers.Adam(0.1), variables_of(START)
+    grads: dict[str, Any] = {"bias": None, "kernel": START["kernel"], "table": None}
+    with pytest.warns(UserWarning) as there:
+        apply_there(theirs, grads, variables)
+    with pytest.warns(UserWarning) as here:
+        ours.apply(grads, START, ours.init(START))
+    assert len(there) == len(here) == 1
+    words = "when minimizing the loss"
+    messages = [str(caught[0].message).partition(words) for caught in (there, here)]
+    assert messages[0][:2] == messages[1][:2]
+    assert "'bias', 'table'" in messages[1][0]
+    nothing: Any = dict.fromkeys(START)
+    with pytest.raises(ValueError, match="No gradients"):
+        apply_there(theirs, nothing, variables)
+    with pytest.raises(ValueError, match="no variable has a gradient"):
+        ours.apply(nothing, START, ours.init(START))
+
+
+def test_the_variables_of_keras_are_weights_here() -> None:
+    ours, theirs, variables = Adam(0.1), keras.optimizers.Adam(0.1), variables_of(START)
+    apply_there(theirs, START, variables)
+    state = ours.set_weights(theirs.variables, START)
+    for weight, variable in zip(ours.get_weights(state), theirs.variables, strict=True):
+        np.testing.assert_array_equal(weight, of_keras(variable))
 
 
 @pytest.fixture
 def legacy() -> Any:
     """tf_keras's legacy optimizers, the r2.0 line."""
     return pytest.importorskip("tf_keras").optimizers.legacy
+
+
+def test_lr_is_tf_keras_s(legacy: Any) -> None:
+    for options in ({"lr": 0.5}, {"learning_rate": 0.25, "lr": 0.5}, {"learning_rate": 0.25}):
+        ours, theirs = Adam(legacy=True, **options), legacy.Adam(**options)
+        assert float(theirs.lr) == float(theirs.learning_rate) == ours.lr == ours.learning_rate
+    assert legacy.Adam.from_config({"lr": 0.5}).get_config() == (
+        Adam.from_config({"lr": 0.5}).get_config()
+    )
 
 
 LEGACY = [
@@ -274,6 +385,8 @@ def test_legacy_follows_tf_keras_and_takes_its_configs_and_weights(
             np.testing.assert_allclose(params[name], variable.numpy(), rtol=2e-5, atol=2e-5)
     assert [v.path for v in ours.weights(state)] == [v.name for v in theirs.weights]
     theirs.set_weights(ours.get_weights(state))
+    public = {name for name in dir(theirs) if not name.startswith("_")}
+    assert public - set(dir(ours)) <= REPLACEMENTS.keys()
     slots = {slot: ours.get_slot(state, "table", slot) for slot in ours.get_slot_names()}
     for slot, value in slots.items():
         np.testing.assert_array_equal(theirs.get_slot(variables["table"], slot), value)

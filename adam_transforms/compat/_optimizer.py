@@ -168,7 +168,7 @@ def compute_gradients(
     if not callable(loss):
         raise RuntimeError(f"loss must be a function of the parameters, got {loss!r}")
     leaves, treedef = trees.flatten_with_paths(params)
-    floating = {path: x for path, x in leaves if _is_differentiable(x)}
+    floating = {path: x for path, x in leaves if is_differentiable(x)}
 
     def total(floating: dict[str, Any]) -> jax.Array:
         value = jnp.asarray(loss(treedef.unflatten([floating.get(p, x) for p, x in leaves])))
@@ -192,8 +192,8 @@ def compute_gradients(
     ]
 
 
-def gradients_tree(grads_and_vars: Iterable[Any], params: Params) -> Updates:
-    """The gradients of (gradient, variable) pairs as a tree like `params`.
+def gradients_by_path(grads_and_vars: Iterable[Any], params: Params) -> dict[Path, Any]:
+    """The gradients of (gradient, variable) pairs by the path of the variable.
 
     Raises:
       TypeError: a pair is malformed.
@@ -218,14 +218,22 @@ def gradients_tree(grads_and_vars: Iterable[Any], params: Params) -> Updates:
         grads[path] = g if g is None or isinstance(g, SparseRows) else trees.as_gradient(path, g)
     if all(g is None for g in grads.values()):
         raise _no_gradients(list(grads))
-    treedef = trees.flatten_with_paths(params)[1]
-    return treedef.unflatten([grads.get(path) for path in known])
+    return grads
+
+
+def tree_of(grads: Mapping[Path, Any], params: Params) -> Updates:
+    """Gradients by path as a tree like `params`; None for the other parameters."""
+    leaves, treedef = trees.flatten_with_paths(params)
+    return treedef.unflatten([grads.get(path) for path, _ in leaves])
 
 
 def _no_gradients(paths: list[Path]) -> ValueError:
-    return ValueError(f"no variable has a gradient: {paths}")
+    return ValueError(
+        f"no variable has a gradient: {paths}; the loss must depend on at least one of them"
+    )
 
 
-def _is_differentiable(x: Any) -> bool:
+def is_differentiable(x: Any) -> bool:
+    """Whether `x` is a number or an array that a loss has a gradient by."""
     is_array = isinstance(x, jax.Array | np.ndarray | np.generic | float)
     return is_array and jnp.issubdtype(jnp.result_type(x), jnp.inexact)

@@ -144,8 +144,8 @@ class _Adam(_optimizer.Optimizer):
           ValueError: no variable has a gradient, or a variable is unknown or repeated.
         """
         del name
-        grads = _optimizer.gradients_tree(grads_and_vars, params)
-        params, state = self.apply(grads, params, state)
+        grads = _optimizer.gradients_by_path(grads_and_vars, params)
+        params, state = self.apply(_optimizer.tree_of(grads, params), params, state)
         return (params, state) if global_step is None else (params, state, global_step + 1)
 
     def minimize(

@@ -6,8 +6,8 @@ each call takes parameters and state and returns new ones. A variable is given b
 
 | Keras | here |
 |---|---|
-| `Adam(...)`, `LossScaleOptimizer(...)` | the same arguments |
-| `AdamW(...)` | `Adam(weight_decay=0.004)` |
+| `Adam(...)`, `AdamW(...)`, `LossScaleOptimizer(...)` | the same arguments |
+| `Adam(lr=0.1)`, `opt.lr` of r2.0 | `Adam(lr=0.1, legacy=True)`, `opt.lr` |
 | `schedules.ExponentialDecay(...)` and the others | the same, in `schedules` |
 | `build(var_list)` | `state = opt.build(params)`, or `init` |
 | `apply(grads)` | `params, state = opt.apply(grads, params, state)` |
@@ -32,16 +32,20 @@ each call takes parameters and state and returns new ones. A variable is given b
 | `load_own_variables(store)` | `state = opt.load_own_variables(store, params)` |
 | `get_config()` | the same |
 | `from_config(config)` | the same |
-| `serialize(opt)`, `deserialize(config)` | functions of this module |
+| `serialize(opt)`, `deserialize(config)`, `get("adam")` | functions of this module |
 | `add_variable` | none: `init` makes the state; chain a transformation to `opt.transform()` |
-| `add_variable_from_reference` | none: `init` makes the slots |
+| `add_variable_from_reference`, `add_optimizer_variables` | none: `init` makes the slots |
 | `add_slot` | none: `init` makes the slots |
 | `add_weight` | none: `init` makes the state |
 | `assign` | none: a new tree replaces the old one |
 | `assign_add` | none: `x + value`, or `apply_updates` |
 | `assign_sub` | none: `x - value`, or `apply_updates` |
+| `check_finite` | none: `apply` skips a step that is not finite |
+| `gradient_transformers`, `gradient_aggregator` | none: transform the gradients before `apply` |
 | `get_updates(loss, params)` | none: `minimize` makes the step |
 | `update_step(gradient, variable)` | none: `apply` updates all variables |
+| `constraint` | none: project the new parameters, as with `optax.projections` |
+| `overwrite_with_gradient` | none: keep it out of `params`, take its gradient as its value |
 
 A method without a counterpart raises an AttributeError that names the replacement. The names of
 operations (`name` of `apply_gradients` and `minimize`) are ignored. There is no locking.
@@ -55,13 +59,15 @@ Intended differences from Keras:
 * Under accumulation, a variable whose gradient is None at the step of the update loses its
   accumulated gradient, as in Keras on TensorFlow; Keras on JAX keeps it for the next update.
 * The minimum of a loss scale is the smallest normal float32; Keras's decreases to zero.
+* Names are not numbered: two `Adam()` are both "adam", where Keras's second is "adam_1".
 * `decay` without `legacy` is an error, not ignored; so is a clip of 0 with `legacy`.
 * Loading a state does not set the learning rate; a stored one that differs is an error.
 """
 
 from adam_transforms.compat.keras import schedules
 from adam_transforms.compat.keras._adam import Adam
+from adam_transforms.compat.keras._adamw import AdamW
 from adam_transforms.compat.keras._loss_scale import LossScaleOptimizer
-from adam_transforms.compat.keras._serialization import deserialize, serialize
+from adam_transforms.compat.keras._serialization import deserialize, get, serialize
 
-__all__ = ["Adam", "LossScaleOptimizer", "deserialize", "schedules", "serialize"]
+__all__ = ["Adam", "AdamW", "LossScaleOptimizer", "deserialize", "get", "schedules", "serialize"]

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,12 @@ from adam_transforms._transforms import accumulation, clipping, loss_scaling
 from adam_transforms._transforms.ema import track_params_ema
 from adam_transforms.compat import _optimizer
 from adam_transforms.compat._optimizer import current_value
-from adam_transforms.compat.keras import _absent, _adam_config, _config, _options
+from adam_transforms.compat.keras import _absent, _adam_config, _config, _dataclass, _options
 from adam_transforms.compat.keras._surface import KerasOptimizer
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@_dataclass.accept_lr
+@_dataclass.optimizer
 class Adam(KerasOptimizer):
     r"""Keras's Adam: its arguments, defaults and trajectory.
 
@@ -45,11 +46,12 @@ class Adam(KerasOptimizer):
         parameters (None for never).
       loss_scale_factor: the factor of `scale_loss`.
       gradient_accumulation_steps: >= 2, or None.
-      name: the first part of the variables' names.
-      legacy: r2.0's Adam. It has `decay`, clips by value and then by one of the norms, replaces an
-        epsilon of 0 by 1e-7, and of the arguments from weight_decay on has only the clips and
-        `name`.
+      name: the first part of the variables' names; None for "adam", in r2.0 "Adam".
+      legacy: r2.0's Adam. It has `decay` and `lr`, clips by value and then by one of the norms,
+        replaces an epsilon of 0 by 1e-7, and of the arguments from weight_decay on has only the
+        clips and `name`.
       decay: legacy only; divides the learning rate by 1 + decay * iterations.
+      lr: legacy only; r2.0's other name of the learning rate, which wins over `learning_rate`.
       excluded_from_weight_decay: patterns, set by `exclude_from_weight_decay`.
 
     Functions without arguments are called once per step, under `jax.jit` once per trace: all steps
@@ -87,6 +89,10 @@ class Adam(KerasOptimizer):
     legacy: bool = False
     decay: float = 0.0
     excluded_from_weight_decay: Sequence[str] = ()
+    if TYPE_CHECKING:  # at run time, accept_lr takes it and the property gives it
+        lr: Any = None
+
+    default_name: ClassVar[str] = "adam"
 
     def __post_init__(self) -> None:
         for field, value in _options.checked(self).items():
@@ -242,7 +248,8 @@ class Adam(KerasOptimizer):
         """The optimizer of a config from `get_config`, of this class or of Keras.
 
         Args:
-          config: the config of Keras 3's Adam or AdamW, or of r2.0's Adam, recognized by `decay`.
+          config: the config of Keras 3's Adam or AdamW, or of r2.0's Adam, recognized by `decay` or
+            `lr`.
           custom_objects: {name: class} of custom schedules.
 
         Raises:

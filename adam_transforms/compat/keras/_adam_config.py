@@ -6,7 +6,6 @@ from typing import Any
 from adam_transforms.compat._optimizer import current_value
 from adam_transforms.compat.keras import _config, schedules
 
-_WEIGHT_DECAY_OF_ADAMW = 0.004
 # Keys of versions between r2.0 and 3, without an effect on the update.
 _IGNORED = ("jit_compile", "is_legacy_optimizer")
 
@@ -40,25 +39,16 @@ def serialized(adam: Any) -> dict[str, Any]:
 def arguments_of(
     config: Any, custom_objects: Mapping[str, Any] | None, *, legacy: bool = False
 ) -> dict[str, Any]:
-    """The arguments of `Adam` in a config; one with `decay` is r2.0's."""
+    """The arguments of `Adam` in a config; one with `decay` or `lr` is r2.0's."""
     if not isinstance(config, Mapping):
         raise TypeError(f"the config of Adam must be a dictionary, got {config!r}")
     arguments = {key: value for key, value in config.items() if key not in _IGNORED}
-    if "lr" in arguments:
+    is_r2 = not arguments.keys().isdisjoint(("decay", "lr")) and "use_ema" not in arguments
+    if "lr" in arguments and (legacy or is_r2):
         arguments["learning_rate"] = arguments.pop("lr")
     rate = arguments.get("learning_rate")
     if isinstance(rate, Mapping):
         arguments["learning_rate"] = schedules.deserialize(rate, custom_objects)
-    if legacy or ("decay" in arguments and "use_ema" not in arguments):
+    if legacy or is_r2:
         arguments["legacy"] = True
     return arguments
-
-
-def arguments_of_serialized(
-    config: Any, custom_objects: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """The arguments of `Adam` in the result of `serialized` or of Keras."""
-    known = {"Adam": {}, "AdamW": {"weight_decay": _WEIGHT_DECAY_OF_ADAMW}}
-    defaults, arguments = _config.class_and_config("an optimizer", config, known)
-    legacy = str(config.get("module") or "").endswith(".legacy")
-    return defaults | arguments_of(arguments, custom_objects, legacy=legacy)

@@ -14,13 +14,14 @@ from adam_transforms._core.types import State
 from adam_transforms._transforms import loss_scaling
 from adam_transforms.compat import _optimizer
 from adam_transforms.compat._optimizer import Variable
-from adam_transforms.compat.keras import _absent, _adam_config, _config
+from adam_transforms.compat.keras import _absent, _adam_config, _config, _dataclass
 from adam_transforms.compat.keras._adam import Adam
+from adam_transforms.compat.keras._adamw import deserialized
 from adam_transforms.compat.keras._surface import KerasOptimizer
 
 # Keras halves the scale without a limit; below the smallest normal number it becomes zero.
 _MIN_SCALE = float(np.finfo(np.float32).tiny)
-# The first versions of Keras 3 also write these keys of the inner config, with default values.
+# What Keras accepts with these values only: its first versions write them into configs.
 _UNUSED: Mapping[str, Any] = {
     "weight_decay": None,
     "clipnorm": None,
@@ -34,7 +35,7 @@ _UNUSED: Mapping[str, Any] = {
 }
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@_dataclass.optimizer
 class LossScaleOptimizer(KerasOptimizer):
     """`Adam` with a dynamic loss scale, which skips steps with non-finite gradients.
 
@@ -43,13 +44,17 @@ class LossScaleOptimizer(KerasOptimizer):
     a NaN, the scale is halved, and parameters and inner state are unchanged.
 
     Args:
-      inner_optimizer: an `Adam`; its `loss_scale_factor` is ignored.
+      inner_optimizer: an `Adam` or `AdamW`; its `loss_scale_factor` is ignored.
       initial_scale: > 0.
       dynamic_growth_steps: >= 1.
       name: the first part of the names of its own variables.
+      dynamic: True. For a constant scale, use `Adam` with `loss_scale_factor`.
+      **options: the other arguments of `Adam` with their defaults, as in Keras. Other values belong
+        to the inner optimizer.
 
     Raises:
-      ValueError, TypeError: an argument is out of range or of the wrong type.
+      ValueError, TypeError: an argument is out of range or of the wrong type, or belongs to the
+        inner optimizer.
 
     >>> import jax.numpy as jnp
     >>> opt = LossScaleOptimizer(Adam(0.1), initial_scale=8.0)
@@ -60,26 +65,39 @@ class LossScaleOptimizer(KerasOptimizer):
     """
 
     inner_optimizer: Adam
-    initial_scale: float = 2.0**15
-    dynamic_growth_steps: int = 2000
-    name: str | None = None
+    initial_scale: float
+    dynamic_growth_steps: int
+    name: str
 
-    def __post_init__(self) -> None:
-        inner = self.inner_optimizer
-        if not isinstance(inner, Adam):
-            raise TypeError(f"inner_optimizer must be an Adam of this module, got {inner!r}")
-        if inner.loss_scale_factor is not None:
-            inner = dataclasses.replace(inner, loss_scale_factor=None)
-        scale = _config.number("initial_scale", self.initial_scale, above=0.0)
-        steps = arguments.positive_int("dynamic_growth_steps", self.dynamic_growth_steps)
-        name = "loss_scale_optimizer" if self.name is None else self.name
+    def __init__(
+        self,
+        inner_optimizer: Adam,
+        initial_scale: float = 2.0**15,
+        dynamic_growth_steps: int = 2000,
+        name: str | None = None,
+        *,
+        dynamic: bool = True,
+        **options: Any,
+    ) -> None:
+        _check_options(dynamic, options)
+        if not isinstance(inner_optimizer, Adam):
+            raise TypeError(
+                f"inner_optimizer must be an Adam or AdamW of this module, got {inner_optimizer!r}"
+            )
+        if inner_optimizer.loss_scale_factor is not None:
+            inner_optimizer = dataclasses.replace(inner_optimizer, loss_scale_factor=None)
+        name = "loss_scale_optimizer" if name is None else name
         if not isinstance(name, str):
             raise TypeError(f"name must be a string, got {name!r}")
-        for field, value in zip(
-            ("inner_optimizer", "initial_scale", "dynamic_growth_steps", "name"),
-            (inner, scale, steps, name),
-            strict=True,
-        ):
+        fields = {
+            "inner_optimizer": inner_optimizer,
+            "initial_scale": _config.number("initial_scale", initial_scale, above=0.0),
+            "dynamic_growth_steps": arguments.positive_int(
+                "dynamic_growth_steps", dynamic_growth_steps
+            ),
+            "name": name,
+        }
+        for field, value in fields.items():
             object.__setattr__(self, field, value)
 
     @property
@@ -147,15 +165,10 @@ class LossScaleOptimizer(KerasOptimizer):
         """
         if not isinstance(config, Mapping):
             raise TypeError(f"the config of {cls.__name__} must be a dictionary, got {config!r}")
-        fields = {
-            key: value
-            for key, value in config.items()
-            if key not in _UNUSED or value != _UNUSED[key]
-        }
-        if "inner_optimizer" in fields:
-            inner = _adam_config.arguments_of_serialized(fields["inner_optimizer"], custom_objects)
-            fields["inner_optimizer"] = _config.construct(Adam, inner)
-        return _config.construct(cls, fields)
+        if "inner_optimizer" not in config:
+            raise ValueError(f"the config of {cls.__name__} lacks inner_optimizer")
+        inner = deserialized(config["inner_optimizer"], custom_objects)
+        return cls(**{**config, "inner_optimizer": inner})
 
     def scaled_loss(self, loss: Any, state: State) -> Any:
         """The loss to differentiate."""
@@ -171,6 +184,26 @@ class LossScaleOptimizer(KerasOptimizer):
             "dynamic_scale": self.dynamic_scale(state),
         }
         return [Variable(f"{self.name}/{name}", value) for name, value in own.items()]
+
+
+def _check_options(dynamic: Any, options: Mapping[str, Any]) -> None:
+    """Raises ValueError if an argument has another value than Keras accepts."""
+    if not arguments.flag("dynamic", dynamic):
+        raise ValueError(
+            "LossScaleOptimizer has no dynamic=False: for a constant scale, set loss_scale_factor "
+            "on the inner_optimizer and use that alone, or use adam_transforms.static_loss_scale"
+        )
+    of_inner = {"lr", *(field.name for field in dataclasses.fields(Adam))}
+    for key, value in options.items():
+        default = _UNUSED.get(key, dataclasses.MISSING)
+        if isinstance(value, type(default)) and value == default:
+            continue
+        remedy = "its arguments are inner_optimizer, initial_scale, dynamic_growth_steps and name"
+        if key in of_inner:
+            remedy = f"set {key} on the inner_optimizer"
+        if key == "loss_scale_factor":
+            remedy += ", and use it without a LossScaleOptimizer, whose scale is initial_scale"
+        raise ValueError(f"LossScaleOptimizer has no {key}: {remedy}")
 
 
 def _state(state: State) -> loss_scaling.DynamicLossScaleState:

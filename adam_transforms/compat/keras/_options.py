@@ -68,7 +68,7 @@ def checked(adam: Any) -> dict[str, Any]:
 
 def _name(adam: Any) -> str:
     if adam.name is None:
-        return "Adam" if adam.legacy else "adam"
+        return "Adam" if adam.legacy else adam.default_name
     if not isinstance(adam.name, str):
         raise TypeError(f"name must be a string, got {adam.name!r}")
     return adam.name

@@ -5,7 +5,11 @@ from typing import Any
 
 from adam_transforms.compat.keras import _adam_config, _config
 from adam_transforms.compat.keras._adam import Adam
+from adam_transforms.compat.keras._adamw import ADAM_CLASSES, deserialized
 from adam_transforms.compat.keras._loss_scale import LossScaleOptimizer
+from adam_transforms.compat.keras._surface import KerasOptimizer
+
+_CLASSES: dict[str, Any] = {**ADAM_CLASSES, "LossScaleOptimizer": LossScaleOptimizer}
 
 
 def serialize(optimizer: Adam | LossScaleOptimizer) -> dict[str, Any]:
@@ -37,9 +41,35 @@ def deserialize(
     >>> deserialize({"class_name": "AdamW", "config": {}}).weight_decay
     0.004
     """
-    known = {"Adam": Adam, "AdamW": Adam, "LossScaleOptimizer": LossScaleOptimizer}
-    cls, arguments = _config.class_and_config("an optimizer", config, known)
+    cls, fields = _config.class_and_config("an optimizer", config, _CLASSES)
     if cls is LossScaleOptimizer:
-        return LossScaleOptimizer.from_config(arguments, custom_objects)
-    arguments = _adam_config.arguments_of_serialized(config, custom_objects)
-    return _config.construct(Adam, arguments)
+        return LossScaleOptimizer.from_config(fields, custom_objects)
+    return deserialized(config, custom_objects)
+
+
+def get(identifier: Any) -> KerasOptimizer | None:
+    """The optimizer that `identifier` stands for, as in `keras.optimizers.get`.
+
+    Args:
+      identifier: a class name in any letter case ("adam", "adamw"), a config as for `deserialize`,
+        an optimizer (returned as it is), or None (returned too).
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: `identifier` is none of these, or the config of another optimizer.
+
+    >>> get("adamw").weight_decay
+    0.004
+    """
+    if identifier is None or isinstance(identifier, KerasOptimizer):
+        return identifier
+    if isinstance(identifier, Mapping):
+        return deserialize(identifier)
+    if isinstance(identifier, str):
+        return deserialize({"class_name": identifier, "config": {}})
+    raise ValueError(
+        f"an optimizer must be one of {', '.join(map(repr, _CLASSES))}, a dictionary with a "
+        f"class_name and a config, or an optimizer of this module, got {identifier!r}"
+    )

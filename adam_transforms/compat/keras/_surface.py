@@ -1,19 +1,22 @@
 """Keras's optimizer methods: steps, slots and variables, saving and loading."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
+from adam_transforms._core import trees
 from adam_transforms._core.types import Params, Path, State, Updates
 from adam_transforms._transforms.ema import finalize
 from adam_transforms.compat import _optimizer
 from adam_transforms.compat._optimizer import Variable
 from adam_transforms.compat.keras import _variables
 
-# {method that writes to variables: its replacement}.
+# {name that an optimizer of Keras has and these have not: its replacement}.
 REPLACEMENTS: Mapping[str, str] = {
+    "add_optimizer_variables": "init(params) makes the slots, jnp.zeros_like makes others",
     "add_variable": "init(params) makes the whole state; chain a transformation to transform() "
     "for additional slots",
     "add_variable_from_reference": "init(params) makes the slots, jnp.zeros_like makes others",
@@ -23,7 +26,11 @@ REPLACEMENTS: Mapping[str, str] = {
     "optax.tree.set(state, name=value)",
     "assign_add": "nothing is mutated: x + value, or apply_updates(params, updates)",
     "assign_sub": "nothing is mutated: x - value, or apply_updates(params, updates)",
+    "check_finite": "apply skips a step that is not finite, dynamic_scale(state) tells of it",
+    "gradient_aggregator": "reduce the gradients before apply, as all_reduce_rows does",
+    "gradient_transformers": "chain transformations before transform()",
     "get_updates": "steps are not deferred: minimize(loss, params, state) makes one",
+    "lr": "Keras 3 has learning_rate only, legacy=True has both names",
     "update_step": "apply(grads, params, state) updates all variables",
 }
 
@@ -53,7 +60,38 @@ class KerasOptimizer(_optimizer.Optimizer):
         """The loss to differentiate."""
         raise NotImplementedError
 
+    @property
+    def lr(self) -> Any:
+        """r2.0's second name of the learning rate; Keras 3 has none."""
+        if not self.adam.legacy:
+            raise AttributeError("lr")  # __getattr__ names the replacement
+        return self.adam.learning_rate
+
     # The step.
+
+    def apply(self, grads: Updates, params: Params, state: State) -> tuple[Params, State]:
+        """One step.
+
+        Args:
+          grads: a tree like `params`; a leaf is an array, a `SparseRows` (duplicates are summed) or
+            None, which leaves the parameter and its slots unchanged.
+          params, state: the current parameters and state.
+
+        Returns:
+          The new (params, state).
+
+        Warns:
+          UserWarning: names the floating parameters whose gradient is None, as Keras does; under
+            `jax.jit` when the step is traced.
+
+        Raises:
+          ValueError: every gradient is None, or a structure or shape differs.
+        """
+        leaves, _ = trees.flatten_with_paths(grads)
+        absent = [path for path, g in leaves if g is None]
+        if len(absent) < len(leaves):
+            _warn_of_absent(absent, params)
+        return super().apply(grads, params, state)
 
     def build(self, params: Params) -> State:
         """The state before the first step: Keras's name of `init`."""
@@ -88,12 +126,17 @@ class KerasOptimizer(_optimizer.Optimizer):
         Returns:
           The new (params, state).
 
+        Warns:
+          UserWarning: names the variables whose gradient is None, as for `apply`.
+
         Raises:
           TypeError: `grads_and_vars` is malformed.
           ValueError: no variable has a gradient, or a variable is unknown or repeated.
         """
         del name
-        return self.apply(_optimizer.gradients_tree(grads_and_vars, params), params, state)
+        grads = _optimizer.gradients_by_path(grads_and_vars, params)
+        _warn_of_absent([path for path, g in grads.items() if g is None], params)
+        return super().apply(_optimizer.tree_of(grads, params), params, state)
 
     def minimize(
         self,
@@ -215,7 +258,7 @@ class KerasOptimizer(_optimizer.Optimizer):
         """The state of the result of `get_weights`, of this class or of Keras.
 
         Args:
-          weights: the list of arrays.
+          weights: the list of arrays, or the result of `variables`.
           params: the current parameters.
           names: as for `variables`; with `rename`, the Keras names in the same order.
           rename: maps a path to the Keras name or to (name, axes); see `interop.keras.state_from`.
@@ -224,12 +267,17 @@ class KerasOptimizer(_optimizer.Optimizer):
           The state.
 
         Raises:
-          ValueError: an array is missing, left over or of another shape; or the stored learning
-            rate, which a state does not contain, differs from this optimizer's.
+          ValueError: an array is missing, left over or of another shape; a variable has another
+            name than the one in its place; or the stored learning rate, which a state does not
+            contain, differs from this optimizer's.
         """
         if not isinstance(weights, list | tuple):
             raise TypeError(f"weights must be a list of arrays, got {weights!r:.80}")
-        return _variables.load_state(self, weights, params, names, rename)
+        arrays = [w.value if isinstance(w, Variable) else w for w in weights]
+        state = _variables.load_state(self, arrays, params, names, rename)
+        if rename is None:
+            _variables.check_names(weights, self.variables(state, names))
+        return state
 
     def load_own_variables(
         self,
@@ -254,3 +302,18 @@ class KerasOptimizer(_optimizer.Optimizer):
         if not isinstance(store, Mapping):
             raise TypeError(f"store must be a mapping of arrays, got {store!r:.80}")
         return _variables.load_state(self, store, params, names, rename)
+
+
+def _warn_of_absent(paths: Sequence[Path], params: Params) -> None:
+    """Warns, in Keras's words, of the floating parameters among `paths`, which have no gradient."""
+    if not paths:
+        return
+    leaves, _ = trees.flatten_with_paths(params)
+    trained = {path for path, p in leaves if _optimizer.is_differentiable(p)}
+    absent = [path for path in paths if path in trained]
+    if absent:
+        warnings.warn(
+            f"Gradients do not exist for variables {absent} when minimizing the loss: "
+            "they take no step",
+            stacklevel=3,
+        )

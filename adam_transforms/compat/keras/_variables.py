@@ -128,6 +128,21 @@ def load_state(
     return state
 
 
+def check_names(weights: Sequence[Any], own: Sequence[Variable]) -> None:
+    """Raises ValueError if a `Variable` in `weights` has another name than that in its place.
+
+    The name of the optimizer, which is the first part, may differ.
+    """
+    for i, (given, expected) in enumerate(zip(weights, own, strict=False)):
+        if not isinstance(given, Variable):
+            continue
+        if given.path.partition("/")[2] != expected.path.partition("/")[2]:
+            raise ValueError(
+                f"weights[{i}] is {given.path!r}, where {expected.path!r} is expected: pass the "
+                "same names to variables and to set_weights"
+            )
+
+
 def _check_learning_rate(adam: Any, store: Any, order: Sequence[tuple[str, int | None]]) -> None:
     """Raises ValueError if the stored learning rate differs from the optimizer's.
 
