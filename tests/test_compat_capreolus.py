@@ -93,6 +93,7 @@ def test_without_groups_it_is_legacy_keras(pattern_lrs: Any) -> None:
     assert_bits_equal(*results)
 
 
+@pytest.mark.filterwarnings("ignore:Gradients do not exist for variables")
 def test_a_row_gradient_is_corrected_and_moves_all_rows() -> None:
     """The original's sparse path forgets the bias correction."""
     start = {"table": jnp.zeros((4, 2)), "w": jnp.zeros(2)}
@@ -135,6 +136,40 @@ def test_the_methods_of_keras_are_there() -> None:
     assert_bits_equal(opt.set_weights(weights, stepped[0]), stepped[1])
     with pytest.raises(AttributeError, match="'AdamMultilr' has no 'assign': nothing is mutated"):
         opt.assign  # noqa: B018
+
+
+def test_lr_and_decay_are_those_of_the_original() -> None:
+    start = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    groups = [{"patterns": ["a"], "lr": 0.5}]
+    opt = capreolus.AdamMultilr(9.0, beta_1=0.0, pattern_lrs=groups, lr=0.25, decay=1.0)
+    assert (opt.lr, opt.learning_rate) == (0.25, 0.25)
+    now, state = start, opt.init(start)
+    for divisor in (1, 2, 3):
+        assert float(opt.current_learning_rate(state)) == pytest.approx(0.25 / divisor)
+        after, state = opt.apply(jax.tree.map(jnp.ones_like, start), now, state)
+        for name, rate in (("a", 0.5), ("b", 0.25)):
+            np.testing.assert_allclose(now[name] - after[name], [rate / divisor], rtol=1e-5)
+        now = after
+
+
+def test_a_config_of_the_original_is_read_and_written_the_same() -> None:
+    config = {"name": "AdamMultilr", "clipnorm": 1.0, "learning_rate": 0.5, "decay": 0.25}
+    config |= {"beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-7, "amsgrad": False}
+    config |= {"pattern_lrs": [{"patterns": ["bert"], "lr": 0.01}]}
+    opt = capreolus.AdamMultilr.from_config(config)
+    assert list(opt.get_config().items()) == list(config.items())
+    assert capreolus.AdamMultilr.from_config({"lr": 0.5}).learning_rate == 0.5
+
+
+def test_a_gradient_that_is_none_is_named() -> None:
+    start = params()
+    opt = capreolus.AdamMultilr(0.1)
+    with pytest.warns(UserWarning, match=r"variables \['bert/bias', 'head/kernel'\] when"):
+        opt.apply_gradients(
+            [(None, "bert/bias"), (start["table"], "table"), (None, "head/kernel")],
+            start,
+            opt.init(start),
+        )
 
 
 def test_a_config_goes_through_json() -> None:

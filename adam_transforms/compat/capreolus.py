@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optax
 
@@ -13,11 +13,12 @@ from adam_transforms._core.types import State
 from adam_transforms._transforms import learning_rates
 from adam_transforms.compat import keras
 from adam_transforms.compat._optimizer import current_value
-from adam_transforms.compat.keras import _adam_config, _config
+from adam_transforms.compat.keras import _adam_config, _config, _dataclass
 from adam_transforms.compat.keras._surface import KerasOptimizer
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@_dataclass.accept_lr
+@_dataclass.optimizer
 class AdamMultilr(KerasOptimizer):
     r"""Adam with a learning rate for each group of variables.
 
@@ -34,6 +35,8 @@ class AdamMultilr(KerasOptimizer):
         that is found in its path followed by TensorFlow's ":0". A group may match no variable.
       clipnorm, clipvalue: gradient limits as for `keras.Adam`; if both are given, values are
         clipped first.
+      decay: divides all rates by 1 + decay * iterations.
+      lr: another name of the learning rate, which wins over `learning_rate`.
 
     A row gradient is treated as the dense array, as in r2.0: all rows decay and are updated. Two
     defects of the original are corrected: its sparse updates have no bias correction, and it
@@ -64,6 +67,9 @@ class AdamMultilr(KerasOptimizer):
     _: dataclasses.KW_ONLY
     clipnorm: float | None = None
     clipvalue: float | None = None
+    decay: float = 0.0
+    if TYPE_CHECKING:  # at run time, accept_lr takes it and the property gives it
+        lr: Any = None
 
     def __post_init__(self) -> None:
         self.adam  # noqa: B018 - checks all arguments but pattern_lrs
@@ -83,8 +89,11 @@ class AdamMultilr(KerasOptimizer):
         rates = [
             current_value(rate) for rate in (*(rate for _, rate in groups), self.learning_rate)
         ]
+        if self.decay:
+            decayed = [dataclasses.replace(self.adam, learning_rate=rate) for rate in rates]
+            rates = [adam.learning_rate_at for adam in decayed]
         # The direction without the minus sign, which scale_by_chosen_rate adds.
-        direction = dataclasses.replace(self.adam, learning_rate=-1.0).transform()
+        direction = dataclasses.replace(self.adam, learning_rate=-1.0, decay=0.0).transform()
         scale = learning_rates.scale_by_chosen_rate(lambda path: rules.index(f"{path}:0"), rates)
         return optax.chain(direction, scale)
 
@@ -101,7 +110,6 @@ class AdamMultilr(KerasOptimizer):
         [{'patterns': ['bert'], 'lr': 0.01}]
         """
         config = self.adam.get_config()
-        del config["decay"]
         if self.pattern_lrs is None:
             return config | {"pattern_lrs": None}
         groups = [
@@ -118,13 +126,14 @@ class AdamMultilr(KerasOptimizer):
     def from_config(
         cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None
     ) -> "AdamMultilr":
-        """The optimizer of a config from `get_config`; see `keras.Adam.from_config`."""
+        """The optimizer of a config from `get_config`, of this class or of capreolus."""
 
         def rate(value: Any) -> Any:
             known = {"learning_rate": value}
             return _adam_config.arguments_of(known, custom_objects)["learning_rate"]
 
-        fields = _adam_config.arguments_of(config, custom_objects)
+        fields = _adam_config.arguments_of(config, custom_objects, legacy=True)
+        del fields["legacy"]
         groups = fields.get("pattern_lrs")
         if groups is not None:
             fields["pattern_lrs"] = [{**group, "lr": rate(group["lr"])} for group in groups]
