@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_bits_equal, assert_close
+from helpers import assert_bits_equal, assert_close, normal
 
 import adam_transforms as at
 from adam_transforms._transforms.ema import track_params_ema
@@ -211,6 +211,24 @@ def test_pytorchs_bfloat16_comes_and_goes():
     for key in ("exp_avg", "exp_avg_sq"):
         np.testing.assert_array_equal(back[key].astype(np.float32), theirs[key].float().numpy())
         assert_bits_equal(back[key], np.asarray(back[key]))
+
+
+def test_pytorchs_rule_for_complex_parameters_is_that_of_their_parts(relaxed_promotion):
+    pytorch = pytest.importorskip("torch")
+    start = normal(0, 3, dtype=np.complex64)
+    z = pytorch.nn.Parameter(pytorch.from_numpy(start.copy()))
+    optimizer = pytorch.optim.Adam([z], lr=0.1)
+    tx = optax.contrib.split_real_and_imaginary(at.adam(0.1))
+    params = jnp.asarray(start)
+    state = tx.init(params)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (z**3).imag.sum().backward()
+        optimizer.step()
+        grads = jnp.conj(jax.grad(lambda z: jnp.sum(jnp.imag(z**3)))(params))
+        updates, state = tx.update(grads, state, params)
+        params = at.apply_updates(params, updates)
+    assert_close(params, z.detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
 # Keras

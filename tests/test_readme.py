@@ -1,5 +1,6 @@
 """What the README shows runs, and says what is so."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def test_every_line_of_the_migration_table_runs(relaxed_promotion: None) -> None
 
     for piece in code:
         names_there = there | {"at": at, "jax": jax, "jnp": jnp, "optax": optax, "opt": opt}
+        names_there |= {"dataclasses": dataclasses}
         names_there |= {"tx": tx, "params": params, "state": opt.init(params), "loss": loss}
         result = eval(piece, names_there)
         assert result is not None, piece
