@@ -596,3 +596,34 @@ def test_a_state_of_numpy_arrays_is_taken_as_it_is(name: str) -> None:
     params, state, _ = train(deferred_adam(), initial(np.float32), draw(20, dtype=np.float32))
     expected = jax.device_get(call(params, state))
     assert_close(jax.device_get(call(*jax.device_get((params, state)))), expected, rtol=1e-6)
+
+
+# Gradients whose squares overflow
+
+
+@pytest.mark.parametrize("large", [2e19, 1e30])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_an_idle_row_with_a_large_moment_stays_dense_adams(large: float, amsgrad: bool) -> None:
+    ids, values = draw(20, dtype=np.float32)
+    ids = ids.at[1:].set(jnp.where(ids[1:] == ids[0, 0], V, ids[1:]))  # the row then idles
+    batches = ids, values.at[0, 0, 0].set(large)
+    tx, dense = (make(amsgrad=amsgrad, max_of="raw") for make in (deferred_adam, adam))
+    params, state, _ = train(tx, initial(np.float32), batches)
+    expected, dense_state, _ = train(dense, initial(np.float32), batches, dense=True)
+    params, state = at.flush(params, state)
+    assert np.isfinite(params["table"]).all()
+    assert_close(params["table"], expected["table"], rtol=1e-5, atol=1e-6)
+    assert_close(state.nu["table"], dense_state[0].nu["table"], rtol=1e-4)
+
+
+def test_a_large_gradient_does_not_skip_every_later_step() -> None:
+    tx = at.skip_nonfinite(at.dynamic_loss_scale(at.adam(0.1)))
+    params = jnp.zeros(3)
+    state = tx.init(params)
+    for t in range(5):
+        grads = 2.0 * (params - 1.0) * state.inner_state.scale
+        grads = grads.at[0].set(1e38) if t == 0 else grads
+        updates, state = tx.update(grads, state, params)
+        params = params + updates
+    assert int(state.skipped) == int(state.inner_state.skipped) == 0
+    assert np.isfinite(params).all() and params[1] > 0.4
