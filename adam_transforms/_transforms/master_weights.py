@@ -62,8 +62,8 @@ def master_weights(
       TypeError: a parameter has 8 bits or less; JAX does not promote it to a wider dtype.
 
     Put it outermost, ``master_weights(adam(1e-3, accumulate_every=4, loss_scale="dynamic"))``, or
-    directly inside `lazy`. Inner wrappers compute in float32. Outer ones cast updates to the dtype
-    of low-precision gradients, which is exact only if a step changes a parameter by less than half.
+    directly inside `lazy`. Inner wrappers compute in float32. Outer ones round updates to the
+    dtype of the gradients, which is exact if no step changes a parameter by half its value or more.
     `params_ema` averages masters inside `master_weights`, and rounded parameters after it.
 
     >>> import jax.numpy as jnp, optax

@@ -1,4 +1,6 @@
-"""The one place that depends on a platform.
+"""The one place that asks for a platform: a CPU gets one form, a GPU or TPU the other.
+
+Its callers have both forms: `duplicates`, `scheduling`, `lazy` and `deferred.adam`.
 
 The platform that a program is lowered for decides, not the default backend of the process that
 traces it: a step exported on a CPU host for a GPU gets the GPU's form, and a step placed on the CPU
