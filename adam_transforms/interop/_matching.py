@@ -10,6 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from adam_transforms._core.types import Path
+from adam_transforms.interop import _hdf5
+
+# The slots that are means of squares. A value that is negative or not finite would stay in them.
+_SQUARES = ("nu", "nu_max")
 
 Rename = Callable[[Path], Any]
 """Maps the path of a parameter to its name in the other system, or to (name, axes), where
@@ -38,7 +42,8 @@ def import_slots(
 
     Raises:
       ValueError: lists all slots that are missing, left over, of another shape or not representable
-        in the dtype of `target`, and names that several paths share.
+        in the dtype of `target`, second moments that are negative or not finite, and names that
+        several paths share.
     """
     names = _names(target, rename)
     problems = _shared_names(names)
@@ -52,8 +57,11 @@ def import_slots(
             if slot not in source[name]:
                 problems.append(f"{path!r} needs {label(name, slot)}, which is missing")
                 continue
-            array = as_array(label(name, slot), source[name][slot])
-            converted = _convert(array, axes, like)
+            value = source[name][slot]
+            converted = _shape_problem(_shape(value), axes, like.shape)  # before a file is read
+            if converted is None:
+                array = as_array(label(name, slot), value)
+                converted = _convert(array, slot, axes, like.dtype)
             if isinstance(converted, str):
                 problems.append(f"{label(name, slot)}, for {path!r}, {converted}")
             else:
@@ -87,7 +95,7 @@ def export_slots(slots: Slots, rename: Rename | None) -> dict[str, dict[str, np.
             array = np.asarray(array)
             if axes is not None:
                 if not _is_permutation(axes, array.ndim):
-                    problems.append(f"{path!r} {_axes_problem(array, axes)}")
+                    problems.append(f"{path!r} {_axes_problem(array.shape, axes)}")
                     break
                 array = array.transpose(np.argsort(axes))
             exported[name][slot] = np.array(array, order="C")
@@ -155,24 +163,36 @@ def as_array(label: str, value: Any) -> np.ndarray:
         value = value.detach().cpu()
         if str(value.dtype) == "torch.bfloat16":
             value = value.float().numpy().astype(jnp.bfloat16)
-    stored = getattr(value, "attrs", {}).get("dtype")
-    array = np.asarray(value)
-    if stored == "bfloat16":  # HDF5 stores two bytes without a type
-        array = array.view(jnp.bfloat16) if array.dtype.kind == "V" else array.astype(jnp.bfloat16)
+    array = _hdf5.read(value) if _hdf5.is_dataset(value) else np.asarray(value)
     if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
         raise TypeError(f"{label} must be an array of numbers, got {value!r:.80}")
     return array
 
 
+def as_scalar(label: str, value: Any, expected: str = "a scalar") -> np.ndarray:
+    """`value` as an array of shape ()."""
+    if _shape(value) != ():
+        raise ValueError(f"{label} must be {expected}, got an array {list(_shape(value))}")
+    return as_array(label, value)
+
+
 def as_count(label: str, value: Any) -> int:
     """A number of steps from a scalar of any real dtype."""
-    array = as_array(label, value)
-    if array.shape != () or np.iscomplexobj(array):
-        raise ValueError(f"{label} must be a scalar, got {array.dtype}{list(array.shape)}")
+    array = as_scalar(label, value)
+    if np.iscomplexobj(array):
+        raise ValueError(f"{label} must be real, got {array}")
     number = float(array)
     if not (number.is_integer() and 0 <= number < 2**31):
         raise ValueError(f"{label} must be an integer in [0, 2^31), got {number:g}")
     return int(number)
+
+
+def as_scale(label: str, value: Any) -> np.ndarray:
+    """A loss scale: a positive finite scalar."""
+    scale = np.array(as_scalar(label, value))
+    if not 0 < float(scale) < np.inf:
+        raise ValueError(f"{label} must be positive and finite, got {scale}")
+    return scale
 
 
 def _names(paths: Iterable[Path], rename: Rename | None) -> dict[Path, Name]:
@@ -203,22 +223,36 @@ def _shared_names(names: Mapping[Path, Name]) -> list[str]:
     ]
 
 
-def _convert(array: np.ndarray, axes: tuple[int, ...] | None, like: Any) -> np.ndarray | str:
-    """The array, transposed and cast to the dtype of `like`; or an error message."""
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(np.shape(value) or ())  # None of an HDF5 dataset without any elements
+
+
+def _shape_problem(
+    shape: tuple[int, ...], axes: tuple[int, ...] | None, expected: tuple[int, ...]
+) -> str | None:
+    """What is wrong with the shape of an array that `axes` transpose to the expected shape."""
+    transposed, hint, found = "", "", shape
     if axes is not None:
-        if not _is_permutation(axes, array.ndim):
-            return _axes_problem(array, axes)
-        array = array.transpose(axes)
-    if array.shape != like.shape:
-        transposed = "" if axes is None else " after the transpose"
-        hint = ""
-        if axes is None and array.ndim > 1 and sorted(array.shape) == sorted(like.shape):
-            hint = "; if it is the transpose, let rename return (name, axes)"
-        return f"has shape {list(array.shape)}{transposed}, expected {list(like.shape)}{hint}"
-    cast = _cast(array, like.dtype)
+        if not _is_permutation(axes, len(shape)):
+            return _axes_problem(shape, axes)
+        transposed, found = " after the transpose", tuple(shape[axis] for axis in axes)
+    elif len(shape) > 1 and sorted(shape) == sorted(expected):
+        hint = "; if it is the transpose, let rename return (name, axes)"
+    if found == expected:
+        return None
+    return f"has shape {list(found)}{transposed}, expected {list(expected)}{hint}"
+
+
+def _convert(
+    array: np.ndarray, slot: str, axes: tuple[int, ...] | None, dtype: Any
+) -> np.ndarray | str:
+    """The array of a slot, transposed and cast to `dtype`; or what is wrong with its values."""
+    if slot in _SQUARES and not (np.all(np.isfinite(array)) and np.all(array >= 0)):
+        return "has values that are negative or not finite, but is a mean of squares"
+    cast = _cast(array if axes is None else array.transpose(axes), dtype)
     if cast is None:
         return (
-            f"has {array.dtype} values that {like.dtype}, the dtype of the slot, cannot represent; "
+            f"has {array.dtype} values that {dtype}, the dtype of the slot, cannot represent; "
             "round the array first if that is intended"
         )
     return cast
@@ -238,8 +272,8 @@ def _is_permutation(axes: tuple[int, ...], ndim: int) -> bool:
     return sorted(axes) == list(range(ndim))
 
 
-def _axes_problem(array: np.ndarray, axes: tuple[int, ...]) -> str:
-    return f"has shape {list(array.shape)}, but axes {axes} do not permute its dimensions"
+def _axes_problem(shape: tuple[int, ...], axes: tuple[int, ...]) -> str:
+    return f"has shape {list(shape)}, but axes {axes} do not permute its dimensions"
 
 
 def _bullet_list(heading: str, problems: Sequence[str]) -> str:

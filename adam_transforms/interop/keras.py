@@ -122,12 +122,31 @@ def state_from(
     >>> int(state[0].count), state[0].mu[0].tolist()
     (5, [1.0, 1.0])
     """
-    arrays = _stores.arrays_of(store)
+    with _stores.opened(store) as (arrays, order):
+        legacy = legacy if order is None else order
+        return state_from_variables(
+            arrays, params, tx, names, rename=rename, every=every, legacy=legacy
+        )
+
+
+def state_from_variables(
+    arrays: Sequence[Any],
+    params: Params,
+    tx: Any,
+    names: Sequence[str] | None,
+    *,
+    rename: _matching.Rename | None,
+    every: int | None,
+    legacy: bool,
+) -> State:
+    """`state_from` of the variables of an optimizer in their order."""
     state = _slots.init_state(tx, params)
     target = _slots.slots_of(state, ema=True, acc=True)
     names = _matching.positions(len(target)) if names is None else list(names)
     names = _matching.checked_names(names, len(names), "the optimizer's variables")
     layout = _layout(target, state, legacy=legacy)
+    if layout.legacy and not layout.amsgrad:
+        arrays = _without_placeholders(arrays, len(names))
     expected = {
         len(entries(layout._replace(learning_rate=rate), len(names))): rate
         for rate in (True, False)
@@ -149,7 +168,7 @@ def state_from(
     )
     if layout.loss_scale:
         contents = contents._replace(
-            scale=np.array(_matching.as_array("dynamic_scale", scalars["scale"])),
+            scale=_matching.as_scale("dynamic_scale", scalars["scale"]),
             finite_steps=_matching.as_count("step_counter", scalars["finite_steps"]),
         )
     return _filling.fill_state(state, contents)
@@ -260,6 +279,14 @@ def _parts(
         else:
             slots[names[position]][name] = array
     return scalars, slots
+
+
+def _without_placeholders(arrays: Sequence[Any], variables: int) -> Sequence[Any]:
+    """`arrays` without the single zeros that Keras 2 has in place of AMSGrad's maxima."""
+    moments, maxima = arrays[: 1 + 2 * variables], arrays[1 + 2 * variables :]
+    if len(maxima) != variables or any(np.shape(x) != (1,) for x in maxima):
+        return arrays
+    return arrays if any(_matching.as_array("maximum", x)[0] for x in maxima) else moments
 
 
 def _every(tx: Any, every: int | None) -> int:

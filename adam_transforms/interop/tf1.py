@@ -191,9 +191,9 @@ def _power_in(arrays: Mapping[str, Any], key: str) -> np.ndarray:
             if found
             else f"{key} is missing: pass it, or count"
         )
-    power = _matching.as_array(chosen, arrays[chosen])
-    if power.shape != () or power.dtype.kind != "f":
-        raise ValueError(f"{chosen} must be a floating scalar, got {power.dtype}{[*power.shape]}")
+    power = _matching.as_scalar(chosen, arrays[chosen], "a floating scalar")
+    if power.dtype.kind != "f":
+        raise ValueError(f"{chosen} must be a floating scalar, got {power.dtype}")
     return power
 
 
