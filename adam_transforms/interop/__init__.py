@@ -1,9 +1,9 @@
-"""Imports optimizer states from PyTorch, Keras and TensorFlow 1, and exports them again.
+"""Imports optimizer states from PyTorch, Keras and TensorFlow, and exports them again.
 
 Arrays are NumPy arrays matched by name; none of the other systems is imported. Optax states need
 no conversion: the transformations of this package use the same state classes.
 """
 
-from adam_transforms.interop import keras, tf1, torch
+from adam_transforms.interop import keras, tf1, tf2, torch
 
-__all__ = ["keras", "tf1", "torch"]
+__all__ = ["keras", "tf1", "tf2", "torch"]

@@ -26,6 +26,8 @@ _ARCHIVE_SIGNATURE = b"PK\x03\x04"
 _MAX_EXPANSION = 8
 # The bytes of an archive, and the elements of a chunk, that are too few to matter.
 _SMALL = 1 << 22
+# The bytes of an attribute in an object header, by HDF5's format.
+_MAX_ATTRIBUTE = 1 << 16
 
 
 class MalformedError(ValueError):
@@ -91,12 +93,23 @@ def member(group: Any, name: str) -> Any:
 
 
 def names_in(group: Any, attribute: str) -> list[str]:
-    """The names in an attribute of `group`, which Keras splits if it is longer than 64 KiB."""
+    """The names in an attribute of `group`, which Keras splits into several if they are many."""
     keys = [attribute]
     if attribute not in group.attrs:
         keys = [f"{attribute}{i}" for i in range(len(group.attrs))]
-    names = [name for key in keys if key in group.attrs for name in np.ravel(group.attrs[key])]
-    return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+    return [name for key in keys for name in _strings_in(group, key)]
+
+
+def _strings_in(x: Any, attribute: str) -> list[str]:
+    """The strings in an attribute; none if there is no such attribute."""
+    if attribute not in x.attrs:
+        return []
+    header = x.attrs.get_id(attribute)
+    is_string = sys.modules["h5py"].check_string_dtype(header.dtype) is not None
+    if not is_string or header.get_storage_size() > _MAX_ATTRIBUTE:
+        raise MalformedError(f"the attribute {attribute} of {x.name} must be strings")
+    values = np.ravel(x.attrs[attribute]).tolist()
+    return [value.decode() if isinstance(value, bytes) else str(value) for value in values]
 
 
 def is_group(x: Any) -> bool:
@@ -116,8 +129,7 @@ def read(dataset: Any) -> np.ndarray:
       MalformedError: it is stored in another file, holds no numbers, or is damaged.
     """
     with errors_as_malformed():
-        stored = dataset.attrs.get("dtype")
-        is_bfloat16 = isinstance(stored, str) and stored == "bfloat16"
+        is_bfloat16 = _strings_in(dataset, "dtype") == ["bfloat16"]
         problem = _storage_problem(dataset, is_bfloat16)
         if problem is not None:
             raise MalformedError(f"{dataset.name} {problem}")

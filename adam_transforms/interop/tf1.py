@@ -73,7 +73,12 @@ def state_from(
     state = _slots.init_state(tx, params)
     source = _slots_in(arrays, name)
     if not source:
-        raise ValueError(f"there are no slots .../{name} and .../{name}_1 in {sorted(arrays)[:20]}")
+        hint = ""
+        if any(key.endswith("/.ATTRIBUTES/VARIABLE_VALUE") for key in arrays):
+            hint = "; it is an object checkpoint of TensorFlow 2: use interop.tf2"
+        raise ValueError(
+            f"there are no slots .../{name} and .../{name}_1 in {sorted(arrays)[:20]}{hint}"
+        )
     betas = [_beta(tx, 1, b1, 0.9), _beta(tx, 2, b2, 0.999)]
     if count is None:
         count = _count(arrays, betas, schedules=_filling.has_step_counters(state))

@@ -1,7 +1,7 @@
 """Imports and exports the `state_dict()` of PyTorch's Adam, AdamW and SparseAdam."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 
@@ -12,8 +12,12 @@ _LABELS = {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}
 _SLOTS = {label: slot for slot, label in _LABELS.items()}
 
 
+Pairs: TypeAlias = Sequence[tuple[Mapping[str, Any], Sequence[str] | None]]
+"""Several optimizers of one model: the `state_dict` of each, and the names of its parameters."""
+
+
 def state_from(
-    state_dict: Mapping[str, Any],
+    state_dict: Mapping[str, Any] | Pairs,
     params: Params,
     tx: Any,
     names: Sequence[str] | None = None,
@@ -28,13 +32,15 @@ def state_from(
 
     Args:
       state_dict: the state of Adam, AdamW (with or without ``amsgrad``) or SparseAdam, in tensors
-        or arrays.
+        or arrays; or, for several optimizers of one model, such as AdamW and a SparseAdam of the
+        tables, a list of (state_dict, names). All must have taken the same number of steps. Read
+        files with ``torch.load(path, weights_only=True)``, which unpickles no objects.
       params: the current parameters.
       tx: any transformation or optimizer whose state has Adam's moments. Slots are cast to the
         dtypes of that state.
       names: the names of the parameters in the order of the optimizer,
         ``[name for name, _ in model.named_parameters()]``. None for the ``param_names`` of the
-        groups if present, else for "0", "1", ...
+        groups if present, else for "0", "1", ... With a list, it has the names.
       rename: maps a path in `params` to the PyTorch name, or to (name, axes), where
         ``torch_array.transpose(axes)`` has the layout of the parameter. None if each path is the
         name. For a Flax kernel: ``("fc.weight", (1, 0))`` of a Linear, ``("conv.weight",
@@ -45,9 +51,10 @@ def state_from(
 
     Raises:
       TypeError: an argument is of the wrong type.
-      ValueError: the state is not Adam's; step counts differ between parameters; or slots do not
-        match: lists all that are missing, left over, of another shape, or not representable in
-        the slot's dtype.
+      ValueError: the state is not Adam's; step counts differ between parameters; two optimizers
+        have a parameter of one name; or slots do not match: lists all that are missing, left over,
+        of another shape, or not representable in the slot's dtype, and second moments that are
+        negative or not finite.
 
     >>> import numpy as np, optax
     >>> one = {"step": 7.0, "exp_avg": np.ones((2, 3)), "exp_avg_sq": np.ones((2, 3))}
@@ -59,43 +66,46 @@ def state_from(
     >>> int(state[0].count), state[0].mu["kernel"].shape
     (7, (3, 2))
     """
-    groups, states = _parts(state_dict)
-    ids = _ids(groups)
-    names = _names(names, groups, len(ids))
-    unknown = [key for key in states if key not in ids]
-    if unknown:
-        raise ValueError(f"state_dict has states for {unknown}, which are in no parameter group")
-    source = {name: _slots_of(name, states.get(i, {})) for name, i in zip(names, ids, strict=True)}
+    several = _nested(state_dict)
+    if several and names is not None:
+        raise ValueError("names must be None: a list of (state_dict, names) has them")
+    pairs = _checked_pairs(state_dict) if several else [(state_dict, names)]
+    entries = [pair for one in pairs for pair in _entries(*one)]
+    listed = [name for name, _ in entries]
+    _matching.checked_names(listed, len(listed), "all optimizers' parameters")
+    source = {name: _slots_of(name, entry) for name, entry in entries}
+    stepped = {name: entry for name, entry in entries if entry}
     state = _slots.init_state(tx, params)
-    if not states:  # before the first step
+    if not stepped:  # before the first step
         return state
-    count = _count({name: states[i] for name, i in zip(names, ids, strict=True) if i in states})
     slots = _matching.import_slots(source, _slots.slots_of(state), rename, _label)
-    return _filling.fill_state(state, _slots.Contents(count, slots))
+    return _filling.fill_state(state, _slots.Contents(_count(stepped), slots))
 
 
 def state_to(
     state: State,
     params: Params,
-    names: Sequence[str] | None = None,
+    names: Sequence[str] | Sequence[Sequence[str]] | None = None,
     *,
     rename: _matching.Rename | None = None,
-    param_groups: Sequence[Mapping[str, Any]] | None = None,
-) -> dict[str, Any]:
+    param_groups: Sequence[Any] | None = None,
+) -> Any:
     """Exports a state as a PyTorch `state_dict`; the inverse of `state_from`.
 
     Args:
       state: an optimizer state with Adam's moments and without pending updates (see `flush`).
       params: the parameters of that state.
       names: as for `state_from`; None for the ``param_names`` of `param_groups` if present, else
-        for "0", "1", ...
+        for "0", "1", ... For several optimizers of one model, a list with the names of each.
       rename: as for `state_from`; the transposes are inverted.
       param_groups: ``optimizer.state_dict()["param_groups"]`` of the optimizer that will load the
-        result; PyTorch reads the hyperparameters from it. None for one group without any.
+        result; PyTorch reads the hyperparameters from it. None for one group without any. For
+        several optimizers, a list with the groups of each.
 
     Returns:
-      A dictionary of new NumPy arrays in the dtypes of the slots. The step is a float32 array, for
-      SparseAdam an int. To load it into PyTorch::
+      A dictionary of new NumPy arrays in the dtypes of the slots; for several optimizers, a list of
+      (dictionary, names). The step is a float32 array, for SparseAdam an int. To load a dictionary
+      into PyTorch::
 
           as_tensor = lambda x: torch.from_numpy(x) if isinstance(x, np.ndarray) else x
           optimizer.load_state_dict(jax.tree.map(as_tensor, state_dict))
@@ -116,6 +126,24 @@ def state_to(
     exported = _matching.export_slots(
         {path: slots for path, slots in moments.items() if slots}, rename
     )
+    if not _nested(names):
+        return _state_dict(exported, contents.count, names, param_groups)
+    _matching.in_order(exported, [name for of_one in names for name in of_one], "all optimizers")
+    groups = [None] * len(names) if param_groups is None else list(param_groups)
+    if len(groups) != len(names):
+        raise ValueError(f"param_groups must be {len(names)} lists, as names, got {len(groups)}")
+    pairs = []
+    for names_there, groups_there in zip(names, groups, strict=True):
+        of_one = {name: exported[name] for name in names_there if name in exported}
+        one = _state_dict(of_one, contents.count, names_there, groups_there)
+        pairs.append((one, list(names_there)))
+    return pairs
+
+
+def _state_dict(
+    exported: _matching.Slots, count: int, names: Any, param_groups: Any
+) -> dict[str, Any]:
+    """The `state_dict` of one optimizer."""
     if param_groups is None:
         names = _matching.in_order(exported, names, "the optimizer's parameters")
         groups: list[dict[str, Any]] = [{"params": list(range(len(names))), "param_names": names}]
@@ -130,8 +158,36 @@ def state_to(
         if name in exported:
             _check_amsgrad(name, exported[name], group)
             slots = {_LABELS[slot]: array for slot, array in exported[name].items()}
-            states[i] = {"step": _step(contents.count, group), **slots}
+            states[i] = {"step": _step(count, group), **slots}
     return {"state": states, "param_groups": groups}
+
+
+def _nested(x: Any) -> TypeGuard[Sequence[Sequence[Any]]]:
+    """Whether `x` is a list of sequences, one for each of several optimizers."""
+    return _is_sequence(x) and len(x) > 0 and all(_is_sequence(y) for y in x)
+
+
+def _is_sequence(x: Any) -> bool:
+    return isinstance(x, Sequence) and not isinstance(x, str | bytes)
+
+
+def _checked_pairs(pairs: Any) -> list[tuple[Any, Any]]:
+    if not all(len(pair) == 2 for pair in pairs):
+        raise TypeError(
+            f"state_dict must be a list of pairs (state_dict, names), got {pairs!r:.80}"
+        )
+    return [(one, names) for one, names in pairs]
+
+
+def _entries(state_dict: Any, names: Any) -> list[tuple[str, Mapping[str, Any]]]:
+    """[(name, state of the parameter, empty before its first step), ...] of one optimizer."""
+    groups, states = _parts(state_dict)
+    ids = _ids(groups)
+    unknown = [key for key in states if key not in ids]
+    if unknown:
+        raise ValueError(f"state_dict has states for {unknown}, which are in no parameter group")
+    names = _names(names, groups, len(ids))
+    return [(name, states.get(i, {})) for name, i in zip(names, ids, strict=True)]
 
 
 def _parts(state_dict: Any) -> tuple[list[Mapping[str, Any]], Mapping[Any, Any]]:
@@ -140,7 +196,10 @@ def _parts(state_dict: Any) -> tuple[list[Mapping[str, Any]], Mapping[Any, Any]]
         kind = type(state_dict).__name__
         raise TypeError(f"state_dict must be a mapping, got a {kind}: call its state_dict() first")
     if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict must be a mapping, got {state_dict!r:.80}")
+        raise TypeError(
+            f"state_dict must be a mapping, got {state_dict!r:.80}; for several optimizers, a list "
+            "of (state_dict, names)"
+        )
     missing = [key for key in ("state", "param_groups") if key not in state_dict]
     if missing:
         raise ValueError(
@@ -197,7 +256,8 @@ def _count(entries: Mapping[str, Mapping[str, Any]]) -> int:
     }
     if len(set(steps.values())) > 1:
         raise ValueError(
-            f"the step counts of the parameters differ, but tx has a single count: {steps}"
+            f"the step counts of the parameters differ, but tx has a single count: {steps}; set "
+            "the step of all to one number in the state_dict"
         )
     return next(iter(steps.values()))
 
