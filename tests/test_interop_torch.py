@@ -207,6 +207,58 @@ def test_arrays_are_shared_neither_with_the_source_nor_with_what_goes_out():
     np.testing.assert_array_equal(state[0].mu[0], before)
 
 
+# Two optimizers of one model
+
+PAIR = {"fc": {"kernel": jnp.zeros((2, 3))}, "table": jnp.zeros((4, 2))}
+PAIR_NAMES = [["fc/kernel"], ["table"]]
+
+
+def make_pair(*, steps=(7, 7)) -> list[Any]:
+    """AdamW of the dense part and SparseAdam of the table."""
+    dense, sparse = (make_state([s], step=t) for s, t in zip([(2, 3), (4, 2)], steps, strict=True))
+    sparse["state"][0]["step"] = steps[1]
+    sparse["param_groups"] = [{"lr": 0.1, "betas": (0.9, 0.99), "maximize": False, "params": [0]}]
+    return [(dense, PAIR_NAMES[0]), (sparse, PAIR_NAMES[1])]
+
+
+def test_several_optimizers_come_in_and_go_out_as_a_list():
+    tx = at.lazy(at.by_path([("table", at.adam(eps_hat=True))], default=at.adamw()))
+    pair = make_pair()
+    state: Any = torch.state_from(pair, PAIR, tx)
+    assert types(state) == types(tx.init(PAIR))
+    assert {int(x) for x in jax.tree.leaves(state) if x.shape == ()} == {7}
+    groups = [one["param_groups"] for one, _ in pair]
+    back = torch.state_to(state, PAIR, PAIR_NAMES, param_groups=groups)
+    assert_bits_equal(back, pair)
+    assert type(back[1][0]["state"][0]["step"]) is int
+    assert_bits_equal(torch.state_from(torch.state_to(state, PAIR, PAIR_NAMES), PAIR, tx), state)
+    fresh = [({**one, "state": {}}, names) for one, names in pair]
+    assert_bits_equal(torch.state_from(fresh, PAIR, tx), tx.init(PAIR))
+
+
+def test_several_optimizers_that_do_not_fit_together_are_refused():
+    tx, (dense, sparse) = at.adam(), make_pair()
+
+    def refused(pairs, message, error=ValueError, **options):
+        with pytest.raises(error, match=message):
+            torch.state_from(pairs, PAIR, tx, **options)
+
+    refused([dense, (sparse[0], ["fc/kernel"])], r"more than one of \['fc/kernel'\]")
+    refused([dense], "'table' needs the parameter 'table', which is missing")
+    refused(make_pair(steps=(7, 9)), r"\{'fc/kernel': 7, 'table': 9\}; set the step of all")
+    refused([dense, sparse], "names must be None", names=["table"])
+    refused([dense[0], sparse[0]], "for several optimizers, a list", TypeError)
+    refused([(*dense, 3), sparse], "must be a list of pairs", TypeError)
+
+    state = torch.state_from([dense, sparse], PAIR, tx)
+    with pytest.raises(ValueError, match=r"names lack \['table'\]"):
+        torch.state_to(state, PAIR, PAIR_NAMES[:1])
+    with pytest.raises(ValueError, match=r"more than one of \['table'\]"):
+        torch.state_to(state, PAIR, [*PAIR_NAMES, ["table"]])
+    with pytest.raises(ValueError, match="param_groups must be 2 lists, as names, got 1"):
+        torch.state_to(state, PAIR, PAIR_NAMES, param_groups=[dense[0]["param_groups"]])
+
+
 # Refused
 
 
@@ -283,6 +335,7 @@ class Module:
         ({"state": [], "param_groups": []}, TypeError, "must map to mappings"),
         ({"state": {}, "param_groups": {}}, TypeError, "param_groups must be a list"),
         ({"state": {}, "param_groups": [{"lr": 1.0}]}, TypeError, "with 'params'"),
+        ({"state": {}, "param_groups": [{"params": 3}]}, TypeError, "with 'params', a list"),
         ({"state": {5: {}}, "param_groups": [{"params": [0]}]}, ValueError, "no parameter group"),
     ],
 )

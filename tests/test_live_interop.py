@@ -5,6 +5,7 @@ from the state moved back. Each test runs where its system is installed.
 """
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from helpers import assert_bits_equal, assert_close, normal
 
 import adam_transforms as at
 from adam_transforms._transforms.ema import track_params_ema
-from adam_transforms.interop import keras, tf1, torch
+from adam_transforms.interop import keras, tf1, tf2, torch
 
 # Keras and PyTorch know nothing of the copy keyword that NumPy 2 has brought.
 pytestmark = pytest.mark.filterwarnings(
@@ -195,6 +196,72 @@ def test_pytorchs_sparse_adam_goes_on_here():
         updates, state = step([at.SparseRows(ids[t], rows[t], 9)], state, params)
         params = at.apply_updates(params, updates)
     assert_close(params[0], table.detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_pytorchs_adamw_beside_sparse_adam_goes_on_here_and_back_there():
+    pytorch = pytest.importorskip("torch")
+    rng = np.random.default_rng(3)
+    start = {"table": rng.standard_normal((9, 3)), "w": rng.standard_normal((3, 2))}
+    there = {
+        n: pytorch.nn.Parameter(pytorch.tensor(x, dtype=pytorch.float32)) for n, x in start.items()
+    }
+    optimizers = [
+        pytorch.optim.AdamW([there["w"]], lr=0.01, weight_decay=0.1),
+        pytorch.optim.SparseAdam([there["table"]], lr=0.02),
+    ]
+    names = [["w"], ["table"]]
+    ids = rng.integers(0, 9, (2 * STEPS + 5, 4))
+    rows = rng.standard_normal((2 * STEPS + 5, 4, 3)).astype(np.float32)
+    dense = rng.standard_normal((2 * STEPS + 5, 3, 2)).astype(np.float32)
+
+    def train_there(steps):
+        for t in steps:
+            there["table"].grad = pytorch.sparse_coo_tensor(
+                pytorch.from_numpy(ids[t][None]),
+                pytorch.from_numpy(rows[t]),
+                (9, 3),
+                check_invariants=False,
+            )
+            there["w"].grad = pytorch.from_numpy(dense[t])
+            for optimizer in optimizers:
+                optimizer.step()
+
+    def here():
+        return {n: jnp.array(p.detach().numpy(), copy=True) for n, p in there.items()}
+
+    train_there(range(STEPS))
+    params = here()
+    decays = at.adamw(0.01, weight_decay=0.1)
+    tx = at.lazy(at.by_path([("table", at.adam(0.02, eps_hat=True))], default=decays))
+    dicts = [optimizer.state_dict() for optimizer in optimizers]
+    state = torch.state_from(list(zip(dicts, names, strict=True)), params, tx)
+    groups = [one["param_groups"] for one in dicts]
+    back = torch.state_to(state, params, names, param_groups=groups)
+    assert_bits_equal([one for one, _ in back], jax.tree.map(as_numpy, dicts))
+
+    train_there(range(STEPS, 2 * STEPS))
+    step = jax.jit(tx.update)
+    for t in range(STEPS, 2 * STEPS):
+        grads = {"table": at.SparseRows(ids[t], rows[t], 9), "w": dense[t]}
+        updates, state = step(grads, state, params)
+        params = at.apply_updates(params, updates)
+    assert_close(params, here(), rtol=1e-5, atol=1e-5)
+
+    def as_tensor(x):
+        return pytorch.from_numpy(x) if isinstance(x, np.ndarray) else x
+
+    with pytorch.no_grad():
+        before = {n: p.clone() for n, p in there.items()}
+    later = range(2 * STEPS, 2 * STEPS + 5)
+    train_there(later)
+    expected = here()
+    for n, p in before.items():
+        there[n].data = p
+    pairs = torch.state_to(state, params, names, param_groups=groups)
+    for optimizer, (one, _) in zip(optimizers, pairs, strict=True):
+        optimizer.load_state_dict(jax.tree.map(as_tensor, one))
+    train_there(later)
+    assert_close(here(), expected, rtol=2e-5, atol=2e-5)
 
 
 def test_pytorchs_bfloat16_comes_and_goes():
@@ -424,3 +491,55 @@ def test_tensorflow_1_goes_on_here_and_back_there(tmp_path):
             by_name[n].load(value, session)
         train_there(later)
         assert_close(session.run(variables), expected, rtol=2e-5, atol=2e-5)
+
+
+# Files of Keras 2 and of TensorFlow 2
+
+
+@pytest.mark.filterwarnings("ignore")  # Keras advises its newer format
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("kind", ["legacy", "later", "keras3"])
+def test_models_and_checkpoints_of_tensorflow_2_are_read(tmp_path, kind, scaled):
+    tf: Any = pytest.importorskip("tensorflow")
+    k: Any = keras3() if kind == "keras3" else pytest.importorskip("tf_keras")
+    optimizers = k.optimizers.legacy if kind == "legacy" else k.optimizers
+    optimizer = optimizers.Adam(0.01, amsgrad=True)
+    if scaled:
+        scalers = k.optimizers if kind == "keras3" else k.mixed_precision
+        optimizer = scalers.LossScaleOptimizer(optimizer)
+    layers = ("hidden", "out")
+    model = k.Sequential([k.layers.Input((4,)), *(k.layers.Dense(8, name=x) for x in layers)])
+    model.compile(optimizer, "mse")
+    model.fit(_X, np.repeat(_Y, 8, axis=1), batch_size=16, epochs=2, verbose=0)
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    variables: Any = optimizer.variables() if callable(optimizer.variables) else optimizer.variables
+    weights = [np.asarray(v.numpy()) for v in variables]
+    names = [f"{name}/{v}" for name in layers for v in ("kernel", "bias")]
+    shapes = dict(zip(names, [(4, 8), (8,), (8, 8), (8,)], strict=True))
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    plain = at.adam(amsgrad=True)
+    expected = keras.state_from(weights, params, plain, names, legacy=kind == "legacy")
+    assert int(optax.tree.get(expected, "count")) == 8
+
+    def rename(name):
+        for i, layer in enumerate(layers):
+            name = name.replace(layer, f"model/layer_with_weights-{i}")
+        return name
+
+    saved = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(str(tmp_path / "c"))
+    reader = tf.train.load_checkpoint(saved)
+    arrays = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
+    tx = at.adam(amsgrad=True, loss_scale="dynamic" if scaled else None)
+    options: Any = {"rename": rename} if kind == "legacy" else {}
+    state = tf2.state_from(arrays, params, tx, names, **options)
+    for slot in ("count", "mu", "nu", "nu_max"):
+        assert_bits_equal(optax.tree.get(state, slot), optax.tree.get(expected, slot))
+    if scaled:
+        scale = [x for key, x in arrays.items() if re.search("(current_loss|dynamic)_scale", key)]
+        assert [optax.tree.get(state, "scale")] == scale
+
+    model.save(tmp_path / "model.h5")
+    if kind == "keras3":  # whose file has the scale too
+        assert_bits_equal(keras.state_from(tmp_path / "model.h5", params, tx, names), state)
+    else:
+        assert_bits_equal(keras.state_from(tmp_path / "model.h5", params, plain, names), expected)

@@ -10,7 +10,10 @@ from adam_transforms._core import trees
 from adam_transforms._core.types import Path
 
 Patterns = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
-"""One or several regular expressions; a path matches if `re.search` finds any of them in it."""
+"""One or several regular expressions; a path matches if `re.search` finds any of them in it.
+
+They are trusted: a hostile expression can take exponential time.
+"""
 
 
 def compile_patterns(name: str, patterns: Any) -> tuple[re.Pattern[str], ...]:

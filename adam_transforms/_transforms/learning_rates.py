@@ -20,7 +20,8 @@ def path_mask(patterns: Patterns, *, exclude: bool = False) -> Callable[[Any], A
     """A mask by path, for `optax.masked`, `optax.add_decayed_weights` or `adamw`.
 
     Args:
-      patterns: one or several regular expressions, searched for in the path of each leaf.
+      patterns: one or several regular expressions, searched for in the path of each leaf. They are
+        trusted: a hostile one can take exponential time.
       exclude: select the leaves that match no pattern instead.
 
     Returns:
@@ -50,7 +51,7 @@ def by_path(
 
     Args:
       rules: (patterns, transformation) pairs; the first pair whose patterns match the path of a
-        parameter applies to it.
+        parameter applies to it. Patterns are trusted, as in `path_mask`.
       default: applies to the parameters that no rule matches.
 
     Returns:

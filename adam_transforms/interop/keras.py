@@ -1,4 +1,4 @@
-"""Imports and exports the state of Keras's Adam: `save_own_variables`, or a weights file.
+"""Imports and exports the state of Keras's Adam: `save_own_variables`, or a file.
 
 Keras identifies optimizer variables by position; `entries` gives their order.
 """
@@ -94,8 +94,9 @@ def state_from(
 
     Args:
       store: a mapping of "0", "1", ... to arrays from ``optimizer.save_own_variables(store)``; a
-        list from legacy ``get_weights()``; or the path of a ``.weights.h5`` or ``.keras`` file,
-        which needs h5py.
+        list from legacy ``get_weights()``; or the path of a ``.weights.h5`` or ``.keras`` file, or
+        of the ``.h5`` file of ``model.save`` in Keras 2, tf.keras or Keras 3, which needs h5py. A
+        file is untrusted: links, virtual datasets and external storage are refused.
       params: the current parameters.
       tx: any transformation or optimizer whose state has Adam's moments. Slots are cast to the
         dtypes of that state.
@@ -105,7 +106,8 @@ def state_from(
         ``keras_array.transpose(axes)`` has the layout of the parameter. None if each path is the
         name. Kernels of Keras and Flax have the same layout.
       every: gradient_accumulation_steps; None for the value of `tx`, an optimizer of `compat`.
-      legacy: whether the store has TensorFlow 2.0's order: iterations, all m, all v, all vhat.
+      legacy: whether the store has TensorFlow 2.0's order: iterations, all m, all v, all vhat. Of
+        the ``.h5`` file of ``model.save`` the names tell, whatever `legacy` is.
 
     Returns:
       A state like ``tx.init(params)``.
@@ -113,7 +115,9 @@ def state_from(
     Raises:
       TypeError: an argument is of the wrong type.
       ValueError: the number of arrays differs; or slots do not match: lists all that are missing,
-        left over, of another shape, or not representable in the slot's dtype.
+        left over, of another shape, or not representable in the slot's dtype, and second moments
+        that are negative or not finite. A file is damaged, has no optimizer, or leads to another
+        file.
       ImportError: `store` is a file and h5py is not installed.
 
     >>> import numpy as np, optax

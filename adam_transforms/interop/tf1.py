@@ -59,7 +59,7 @@ def state_from(
       TypeError: an argument is of the wrong type.
       ValueError: a power is missing, or is not a power of its beta. Slots do not match: the error
         lists those that are missing, left over, of another shape, or not representable in the
-        slot's dtype.
+        slot's dtype, and second moments that are negative or not finite.
 
     >>> import numpy as np, optax
     >>> arrays = {"w": np.ones(2), "w/Adam": np.ones(2), "w/Adam_1": np.ones(2)}

@@ -215,8 +215,10 @@ def _parts(state_dict: Any) -> tuple[list[Mapping[str, Any]], Mapping[Any, Any]]
 def _checked_groups(groups: Any) -> list[Mapping[str, Any]]:
     if isinstance(groups, Mapping | str) or not isinstance(groups, Sequence):
         raise TypeError(f"param_groups must be a list of mappings, got {groups!r:.80}")
-    if not all(isinstance(group, Mapping) and "params" in group for group in groups):
-        raise TypeError(f"each of param_groups must be a mapping with 'params', got {groups!r:.80}")
+    if not all(isinstance(x, Mapping) and _is_sequence(x.get("params")) for x in groups):
+        raise TypeError(
+            f"each of param_groups must be a mapping with 'params', a list, got {groups!r:.80}"
+        )
     return list(groups)
 
 
