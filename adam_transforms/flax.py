@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx, serialization
 
 from adam_transforms._core import trees
+from adam_transforms._core.key_type import KEY_TYPE
 from adam_transforms._core.sparse_rows import SparseRows
 from adam_transforms._embeddings import value_and_grad as _row_gradients
 
@@ -183,7 +184,7 @@ def _to_state_dict(rows: SparseRows) -> dict[str, Any]:
 
 
 def _from_state_dict(rows: SparseRows, state: dict[str, Any]) -> SparseRows:
-    keys = jax.random.wrap_key_data(jnp.asarray(state["indices"]), impl="threefry2x32")
+    keys = jax.random.wrap_key_data(jnp.asarray(state["indices"]), impl=KEY_TYPE)
     return jax.tree.structure(rows).unflatten([state["values"], keys])
 
 

@@ -45,6 +45,7 @@ MATHEMATICS = (
 KNOWN_TO = {
     "the platform": ("_xla/platform.py",),
     "JAX's program representation": (
+        "_core/key_type.py",
         "_xla/jaxprs.py",
         "_xla/row_independence.py",
         "_embeddings/lookups.py",

@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adam_transforms._core import dtypes
+from adam_transforms._core.key_type import KEY_TYPE
 from adam_transforms._xla.duplicates import first_positions
 from adam_transforms._xla.scheduling import materialize
 
@@ -19,8 +20,21 @@ from adam_transforms._xla.scheduling import materialize
 PACKED_BYTES = 16 * 2**20
 
 
+class _Described(type):
+    """JAX shows the class in its errors about structures: of `optax.MultiSteps` and
+    `eqx.apply_updates`, and of masks and labels that a function makes."""
+
+    def __repr__(cls) -> str:
+        return (
+            "<class 'adam_transforms.SparseRows'> (a row gradient: adam_transforms.lazy makes any "
+            "chain take it; apply it with apply_updates of adam_transforms or Optax, accumulate it "
+            "with adam_transforms.accumulate, and pass Optax masks and labels as trees, not as "
+            "functions)"
+        )
+
+
 @jax.tree_util.register_pytree_with_keys_class
-class SparseRows:
+class SparseRows(metaclass=_Described):
     r"""A table-shaped gradient or update that is zero but for some rows.
 
     .. math:: G_{r} = \sum_{i:\, \mathrm{indices}_i = r} \mathrm{values}_i
@@ -40,9 +54,13 @@ class SparseRows:
     rounded to it once. Complex rows on a real table, and any rows on an integer table, are a
     TypeError.
 
+    ``rows + rows``, ``rows * scalar``, `astype`, `real` and `conj` give rows, ``table - rows`` a
+    table.
+
     The pytree leaf of the indices is an array of PRNG keys, on which no arithmetic is defined: a
     transformation that maps over leaves without knowing rows fails when it is traced, instead of
-    scaling or clipping the indices.
+    scaling or clipping the indices. `lazy` says what to use in its place. Keys of zeros, as from
+    ``jax.tree.map(jnp.zeros_like, rows)``, are padding.
 
     Over a mesh every device holds all n rows, sharded along D as `values` are, and the sharding of
     a table that they are added to stays. `jax.vmap` returns a batch, with leaves (B, n) and
@@ -62,6 +80,7 @@ class SparseRows:
     num_rows: int
     unique: bool
     _keys: Any
+    _indices: Any = None  # what `_keys` says, in rows that have not been a pytree since
 
     def __init__(self, indices: Any, values: Any, num_rows: int, *, unique: bool = False) -> None:
         num_rows = operator.index(num_rows)
@@ -78,20 +97,23 @@ class SparseRows:
         indices, self.values = _replicate_rows(indices, values)
         self.num_rows = num_rows
         self.unique = unique
-        # An array of PRNG keys, on which no arithmetic is defined.
-        words = [indices.astype(jnp.uint32), jnp.zeros_like(indices, jnp.uint32)]
-        self._keys = jax.random.wrap_key_data(jnp.stack(words, axis=-1), impl="threefry2x32")
+        self._indices = indices
+        self._keys = _as_keys(indices)
 
     @property
     def indices(self) -> jax.Array:
         """int32 (n,), `num_rows` at padding."""
-        return jax.random.key_data(self._keys)[..., 0].astype(jnp.int32)
+        return _from_keys(self._keys, self.num_rows) if self._indices is None else self._indices
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The table's, or the batch of tables': (V, D...), or (B, V, D...)."""
         keys = self._keys
         return (*keys.shape[:-1], self.num_rows, *self.values.shape[keys.ndim :])
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
 
     @property
     def dtype(self) -> np.dtype:
@@ -128,7 +150,8 @@ class SparseRows:
     def with_values(self, values: jax.Array) -> "SparseRows":
         """The same rows with other values, (n, D...)."""
         rows = object.__new__(SparseRows)
-        (rows.values,), rows._keys = _replicate_rows(values), self._keys
+        (rows.values,) = _replicate_rows(values)
+        rows._keys, rows._indices = self._keys, self._indices
         rows.num_rows, rows.unique = self.num_rows, self.unique
         return rows
 
@@ -191,7 +214,11 @@ class SparseRows:
         return self.__radd__(other)
 
     def __radd__(self, table: Any) -> jax.Array:
-        """``table + self``, in the table's dtype; each row is rounded once."""
+        return self.add_to(table)
+
+    def add_to(self, table: Any, key: jax.Array | None = None) -> jax.Array:
+        """``table + self``, in the table's dtype; each row is rounded once, as `dtypes.cast` does
+        with `key`."""
         self._refuse_batch()
         table = jnp.asarray(table)
         if table.shape != self.shape:
@@ -207,19 +234,45 @@ class SparseRows:
         # Not the table in a wider dtype: that would be one more array of its size.
         rows = self.sum_duplicates()
         after = rows.gather(table).astype(wide) + rows.values.astype(wide)
-        return rows.scatter(table, after.astype(table.dtype))
+        return rows.scatter(table, dtypes.cast(after, table.dtype, key))
+
+    def __sub__(self, other: Any) -> Any:
+        return self + (-other)
+
+    def __rsub__(self, table: Any) -> jax.Array:
+        return (-self).add_to(table)
 
     def __mul__(self, factor: Any) -> "SparseRows":
         """Every value times a scalar."""
-        self._refuse_batch()
-        if jnp.ndim(factor) != 0:
-            raise ValueError(f"a row gradient is scaled by a scalar, got {jnp.shape(factor)}")
-        return self.with_values(self.values * factor)
+        return self._scale(operator.mul, factor)
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: Any) -> "SparseRows":
+        """Every value divided by a scalar."""
+        return self._scale(operator.truediv, divisor)
+
+    def _scale(self, operation: Callable[[Any, Any], Any], scalar: Any) -> "SparseRows":
+        self._refuse_batch()
+        if jnp.ndim(scalar) != 0:
+            raise ValueError(f"a row gradient is scaled by a scalar, got {jnp.shape(scalar)}")
+        return self.with_values(operation(self.values, scalar))
+
     def __neg__(self) -> "SparseRows":
         return self.with_values(-self.values)
+
+    def astype(self, dtype: Any) -> "SparseRows":
+        """These rows with values in a floating or complex dtype."""
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(f"values must be floating or complex, got {jnp.dtype(dtype)}")
+        return self.with_values(self.values.astype(dtype))
+
+    @property
+    def real(self) -> "SparseRows":
+        return self.with_values(self.values.real)
+
+    def conj(self) -> "SparseRows":
+        return self.with_values(self.values.conj())
 
     def __repr__(self) -> str:
         keys, values = self._keys, self.values
@@ -272,7 +325,9 @@ def sum_with_run(rows: SparseRows, start: jax.Array, length: int, packed_bytes: 
 def _sum_duplicates(
     rows: SparseRows, packed_bytes: int, run: tuple[jax.Array, int] | None = None
 ) -> SparseRows:
-    indices, is_valid, num_rows = rows.indices, rows.is_valid, rows.num_rows
+    rows._refuse_batch()
+    indices, num_rows = rows.indices, rows.num_rows
+    is_valid = indices < num_rows
     n = indices.size
     positions = jnp.arange(n, dtype=jnp.int32)
     first = positions if rows.unique else first_positions(indices, num_rows)
@@ -369,6 +424,20 @@ def _replicate_rows(*arrays: jax.Array) -> list[jax.Array]:
             x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
         replicated.append(x)
     return replicated
+
+
+def _as_keys(indices: jax.Array) -> jax.Array:
+    """An array of PRNG keys, on which no arithmetic is defined: each is an index and its
+    complement."""
+    words = indices.astype(jnp.uint32)
+    return jax.random.wrap_key_data(jnp.stack([words, ~words], axis=-1), impl=KEY_TYPE)
+
+
+def _from_keys(keys: jax.Array, num_rows: int) -> jax.Array:
+    """The indices, int32; `num_rows` for keys that `_as_keys` has not made, as those of zeros."""
+    words = jax.random.key_data(keys)
+    index, complement = words[..., 0], words[..., 1]
+    return jnp.where(index == ~complement, index, num_rows).astype(jnp.int32)
 
 
 def _as_int32(indices: Any, num_rows: int) -> jax.Array:

@@ -15,7 +15,8 @@ def apply_updates(params: P, updates: Updates, *, key: jax.Array | None = None) 
 
     A superset of `optax.apply_updates`. The sum is computed in at least float32. Rounding to
     nearest loses small updates: a bfloat16 parameter at 1.0 does not change by steps of 1e-3. With
-    `key` the sum is rounded stochastically, up or down, and its expected value is exact.
+    `key` the sum is rounded stochastically, up or down, and its expected value is exact. Of a
+    table with row updates only the touched rows are computed; duplicates are summed first.
 
     Args:
       params: a tree of arrays; a None leaf stays None.
@@ -50,13 +51,9 @@ def apply_update(path: Path, p: Any, u: Any, key: jax.Array | None = None) -> An
     if p is None or u is None:
         return p
     if isinstance(u, SparseRows):
-        return (p + u).astype(jnp.result_type(p))
+        return u.add_to(p, key).astype(jnp.result_type(p))
     p, u = jnp.asarray(p), jnp.asarray(u)
     wide = dtypes.promote(p.dtype, u.dtype)
     if jnp.issubdtype(wide, jnp.inexact):
         wide = dtypes.compute_dtype(wide)
-    total = p.astype(wide) + u.astype(wide)
-    narrow = jnp.issubdtype(p.dtype, jnp.floating) and jnp.finfo(p.dtype).bits < 32
-    if key is not None and narrow:
-        return dtypes.round_stochastically(total, p.dtype, key)
-    return dtypes.store(path, total, p.dtype)
+    return dtypes.store(path, p.astype(wide) + u.astype(wide), p.dtype, key)

@@ -1,0 +1,23 @@
+"""The dtype of the indices of `SparseRows`: that of PRNG keys, under a name of its own."""
+
+from jax.extend.random import define_prng_impl, threefry_prng_impl
+
+
+class _Tag(str):
+    """Equal to the tag of JAX's keys, but shown as other words.
+
+    With a tag of their own the indices would have a dtype of their own, which `jax.export` does not
+    serialize and Orbax does not restore.
+    """
+
+    def __str__(self) -> str:
+        return "SparseRows indices: see adam_transforms.lazy"
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec)
+
+
+KEY_TYPE = define_prng_impl(
+    **(threefry_prng_impl._asdict() | {"tag": _Tag(threefry_prng_impl.tag)})
+)
+"""For `jax.random.wrap_key_data`. JAX's errors call it ``key<SparseRows indices: see ...>``."""
