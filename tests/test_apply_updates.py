@@ -177,6 +177,63 @@ def test_old_style_keys_work_too():
     assert set(np.asarray(result, np.float64)) == {1.0, 1.0 + 2.0**-7}
 
 
+# Rows
+
+
+def rows_of(indices, values):
+    return at.SparseRows(jnp.asarray(indices), values, 4)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_rows_are_rounded_right_on_average(dtype, sign):
+    """Duplicates together: each alone has another chance to move its row."""
+    n, gap = 60_000, float(jnp.finfo(dtype).eps)
+    rows = rows_of([2, 4, 0, 2, -1], jnp.full((5, n), sign * gap / 8))
+    rows = rows.with_values(rows.values.at[2].set(sign * gap / 4))
+    before = jnp.full((4, n), sign, dtype)
+    result = np.asarray(stochastic(before, rows), np.float64)
+    assert (result[1] == sign).all() and (result[3] == sign).all()
+    deviation = gap * (0.25 * 0.75 / n) ** 0.5
+    for row in (result[0], result[2]):
+        assert set(np.unique(row)) == {sign, sign * (1 + gap)}
+        assert abs(np.mean(row) - sign * (1 + gap / 4)) < 5 * deviation
+    assert np.any(result[0] != result[2])
+
+
+def test_rows_of_a_key_are_its_own():
+    rows = rows_of([2, 0], jnp.full((2, 200), 2.0**-8))
+    params, updates = [jnp.ones((4, 200), jnp.bfloat16)] * 2, [rows, rows]
+    first, again, other = (stochastic(params, updates, jax.random.key(s)) for s in (0, 0, 1))
+    assert_bits_equal(first, again)
+    assert np.any(first[0] != first[1])
+    assert np.any(first[0] != other[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_rows_of_wide_tables_do_not_use_the_key(dtype):
+    rows = rows_of([2, 0, 2], normal(0, 3, 5))
+    params = jnp.asarray(normal(1, 4, 5)).astype(dtype)
+    assert_bits_equal(stochastic(params, rows), jitted()(params, rows))
+
+
+def test_duplicates_of_low_precision_rows_are_summed_in_float32():
+    """In bfloat16 1 + 3 * 2^-9 is 1 + 2^-7, and 2^-9 less would round to 1 + 2^-7 - 2^-8."""
+    values = jnp.array([[1.0], [2**-9], [2**-9], [2**-9]], jnp.bfloat16)
+    rows = rows_of([0, 0, 0, 0], values)
+    result = at.apply_updates(jnp.full((4, 1), -1.0, jnp.bfloat16), rows)
+    assert float(result[0, 0]) == 3 * 2**-9
+
+
+def test_rounding_rows_takes_memory_for_the_rows_alone():
+    # In bfloat16 XLA before jax 0.12 widens the whole table on a CPU, with a key or without.
+    rows, table = at.SparseRows(jnp.arange(8), jnp.ones((8, 16)), 10_000), jnp.ones((10_000, 16))
+    step = jax.jit(at.apply_updates, donate_argnums=0)
+    lowered = step.lower(table.astype(jnp.float16), rows, key=KEY)
+    memory = lowered.compile().memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < 10_000
+
+
 # Errors
 
 

@@ -3,9 +3,10 @@
 import contextlib
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import equinox as eqx
 import helpers
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,11 @@ import numpy as np
 import optax
 import pytest
 from helpers import assert_bits_equal, in_tiers, normal
+from jax import export
 
 import adam_transforms as at
-from adam_transforms._core import sparse_rows
+from adam_transforms._core import sparse_rows, state_layout
+from adam_transforms._embeddings.deferred.missed_updates import UpdateHistory
 from adam_transforms._xla import duplicates
 
 V, D = 7, 3
@@ -151,8 +154,27 @@ def test_scaling_and_adding_rows() -> None:
     np.testing.assert_array_equal((2.0 * rows).to_dense(), 2 * dense_of(rows))
     np.testing.assert_array_equal((-rows * jnp.float32(0.5)).to_dense(), -0.5 * dense_of(rows))
     np.testing.assert_array_equal((rows + others).to_dense(), dense_of(rows) + dense_of(others))
-    with pytest.raises(ValueError, match="scalar"):
-        _ = rows * np.ones(3, np.float32)
+    np.testing.assert_array_equal((rows / 4).to_dense(), dense_of(rows) / 4)
+    np.testing.assert_array_equal((rows - others).to_dense(), dense_of(rows) - dense_of(others))
+    table = jnp.ones((V, D))
+    for minuend in (table, np.asarray(table)):
+        np.testing.assert_array_equal(minuend - rows, 1 - dense_of(rows))
+    np.testing.assert_array_equal(rows - table, dense_of(rows) - 1)
+    for scale in (lambda x: rows * x, lambda x: rows / x):
+        with pytest.raises(ValueError, match="scalar"):
+            scale(np.ones(3, np.float32))
+
+
+def test_rows_are_cast_as_arrays_are() -> None:
+    rows = rows_of([1, 1, 3], "complex64")
+    assert rows.ndim == 2
+    rows = rows.with_values(rows.values * (1 + 2j))
+    assert_bits_equal(rows.conj().values, rows.values.conj())
+    assert_bits_equal(rows.real.values, rows.values.real)
+    half = rows.real.astype("bfloat16")
+    assert (half.dtype, half.num_rows, half.indices.tolist()) == (jnp.bfloat16, V, [1, 1, 3])
+    with pytest.raises(TypeError, match="floating.*int32"):
+        rows.real.astype(np.int32)
 
 
 def test_rows_are_a_pytree_that_keeps_its_static_parts() -> None:
@@ -192,6 +214,7 @@ REFUSED_OF_A_BATCH = {
     "rows + table": lambda rows: rows + jnp.zeros(rows.shape),
     "rows + rows": lambda rows: rows + rows,
     "scaled": lambda rows: rows * 2.0,
+    "divided": lambda rows: rows / 2.0,
     "global_norm": lambda rows: at.global_norm(rows),
     "at.to_dense": lambda rows: at.to_dense({"t": rows}),
     "lazy": lambda rows: at.lazy(at.adam(0.1)).update(
@@ -431,6 +454,118 @@ def test_the_error_of_optax_names_the_class(relaxed_promotion: None) -> None:
     params, tx = {"t": jnp.ones((V, D))}, optax.adam(0.1)
     with pytest.raises(ValueError, match="SparseRows"):
         tx.update({"t": rows_of([1])}, tx.init(params), params)
+
+
+# What code that knows no rows does with them, and what names them in its error.
+FOREIGN: dict[str, tuple[Callable[[at.SparseRows], Any], str]] = {
+    "arithmetic": (lambda rows: jax.tree.map(lambda g: g / 4, rows), "indices.*lazy"),
+    "addition": (lambda rows: jax.tree.map(jnp.add, rows, rows), "indices.*lazy"),
+    "a cast": (lambda rows: jax.tree.map(lambda x: jnp.astype(x, "bfloat16"), rows), "indices"),
+    "optax.clip": (lambda rows: optax.clip(1.0).update(rows, optax.EmptyState()), "indices.*lazy"),
+    "pmean": (
+        lambda rows: jax.vmap(lambda r, _: jax.lax.pmean(r, "i"), (None, 0), axis_name="i")(
+            rows, jnp.ones(2)
+        ),
+        "indices.*lazy",
+    ),
+    "MultiSteps": (
+        lambda rows: optax.MultiSteps(at.lazy_adam(), 2).update(
+            rows, optax.MultiSteps(at.lazy_adam(), 2).init(jnp.ones((V, D))), jnp.ones((V, D))
+        ),
+        "accumulate",
+    ),
+    "eqx.apply_updates": (lambda rows: eqx.apply_updates(jnp.ones((V, D)), rows), "apply_updates"),
+    "masks by a function": (
+        lambda rows: optax.masked(
+            at.lazy_adam(), lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)
+        ).update(rows, optax.EmptyState(), jnp.ones((V, D))),
+        "masks and labels as trees",
+    ),
+    "other leaves": (lambda rows: jax.tree.map(jnp.isfinite, rows).to_dense(), "bool.*lazy"),
+    "a leaf that is gone": (lambda rows: eqx.filter(rows, eqx.is_inexact_array) * 2, "NoneType"),
+}
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize("name", FOREIGN)
+def test_the_error_of_foreign_code_names_the_rows(name: str, relaxed_promotion: None) -> None:
+    use, message = FOREIGN[name]
+    with pytest.raises((TypeError, ValueError), match=f"(?s)SparseRows.*{message}"):
+        use(rows_of([1, 1, 3]))
+
+
+def test_masks_and_labels_that_a_function_made_of_the_parameters_take_rows() -> None:
+    """The remedy that the error of a function names."""
+    params = {"t": jnp.ones((V, D)), "w": jnp.ones(D)}
+    labels = jax.tree.map(lambda x: "table" if x.ndim > 1 else "rest", params)
+    tx = optax.multi_transform({"table": at.lazy_adam(0.1), "rest": at.adam(0.1)}, labels)
+    g = {"t": rows_of([1]).with_values(jnp.ones((1, D))), "w": jnp.ones(D)}
+    updates, _ = tx.update(g, tx.init(params), params)
+    expected = np.zeros((V, D), np.float32)
+    expected[1] = -0.1
+    np.testing.assert_allclose(at.to_dense(updates)["t"], expected, rtol=1e-6)
+
+
+def test_keys_that_are_shown_as_indices_are_those_of_jax() -> None:
+    """Else neither an exported program nor a checkpoint could hold them."""
+    keys = jax.tree.leaves(rows_of([1, 3]))[1]
+    again = jax.random.wrap_key_data(jax.random.key_data(keys))
+    assert "SparseRows" in str(keys.dtype) and "SparseRows" not in str(jax.random.key(0).dtype)
+    assert (keys.dtype, hash(keys.dtype)) == (again.dtype, hash(again.dtype))
+    assert jax.random.key_impl(keys) == "threefry2x32"
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [
+        lambda rows: jax.tree.map(jnp.zeros_like, rows),
+        lambda rows: jax.jit(optax.tree.ones_like)(rows),
+        lambda rows: optax.set_to_zero().update(rows, optax.EmptyState())[0],
+        lambda rows: jax.tree.structure(rows).unflatten(
+            [rows.values, jax.random.split(jax.random.key(0), 3)]
+        ),
+    ],
+    ids=["zeros_like", "ones_like", "set_to_zero", "random keys"],
+)
+def test_leaves_that_other_code_filled_are_padding(fill: Callable[[at.SparseRows], Any]) -> None:
+    rows = rows_of([0, 5, 3]).sum_duplicates()
+    filled = fill(rows)
+    assert filled.indices.tolist() == [V] * 3
+    table = jnp.asarray(normal(0, V, D))
+    assert_bits_equal(table + filled, table)
+    params, tx = {"t": table}, at.lazy_adam(0.1)
+    _, state = tx.update({"t": rows}, tx.init(params), params)
+    updates, after = tx.update({"t": filled}, state, params)
+    assert not at.to_dense(updates)["t"].any()
+    moments = [jax.tree.leaves(s.inner_state[0].mu) for s in (state, after)]
+    assert_bits_equal(*moments)
+
+
+def test_a_program_that_takes_rows_is_exported() -> None:
+    pytest.importorskip("flatbuffers")
+    for cls in (optax.ScaleByAdamState, optax.EmptyState):
+        with contextlib.suppress(ValueError):  # registered already
+            export.register_namedtuple_serialization(cls, serialized_name=cls.__name__)
+    params, tx = {"t": jnp.ones((V, D))}, at.lazy_adam(0.1)
+
+    @jax.jit
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return at.apply_updates(params, updates), state, updates
+
+    inputs = (params, tx.init(params), {"t": rows_of([1, 1, 3])})
+    program = export.deserialize(export.export(step)(*inputs).serialize())
+    assert_bits_equal(program.call(*inputs), step(*inputs))
+
+
+def test_states_of_every_class_are_exported() -> None:
+    pytest.importorskip("flatbuffers")
+    classes = [cls for cls in state_layout.TABLE if cls.__module__.startswith("adam_transforms")]
+    states = [cls(*[None] * len(cls._fields)) for cls in (*classes, UpdateHistory)]
+    assert len(states) > 10
+    program = export.export(jax.jit(lambda states: states))(states)
+    program = export.deserialize(program.serialize())
+    assert program.in_tree == jax.tree.structure(((states,), {}))
 
 
 def test_collectives_do_not_sum_the_indices() -> None:

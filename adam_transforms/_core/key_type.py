@@ -1,5 +1,7 @@
 """The dtype of the indices of `SparseRows`: that of PRNG keys, under a name of its own."""
 
+from typing import Any
+
 from jax.extend.random import define_prng_impl, threefry_prng_impl
 
 
@@ -17,7 +19,6 @@ class _Tag(str):
         return format(str(self), spec)
 
 
-KEY_TYPE = define_prng_impl(
-    **(threefry_prng_impl._asdict() | {"tag": _Tag(threefry_prng_impl.tag)})
-)
+_fields: dict[str, Any] = threefry_prng_impl._asdict()
+KEY_TYPE = define_prng_impl(**{**_fields, "tag": _Tag(_fields["tag"])})
 """For `jax.random.wrap_key_data`. JAX's errors call it ``key<SparseRows indices: see ...>``."""

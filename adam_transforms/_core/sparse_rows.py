@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adam_transforms._core import dtypes
 from adam_transforms._core.key_type import KEY_TYPE
+from adam_transforms._core.serialization import serializable_node
 from adam_transforms._xla.duplicates import first_positions
 from adam_transforms._xla.scheduling import materialize
 
@@ -33,6 +34,7 @@ class _Described(type):
         )
 
 
+@serializable_node
 @jax.tree_util.register_pytree_with_keys_class
 class SparseRows(metaclass=_Described):
     r"""A table-shaped gradient or update that is zero but for some rows.
@@ -61,6 +63,9 @@ class SparseRows(metaclass=_Described):
     transformation that maps over leaves without knowing rows fails when it is traced, instead of
     scaling or clipping the indices. `lazy` says what to use in its place. Keys of zeros, as from
     ``jax.tree.map(jnp.zeros_like, rows)``, are padding.
+
+    `jax.export` serializes programs that take or return rows and the states of this package. For
+    Optax's states, call `jax.export.register_namedtuple_serialization`.
 
     Over a mesh every device holds all n rows, sharded along D as `values` are, and the sharding of
     a table that they are added to stays. `jax.vmap` returns a batch, with leaves (B, n) and
@@ -109,7 +114,7 @@ class SparseRows(metaclass=_Described):
     def shape(self) -> tuple[int, ...]:
         """The table's, or the batch of tables': (V, D...), or (B, V, D...)."""
         keys = self._keys
-        return (*keys.shape[:-1], self.num_rows, *self.values.shape[keys.ndim :])
+        return (*keys.shape[:-1], self.num_rows, *self.values.shape[len(keys.shape) :])
 
     @property
     def ndim(self) -> int:
@@ -194,6 +199,7 @@ class SparseRows(metaclass=_Described):
         )
 
     def _refuse_batch(self) -> None:
+        _refuse_other_leaf(self._keys)
         if self._keys.ndim != 1:
             raise ValueError(
                 f"indices must have shape (n,), got {list(self._keys.shape)} in {self}: "
@@ -232,8 +238,8 @@ class SparseRows(metaclass=_Described):
         if wide == table.dtype:
             return self._scatter_add(table, self.values.astype(wide), explicit_sharding(table))
         # Not the table in a wider dtype: that would be one more array of its size.
-        rows = self.sum_duplicates()
-        after = rows.gather(table).astype(wide) + rows.values.astype(wide)
+        rows = self.with_values(self.values.astype(wide)).sum_duplicates()
+        after = rows.gather(table).astype(wide) + rows.values
         return rows.scatter(table, dtypes.cast(after, table.dtype, key))
 
     def __sub__(self, other: Any) -> Any:
@@ -254,8 +260,8 @@ class SparseRows(metaclass=_Described):
 
     def _scale(self, operation: Callable[[Any, Any], Any], scalar: Any) -> "SparseRows":
         self._refuse_batch()
-        if jnp.ndim(scalar) != 0:
-            raise ValueError(f"a row gradient is scaled by a scalar, got {jnp.shape(scalar)}")
+        if np.ndim(scalar) != 0:
+            raise ValueError(f"a row gradient is scaled by a scalar, got {np.shape(scalar)}")
         return self.with_values(operation(self.values, scalar))
 
     def __neg__(self) -> "SparseRows":
@@ -435,9 +441,19 @@ def _as_keys(indices: jax.Array) -> jax.Array:
 
 def _from_keys(keys: jax.Array, num_rows: int) -> jax.Array:
     """The indices, int32; `num_rows` for keys that `_as_keys` has not made, as those of zeros."""
+    _refuse_other_leaf(keys)
     words = jax.random.key_data(keys)
     index, complement = words[..., 0], words[..., 1]
     return jnp.where(index == ~complement, index, num_rows).astype(jnp.int32)
+
+
+def _refuse_other_leaf(keys: Any) -> None:
+    dtype = getattr(keys, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise TypeError(
+            f"the indices of a SparseRows were replaced by {type(keys).__name__} of dtype {dtype}, "
+            "by code that maps over leaves: adam_transforms.lazy says what to use in its place"
+        )
 
 
 def _as_int32(indices: Any, num_rows: int) -> jax.Array:

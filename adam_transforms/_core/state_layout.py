@@ -14,6 +14,7 @@ import jax
 import optax
 
 from adam_transforms._core import trees
+from adam_transforms._core.serialization import serializable_tuple
 from adam_transforms._core.types import State
 
 C = TypeVar("C", bound=Any)
@@ -65,7 +66,7 @@ def register(**fields: Field | Role) -> Callable[[C], C]:
             own, given = ", ".join(cls._fields), ", ".join(fields)
             raise TypeError(f"the fields of {cls.__name__} are {own}, got {given}")
         _enter(cls, **fields)
-        return cls
+        return serializable_tuple(cls)
 
     return enter
 

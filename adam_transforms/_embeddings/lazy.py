@@ -42,6 +42,18 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
     Duplicate rows are summed first. Counts are global: bias corrections and schedules are those of
     the step, not of a row's own history. Weight decay acts on touched rows only.
 
+    To `jax.tree.map` a `SparseRows` is two leaves, values and indices, and arithmetic on the
+    indices is an error, which names them. In other code, use
+
+    - for `optax.clip`, `optax.clip_by_global_norm`, `optax.scale`: these, inside `lazy`;
+    - for `optax.tree.norm`: `global_norm`; for ``lax.pmean``: `all_reduce_rows`;
+    - for `optax.MultiSteps`: `accumulate`; for ``eqx.apply_updates``: `apply_updates`, or Optax's;
+    - for a function of masks or labels (`optax.masked`, `optax.multi_transform`): its result for
+      the parameters, ``labels(params)``; or `path_mask` and `by_path`;
+    - for ``jax.tree.map(lambda g: g / 4, grads)``: the same with
+      ``is_leaf=lambda x: isinstance(x, SparseRows)``; rows have ``+``, ``-``, ``*``, ``/`` and
+      `astype`.
+
     Args:
       inner: any transformation, or chain, that updates each row of a table independently of the
         others. A transformation that mixes rows and shows it in the shapes of its state (Adafactor,

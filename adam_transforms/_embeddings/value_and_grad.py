@@ -66,7 +66,8 @@ def value_and_grad(
         rows; the error names its path and the operation. The bodies of `scan`, `while_loop`,
         `cond`, `shard_map` and custom derivatives count as one operation each. `rows_from` has no
         deferred state, two for one table, or one for a table that is no leaf here.
-      TypeError: a leaf is not floating or complex, as from JAX.
+      TypeError: a leaf is not floating or complex, as from JAX. Of an Equinox module, differentiate
+        the arrays: ``eqx.partition(module, eqx.is_inexact_array)[0]``.
 
     Negative ids count from the end where jnp reads them so. For indices outside of the table the
     mode of the read decides: with ``"clip"`` the nearest row gets the gradient, with every other

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adam_transforms._core import dtypes
+from adam_transforms._core.serialization import serializable_tuple
 from adam_transforms._core.sparse_rows import explicit_sharding
 from adam_transforms._embeddings.deferred.chebyshev import (
     Rule,
@@ -40,6 +41,7 @@ from adam_transforms._transforms import numerics
 from adam_transforms._xla.scheduling import materialize
 
 
+@serializable_tuple
 class UpdateHistory(NamedTuple):
     """The effect of the last steps on an idle row: entry s mod (max_idle + 1) holds that of the
     steps after s.
