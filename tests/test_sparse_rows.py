@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import itertools
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -518,6 +519,8 @@ def test_keys_that_are_shown_as_indices_are_those_of_jax() -> None:
     assert "SparseRows" in str(keys.dtype) and "SparseRows" not in str(jax.random.key(0).dtype)
     assert (keys.dtype, hash(keys.dtype)) == (again.dtype, hash(again.dtype))
     assert jax.random.key_impl(keys) == "threefry2x32"
+    assert b"key_type" not in pickle.dumps(keys)
+    assert pickle.loads(pickle.dumps(keys)).dtype == keys.dtype
 
 
 @pytest.mark.parametrize(

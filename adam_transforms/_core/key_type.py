@@ -8,8 +8,8 @@ from jax.extend.random import define_prng_impl, threefry_prng_impl
 class _Tag(str):
     """Equal to the tag of JAX's keys, but shown as other words.
 
-    With a tag of their own the indices would have a dtype of their own, which `jax.export` does not
-    serialize and Orbax does not restore.
+    With a tag that differs the indices would have a dtype that `jax.export` does not serialize and
+    Orbax does not restore. As it is, JAX's caches may show keys of the same shape by either name.
     """
 
     def __str__(self) -> str:
@@ -17,6 +17,9 @@ class _Tag(str):
 
     def __format__(self, spec: str) -> str:
         return format(str(self), spec)
+
+    def __reduce__(self) -> Any:
+        return str, (threefry_prng_impl.tag,)  # A pickle does not need this class.
 
 
 _fields: dict[str, Any] = threefry_prng_impl._asdict()

@@ -22,15 +22,15 @@ PACKED_BYTES = 16 * 2**20
 
 
 class _Described(type):
-    """JAX shows the class in its errors about structures: of `optax.MultiSteps` and
-    `eqx.apply_updates`, and of masks and labels that a function makes."""
+    """Shows the class with a remedy, in JAX's errors about structures: from `optax.MultiSteps`,
+    `eqx.apply_updates`, and functions of masks or labels."""
 
     def __repr__(cls) -> str:
         return (
-            "<class 'adam_transforms.SparseRows'> (a row gradient: adam_transforms.lazy makes any "
-            "chain take it; apply it with apply_updates of adam_transforms or Optax, accumulate it "
-            "with adam_transforms.accumulate, and pass Optax masks and labels as trees, not as "
-            "functions)"
+            f"<class 'adam_transforms.{cls.__name__}'> (a row gradient: adam_transforms.lazy makes "
+            "any chain take it; apply it with apply_updates of adam_transforms or Optax, "
+            "accumulate it with adam_transforms.accumulate, and pass Optax masks and labels as "
+            "trees, not as functions)"
         )
 
 
