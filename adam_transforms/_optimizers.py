@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
 
-from adam_transforms._core import arguments
+from adam_transforms._core import arguments, trees
+from adam_transforms._core.state_check import wrong_state
+from adam_transforms._core.types import Params, State, Updates
 from adam_transforms._embeddings.lazy import lazy
 from adam_transforms._transforms import accumulation, clipping, loss_scaling
 from adam_transforms._transforms.adam import scale_by_adam, scale_by_amsgrad
@@ -95,7 +98,7 @@ def adam(
     True
     """
     options = _Options(**locals())
-    return _add_wrappers(_chain(options), options)
+    return _add_wrappers(_check_parts(_chain(options)), options)
 
 
 @arguments.suggest_names
@@ -140,7 +143,7 @@ def adamw(
             raise ValueError("mask is weight_decay_mask under another name, got both")
         given["weight_decay_mask"] = mask
     options = _Options(**given)
-    return _add_wrappers(_chain(options), options)
+    return _add_wrappers(_check_parts(_chain(options)), options)
 
 
 @arguments.suggest_names
@@ -239,6 +242,25 @@ def _chain(options: _Options) -> optax.GradientTransformationExtraArgs:
     return optax.chain(*chain)
 
 
+def _check_parts(
+    chain: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """A chain that refuses the state of a chain of other parts by name."""
+
+    @functools.cache
+    def kinds() -> list[type]:
+        return [type(part) for part in jax.eval_shape(chain.init, trees.placeholder())]
+
+    def update(
+        updates: Updates, state: State, params: Params | None = None, **extra_args: Any
+    ) -> tuple[Updates, State]:
+        if type(state) is not tuple or [type(part) for part in state] != kinds():
+            raise wrong_state(chain.init, updates, state, params)
+        return chain.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(chain.init, update)
+
+
 def _clips(options: _Options) -> list[Any]:
     """The clipping transformation, if any; at most one is allowed."""
     clips = {
@@ -272,7 +294,7 @@ def _check_mask(mask: Any) -> None:
     if not callable(mask) and not all(isinstance(leaf, bool) for leaf in jax.tree.leaves(mask)):
         raise TypeError(
             "weight_decay_mask must be a tree of booleans or a function from the parameters to one "
-            f"(path_mask makes it from patterns), got {mask!r}"
+            f"(path_mask makes it from patterns), got {mask!r:.200}"
         )
 
 

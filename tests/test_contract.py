@@ -270,6 +270,16 @@ def test_low_precision_and_complex_parameters_stay_finite(tx: Any, dtypes: str) 
 
 
 @every_transformation
+def test_the_dtypes_of_a_state_stay_when_x64_is_turned_on(tx: Any) -> None:
+    params = random_tree(0)
+    state = tx.init(params)
+    with x64():
+        updates, new_state = jax.eval_shape(tx.update, random_tree(1), state, params)
+    assert types(new_state) == types(jax.eval_shape(lambda: state))
+    assert {u.dtype for u in jax.tree.leaves(updates)} == {np.dtype(np.float32)}
+
+
+@every_transformation
 def test_init_works_on_abstract_parameters(tx: Any) -> None:
     params = random_tree(0)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
@@ -501,8 +511,7 @@ def test_works_on_an_empty_tree(tx: Any) -> None:
     assert updates == {}
 
 
-# The tables of deferred_adam are chosen by path, and the placeholder of all parameters has none.
-@pytest.mark.parametrize("name", [name for name in TRANSFORMATIONS if name != "deferred_adam"])
+@every_transformation
 def test_tree_map_params_finds_the_slots(name: str, tx: Any) -> None:
     state = tx.init(random_tree(0))
     doubled = optax.tree_utils.tree_map_params(tx, lambda x: x + jnp.ones_like(x), state)

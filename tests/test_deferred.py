@@ -486,7 +486,7 @@ def test_a_whole_step_copies_neither_table_nor_ring(n: int, weight_decay: float 
         ({"max_idle": 10}, "max_idle must be at least"),
         ({"max_idle": 0}, "max_idle"),
         ({"b1": optax.constant_schedule(0.9)}, "b1"),
-        ({"b2": jnp.float32(0.99)}, "b2 must be a Python number"),
+        ({"b2": jnp.ones(2)}, "b2 must be a number"),
         ({"weight_decay": -1.0}, "weight_decay"),
         ({"tables": "["}, "tables"),
     ],
@@ -627,3 +627,158 @@ def test_a_large_gradient_does_not_skip_every_later_step() -> None:
         params = params + updates
     assert int(state.skipped) == int(state.inner_state.skipped) == 0
     assert np.isfinite(params).all() and params[1] > 0.4
+
+
+# A count at its largest
+
+
+@pytest.mark.parametrize("weight_decay", [None, 0.1])
+@pytest.mark.parametrize("rows", [40, pytest.param(290, marks=pytest.mark.slow)])
+def test_rows_stay_dense_adams_after_the_largest_count(
+    rows: int, weight_decay: float | None
+) -> None:
+    """Which an int32 reaches after 2^31 - 1 steps; dense Adam goes on with it."""
+    start, steps = 2**31 - 1 - 20, 700
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, rows // 3, (steps, 3))
+    values = generator.standard_normal((steps, 3, D))
+    with x64():
+        table = jnp.asarray(generator.standard_normal((rows, D)))
+        tx = at.deferred_adam(0.01, tables="t", max_idle=300, weight_decay=weight_decay)
+        dense = at.adam(0.01, weight_decay=weight_decay)
+
+        def late(path: Any, x: Any) -> Any:
+            return jnp.full_like(x, start) if jnp.issubdtype(x.dtype, jnp.integer) else x
+
+        states = [jax.tree_util.tree_map_with_path(late, x.init({"t": table})) for x in (tx, dense)]
+
+        def step(carry: Any, batch: Any) -> Any:
+            params, state, dense_params, dense_state = carry
+            grads = at.SparseRows(*batch, rows)
+            updates, state = tx.update({"t": grads}, state, params)
+            params = at.apply_updates(params, updates)
+            dense_grads = {"t": grads.to_dense()}
+            updates, dense_state = dense.update(dense_grads, dense_state, dense_params)
+            dense_params = at.apply_updates(dense_params, updates)
+            longest_gap = at.owed(params, state)["t"].longest_gap
+            return (params, state, dense_params, dense_state), longest_gap
+
+        carry = {"t": table}, states[0], {"t": table}, states[1]
+        batches = jnp.asarray(ids), jnp.asarray(values)
+        (params, state, expected, _), gaps = jax.jit(lambda *x: jax.lax.scan(step, *x))(
+            carry, batches
+        )
+        assert 2**31 - 302 < int(state.count) < 2**31
+        assert rows - 1 <= int(gaps.max()) <= 300 and int(gaps.min()) >= 0
+        assert_close(at.flush(params, state)[0], expected, rtol=1e-9)
+        assert np.abs(expected["t"] - table).max() > 0.1
+
+
+# Tables of no rows
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_table_of_no_rows_is_one(jit: bool) -> None:
+    params = {"t": jnp.ones((0, 2)), "w": jnp.ones(2)}
+    grads = {"t": at.SparseRows(np.array([0, 0]), np.ones((2, 2), np.float32), 0), "w": params["w"]}
+    for tx in (
+        at.lazy_adam(0.1, amsgrad=True, clip_global_norm=1.0),
+        at.deferred_adam(0.1, tables="t", weight_decay=0.1),
+        at.freeze_rows(at.deferred_adam(0.1, tables="t"), {"t": []}),
+        at.accumulate(at.master_weights(at.lazy_adam(0.1)), 1, like=grads),
+    ):
+        state = tx.init(params)
+        for g in (grads, {**grads, "t": params["t"]}):
+            if isinstance(g["t"], at.SparseRows) or not isinstance(state, at.AccumulateState):
+                updates, new = (jax.jit(tx.update) if jit else tx.update)(g, state, params)
+                assert at.apply_updates(params, updates)["t"].shape == (0, 2)
+                assert types(new) == types(state)
+        larger, _ = at.resize(params, state, {"t": 3})
+        assert larger["t"].shape == (3, 2)
+
+
+def test_a_deferred_table_of_no_rows_is_read() -> None:
+    params = {"t": jnp.ones((0, 2)), "w": jnp.ones(2)}
+    state = at.deferred_adam(0.1, tables="t").init(params)
+    assert at.flush(params, state)[0]["t"].shape == (0, 2)
+    assert at.catch_up(params, state, {"t": jnp.arange(2)})[0]["t"].shape == (0, 2)
+    assert jax.tree.leaves(at.owed(params, state)) == [0, 0]
+    ids = jnp.zeros(0, jnp.int32)
+    grads = at.grad(lambda p: jnp.sum(p["t"][ids]) + p["w"].sum(), rows_from=state)(params)
+    assert isinstance(grads["t"], at.SparseRows)
+    assert "gap up to 0" in at.summary(params, state)
+
+
+# Optax's tools
+
+
+def test_hyperparameters_injected_outside_of_jit_are_numbers() -> None:
+    params, (ids, values) = initial(np.float32), draw(1, dtype=np.float32)
+    grads = {"bias": values[0, 0, :2], "table": at.SparseRows(ids[0], values[0], V)}
+    injected = optax.inject_hyperparams(at.deferred_adam)(0.1, b1=0.5, tables="table", max_idle=300)
+    updates, state = injected.update(grads, injected.init(params), params)
+    tx = deferred_adam(0.1, b1=0.5, b2=float(jnp.float32(0.999)), max_idle=300)
+    expected, _ = tx.update(grads, tx.init(params), params)
+    assert_close(*map(at.to_dense, (updates, expected)))
+    with pytest.raises(TypeError, match="^b1 must .*inject_hyperparams.*static_args=") as error:
+        jax.eval_shape(injected.update, grads, state, params)
+    line = re.search(r"static_args=(\(.*?\))", str(error.value))
+    assert line is not None
+    static = tuple(re.findall(r"'(\w+)'", line[1]))
+    traced = optax.inject_hyperparams(at.deferred_adam, static_args=static)(
+        0.1,
+        tables=lambda path, leaf: path == "table",
+        weight_decay=0.1,
+        weight_decay_mask=at.path_mask("table"),
+        mu_dtype=jnp.float32,
+        max_idle=300,
+    )
+    state = jax.eval_shape(traced.init, params)
+    jax.eval_shape(traced.update, grads, state, params)
+    for option in (
+        {"b1": np.float32(0.5)},
+        {"eps": jnp.full(1, 0.5)},
+        {"max_idle": jnp.array([300])},
+    ):
+        at.deferred_adam(0.1, tables="table", **{"max_idle": 300, **option})
+
+
+LIKE = jax.eval_shape(
+    at.grad(lambda p: jnp.sum(p["table"][np.arange(2)]) + jnp.sum(p["bias"])), initial()
+)
+
+
+@pytest.mark.parametrize(
+    ("tx", "slots"),
+    [
+        (deferred_adam(), 5),
+        (deferred_adam(weight_decay=0.1, amsgrad=True), 7),
+        (at.freeze_rows(deferred_adam(), {"table": 0}), 6),
+        (at.accumulate(deferred_adam(), 2, like=LIKE), 8),
+    ],
+    ids=["deferred", "AMSGrad, decayed", "frozen", "accumulated"],
+)
+def test_map_params_finds_the_slots(tx: Any, slots: int) -> None:
+    state = tx.init(initial())
+    mapped = optax.tree_utils.tree_map_params(
+        tx, lambda x: "slot", state, transform_non_params=lambda x: "other"
+    )
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
+    paths = [
+        at.path_str(keys) for keys, x in jax.tree_util.tree_leaves_with_path(mapped) if x == "slot"
+    ]
+    assert len(paths) == slots
+    assert all(path.split("/")[-1] in ("table", "bias", "values", "indices") for path in paths)
+    where = initial() | {"table": "of tables", "bias": "of biases"}
+    mapped = optax.tree_utils.tree_map_params(
+        *(tx, lambda x, y: y, state, where),
+        is_leaf=lambda x: x is None or isinstance(x, optax.MaskedNode | at.SparseRows),
+    )
+    assert {"of tables", "of biases"} < {*map(str, jax.tree.leaves(mapped))}
+
+
+def test_map_params_leaves_alone_the_groups_that_a_mask_decides() -> None:
+    tx = deferred_adam(weight_decay=0.1, weight_decay_mask=at.path_mask("table"))
+    state = tx.init(initial())
+    mapped = optax.tree_utils.tree_map_params(tx, jnp.zeros_like, state)
+    assert types(mapped) == types(state)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import x64
 
@@ -244,3 +245,75 @@ def test_states_are_found_however_deep():
     assert trees.find_states(state, Pair) == [Pair(1, [2, Layer(3, 4)]), Pair(5, 6)]
     assert trees.find_states(state, Layer) == [Layer(3, 4)]
     assert trees.find_states((1, None), Pair) == []
+
+
+def test_containers_that_differ_are_named_by_path_and_class():
+    flax_core = pytest.importorskip("flax.core")
+    big = {f"layer{i}": {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)} for i in range(12)}
+    tx = at.adam()
+    for params in (flax_core.freeze(big), {**big, "layer7": flax_core.freeze(big["layer7"])}):
+        for arguments in (
+            (tx.init(params), params),
+            (tx.init(params), big),
+            (tx.init(big), params),
+        ):
+            with pytest.raises(ValueError, match="is a dict in the updates, but a FrozenDict") as e:
+                tx.update(big, *arguments)
+            assert len(str(e.value)) < 200
+        where = "'layer7'" if isinstance(params, dict) else "the tree"
+        assert f"{where} is a dict" in str(e.value)
+    with pytest.raises(ValueError, match="'a' is a dict of 1 in the updates, but a dict of 0"):
+        trees.align({"a": {"b": {}}, "c": 1.0}, {"a": {}, "c": 1.0}, names=("the updates", "b"))
+    for argument in ("learning_rate", "weight_decay_mask", "b1"):
+        with pytest.raises((TypeError, ValueError), match=argument) as e:
+            at.adam(**{"weight_decay": 0.1, argument: big})
+        assert len(str(e.value)) < 500
+
+
+EQUAL_PATHS = {"a/b": jnp.ones((2, 1)), "a": {"b": jnp.ones((3, 1))}, "c": jnp.ones((2, 1))}
+SELECTING = {
+    "deferred_adam": lambda: at.deferred_adam(0.1, tables="a/b").init(EQUAL_PATHS),
+    "by_path": lambda: at.by_path([("a", at.adam())], at.adam()).init(EQUAL_PATHS),
+    "rates": lambda: at.scale_by_path_learning_rate([("b$", 1.0)], 0.1).init(EQUAL_PATHS),
+    "path_mask": lambda: at.path_mask("a/b")(EQUAL_PATHS),
+    "freeze_rows": lambda: at.freeze_rows(at.adam(), {"a/b": 0}).init(EQUAL_PATHS),
+    "resize": lambda: at.resize(EQUAL_PATHS, at.adam().init(EQUAL_PATHS), {"a/b": 4}),
+    "value_and_grad": lambda: at.grad(lambda p: jnp.sum(p["a/b"][0]), tables="a/b")(EQUAL_PATHS),
+    "predicate": lambda: at.grad(
+        lambda p: jnp.sum(p["a/b"][0]), tables=lambda path, leaf: leaf.shape[0] == 3
+    )(EQUAL_PATHS),
+    "flush": lambda: at.flush(EQUAL_PATHS, masked_state()),
+    "owed": lambda: at.owed(EQUAL_PATHS, masked_state()),
+    "catch_up": lambda: at.catch_up(EQUAL_PATHS, masked_state(), {"a/b": jnp.arange(2)}),
+    "interop": lambda: at.interop.torch.state_to(at.adam().init(EQUAL_PATHS), EQUAL_PATHS),
+    "compat": lambda: at.compat.tf1.AdamOptimizer().compute_gradients(
+        lambda p: jnp.sum(p["a/b"]), EQUAL_PATHS
+    ),
+}
+
+
+def masked_state():
+    """A deferred state that knows one of the two."""
+    mask = {"a/b": True, "a": {"b": False}, "c": False}
+    return optax.masked(at.deferred_adam(0.1, tables="a/b"), mask).init(EQUAL_PATHS)
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize("name", SELECTING)
+def test_a_path_of_two_leaves_selects_neither(name):
+    with pytest.raises(ValueError, match="two .*'a/b'"):
+        SELECTING[name]()
+
+
+def test_two_leaves_of_one_path_are_updated_where_no_path_selects_them():
+    tx = optax.chain(
+        at.by_path([("c", at.scale_by_adam())], at.scale_by_adam()),
+        at.scale_by_path_learning_rate([("c", 0.1)], 0.2),
+    )
+    updates, _ = tx.update(EQUAL_PATHS, tx.init(EQUAL_PATHS), EQUAL_PATHS)
+    for path, leaf in trees.flatten_with_paths(updates)[0]:
+        np.testing.assert_allclose(leaf, -0.1 if path == "c" else -0.2, rtol=1e-5)
+    at.deferred_adam(0.1, tables="c").init(EQUAL_PATHS)
+    both = at.grad(lambda p, q: jnp.sum(p["t"][0] + q["t"][1]), argnums=(0, 1), tables="t")
+    rows = both({"t": jnp.ones((2, 1))}, {"t": jnp.ones((2, 1))})
+    assert all(isinstance(x["t"], at.SparseRows) for x in rows)

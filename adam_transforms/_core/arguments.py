@@ -8,7 +8,7 @@ import functools
 import inspect
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -52,7 +52,7 @@ def scalar(
             )
         known = None if isinstance(value, Tracer) else float(value)
     else:
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise TypeError(f"{name} must be a number, got {value!r:.200}")
     if known is not None and not (known >= at_least and known > above and known < below):
         limits = [
             text.format(limit)
@@ -70,12 +70,32 @@ def _is_real(dtype: np.dtype) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
+def static_number(name: str, value: Any, static_args: Sequence[str] = ()) -> Any:
+    """An array of one element, whose value is known, as a Python number; any other value unchanged.
+
+    Args:
+      static_args: the arguments that the error tells to list; `name` alone if there are none.
+
+    Raises:
+      TypeError: the value is traced.
+    """
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"{name} must be a Python number, got a traced value; write "
+            f"optax.inject_hyperparams(..., static_args={(*static_args,) or (name,)})"
+        )
+    is_one = isinstance(value, _ARRAYS) and value.size == 1 and _is_real(value.dtype)
+    return value.item() if is_one else value
+
+
 def scalar_or_schedule(name: str, value: Any, **limits: float) -> Any:
     """`scalar` that also accepts a schedule ``count -> value``, any callable."""
     if callable(value):
         return value
     if isinstance(value, bool) or not isinstance(value, _SCALARS):
-        raise TypeError(f"{name} must be a number, a scalar array or a schedule, got {value!r}")
+        raise TypeError(
+            f"{name} must be a number, a scalar array or a schedule, got {value!r:.200}"
+        )
     return scalar(name, value, **limits)
 
 
@@ -86,17 +106,13 @@ def decay_rate(name: str, value: Any) -> Any:
 
 def positive_int(name: str, value: Any) -> int:
     """A static integer >= 1."""
-    if isinstance(value, Tracer):
-        raise TypeError(
-            f"{name} must be a Python integer, got a traced value; under "
-            f"optax.inject_hyperparams list it: static_args=({name!r},)"
-        )
+    value = static_number(name, value)
     try:
         number = None if isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
         number = None
     if number is None:
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name} must be an integer, got {value!r:.200}")
     if number < 1:
         raise ValueError(f"{name} must be at least 1, got {number}")
     return number
@@ -105,14 +121,16 @@ def positive_int(name: str, value: Any) -> int:
 def flag(name: str, value: Any) -> bool:
     """A static boolean."""
     if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {value!r:.200}")
     return bool(value)
 
 
 def choice(name: str, value: Any, options: tuple[str, ...]) -> str:
     """A string that is one of `options`."""
     if not isinstance(value, str) or value not in options:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, options))}, got {value!r:.200}"
+        )
     return value
 
 
@@ -123,7 +141,7 @@ def float_dtype(name: str, value: Any) -> np.dtype | None:
     try:
         dtype = jax.dtypes.canonicalize_dtype(value)
     except TypeError as error:
-        raise TypeError(f"{name} must be a dtype, got {value!r}") from error
+        raise TypeError(f"{name} must be a dtype, got {value!r:.200}") from error
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"{name} must be a floating or complex dtype, got {dtype}")
     return dtype
@@ -168,5 +186,5 @@ def transformation(name: str, value: Any) -> optax.GradientTransformationExtraAr
     """A gradient transformation, extended to accept extra arguments."""
     if not isinstance(value, optax.GradientTransformation):
         hint = "; call the factory first" if inspect.isfunction(value) else ""
-        raise TypeError(f"{name} must be an optax.GradientTransformation, got {value!r}{hint}")
+        raise TypeError(f"{name} must be an optax.GradientTransformation, got {value!r:.200}{hint}")
     return optax.with_extra_args_support(value)

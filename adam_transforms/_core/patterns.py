@@ -22,7 +22,7 @@ def compile_patterns(name: str, patterns: Any) -> tuple[re.Pattern[str], ...]:
     if not isinstance(patterns, Sequence) or not all(
         isinstance(p, str | re.Pattern) for p in patterns
     ):
-        raise TypeError(f"{name} must be a pattern or a list of patterns, got {patterns!r}")
+        raise TypeError(f"{name} must be a pattern or a list of patterns, got {patterns!r:.200}")
     if not patterns:
         raise ValueError(f"{name} must hold at least one pattern, got none")
     try:
@@ -49,7 +49,8 @@ class Rules(NamedTuple):
         """Replaces each leaf of `tree`, None included, by the index of its group.
 
         Raises:
-          ValueError: the tree has leaves, and a group matches none of them.
+          ValueError: the tree has leaves, and a group matches none of them; several leaves have
+            the path that a group matches.
         """
         leaves, treedef = trees.flatten_with_paths(tree)
         paths = [path for path, _ in leaves]
@@ -59,20 +60,30 @@ class Rules(NamedTuple):
                 raise ValueError(
                     f"no parameter matches {patterns}; the paths are {_format_paths(paths)}"
                 )
-        return treedef.unflatten([self.index(path) for path in paths])
+        chosen = [self.index(path) for path in paths]
+        selected = [p for p, i in zip(paths, chosen, strict=True) if i < len(self.groups)]
+        trees.refuse_equal_paths(paths, selected)
+        return treedef.unflatten(chosen)
 
 
-def selector(name: str, selection: Any) -> Callable[[Sequence[tuple[Path, Any]]], set[int]]:
-    """A function from (path, leaf) pairs to the positions of the selected leaves.
+Leaves = Sequence[tuple[Path, Any]]
+"""The leaves of one tree with their paths."""
+
+
+def selector(name: str, selection: Any) -> Callable[..., set[int]]:
+    """A function from the `Leaves` of a tree, or of several, to the positions of the selected ones
+    among all of them.
 
     Args:
       name: the name of the selection in errors.
       selection: one or several regular expressions, each of which must match a leaf, or a predicate
-        ``(path, leaf) -> bool``. A selected scalar is an error.
+        ``(path, leaf) -> bool``. A selected scalar is an error, and so is a selected path that
+        several leaves have.
     """
     patterns = () if callable(selection) else compile_patterns(name, selection)
 
-    def select(leaves: Sequence[tuple[Path, Any]]) -> set[int]:
+    def select(*of_trees: Leaves) -> set[int]:
+        leaves = [leaf for of_tree in of_trees for leaf in of_tree]
         chosen = set()
         if callable(selection):
             chosen = {i for i, leaf in enumerate(leaves) if selection(*leaf)}
@@ -84,6 +95,11 @@ def selector(name: str, selection: Any) -> Callable[[Sequence[tuple[Path, Any]]]
                     f"no leaf matches {pattern.pattern!r} of {name}; the paths are {paths}"
                 )
             chosen |= hits
+        start = 0
+        for of_tree in of_trees:
+            paths = [path for path, _ in of_tree]
+            trees.refuse_equal_paths(paths, [p for i, p in enumerate(paths, start) if i in chosen])
+            start += len(paths)
         for i in chosen:
             path, leaf = leaves[i]
             if jnp.ndim(leaf) == 0:
@@ -96,11 +112,11 @@ def selector(name: str, selection: Any) -> Callable[[Sequence[tuple[Path, Any]]]
 def parse_rules(rules: Any) -> tuple[Rules, list[Any]]:
     """Splits ``[(patterns, value), ...]`` into compiled rules and their values."""
     if not isinstance(rules, Sequence) or isinstance(rules, str):
-        raise TypeError(f"rules must be a list of (patterns, value) pairs, got {rules!r}")
+        raise TypeError(f"rules must be a list of (patterns, value) pairs, got {rules!r:.200}")
     groups, values = [], []
     for i, rule in enumerate(rules):
         if not isinstance(rule, tuple | list) or len(rule) != 2:
-            raise TypeError(f"rules[{i}] must be a (patterns, value) pair, got {rule!r}")
+            raise TypeError(f"rules[{i}] must be a (patterns, value) pair, got {rule!r:.200}")
         groups.append(compile_patterns(f"rules[{i}]", rule[0]))
         values.append(rule[1])
     return Rules(tuple(groups)), values

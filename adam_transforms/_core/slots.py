@@ -44,8 +44,8 @@ def find_slots(
     *,
     caller: str,
     probe_columns: bool = True,
-) -> list[StateLeaf]:
-    """All leaves of ``init(params)``, each with the table whose rows it is kept by.
+) -> tuple[list[StateLeaf], Any]:
+    """(all leaves of ``init(params)``, each with the table whose rows it is kept by; structure).
 
     `init` is evaluated abstractly twice: for the given parameters, and for larger tables. The k-th
     table has 2 k more rows and, with `probe_columns`, one more column. A leaf is kept by the rows
@@ -71,7 +71,7 @@ def find_slots(
     table_of_growth = {2 * k: table for k, table in enumerate(tables, start=1)}
 
     found = []
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    leaves, state_def = jax.tree_util.tree_flatten_with_path(state)
     for (keys, now), grown in zip(leaves, jax.tree.leaves(grown_state), strict=True):
         table = None
         if now.shape != grown.shape:
@@ -83,7 +83,7 @@ def find_slots(
                     f"of shape {list(now.shape)}, depends on the shape of a table in another way"
                 )
         found.append(StateLeaf(keys, now.shape, table))
-    return found
+    return found, state_def
 
 
 # ---- by path ------------------------------------------------------------------------------------

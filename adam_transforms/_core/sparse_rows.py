@@ -170,7 +170,10 @@ class SparseRows(metaclass=_Described):
         gathered = []
         for table in map(jnp.asarray, tables):
             sharding = explicit_sharding(table, all_rows=True)
-            rows = table.at[indices].get(mode="clip", out_sharding=sharding)
+            if table.shape[0]:
+                rows = table.at[indices].get(mode="clip", out_sharding=sharding)
+            else:  # nothing that JAX would gather from
+                rows = jnp.zeros((indices.size, *table.shape[1:]), table.dtype)
             gathered.append(_masked(is_valid, rows))
         return [*map(materialize, gathered)]
 

@@ -102,7 +102,7 @@ INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 for _injected in INJECTED:
     _enter(_injected, **_INJECTED)
 
-_GROUPS = (optax.PartitionState, optax.MultiTransformState)
+GROUPS = (optax.PartitionState, optax.MultiTransformState)
 
 
 def fields_of(state_class: type) -> Mapping[str, Field]:
@@ -171,7 +171,7 @@ def _walk(place: Place, node: Any, stop: Any) -> Iterator[tuple[Place, Any]]:
     fields, states, groups = fields_of(type(node)), place.states, place.groups
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         states = (*states, type(node))
-    is_by_label = isinstance(node, dict) and bool(states) and issubclass(states[-1], _GROUPS)
+    is_by_label = isinstance(node, dict) and bool(states) and issubclass(states[-1], GROUPS)
     for key, child in trees.children(node):
         role = fields[key.name].role if fields and key.name in fields else place.role
         if is_by_label:

@@ -4,11 +4,13 @@ In a tree of gradients None ("no gradient") and row gradients are leaves. In any
 an empty subtree, as in JAX. Errors name the path of the leaf.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -75,6 +77,44 @@ def dtype_of(x: Any) -> Any:
     return x.dtype if hasattr(x, "dtype") else jax.dtypes.result_type(x)
 
 
+@functools.cache
+def placeholder() -> Params:
+    """Optax's stand-in for any parameters, a node without leaves: `optax.tree.map_params` asks
+    `init` for a state of it, and maps over what is in its places."""
+    found = []
+
+    def init(params: Params) -> State:
+        found.append(params)
+        return ()
+
+    optax.tree_utils.tree_map_params(init, id, ())
+    return found[0]
+
+
+def is_placeholder(params: Params) -> bool:
+    return isinstance(params, type(placeholder()))
+
+
+def refuse_equal_paths(paths: Sequence[Path], selected: Iterable[Path]) -> None:
+    """Refuses a path by which something is selected, and that several leaves have.
+
+    Args:
+      paths: of all leaves.
+      selected: the paths that select.
+
+    Raises:
+      ValueError: as for ``{"a/b": ..., "a": {"b": ...}}``, both of whose leaves are at "a/b".
+    """
+    if len(set(paths)) == len(paths):
+        return
+    for path in selected:
+        if paths.count(path) > 1:
+            raise ValueError(
+                f"there are two leaves with the path {path!r}, which can therefore select neither: "
+                'rename a key (a "/" in a key reads like a level of the tree)'
+            )
+
+
 def children(node: Any) -> list[tuple[Any, Any]]:
     """[(key, child), ...] of a node; empty for a leaf."""
     if is_leaf(node):
@@ -127,10 +167,10 @@ def align(tree: Any, *others: Any, names: Sequence[str]) -> tuple[list[tuple[Any
     for other, name in zip(others, names[1:], strict=True):
         try:
             column = treedef.flatten_up_to(other)
-        except (ValueError, TypeError) as error:
-            difference = _structure_difference(leaves, other, names[0], name) or str(error)
+        except (ValueError, TypeError):
             raise ValueError(
-                f"the structure of {name} differs from that of {names[0]}: {difference}"
+                f"the structure of {name} differs from that of {names[0]}: "
+                f"{structure_difference(tree, other, names[0], name)}"
             ) from None
         for (path, leaf), x in zip(leaves, column, strict=True):
             if x is None:
@@ -150,14 +190,37 @@ def align(tree: Any, *others: Any, names: Sequence[str]) -> tuple[list[tuple[Any
     return [(*leaf, *rest) for leaf, *rest in zip(leaves, *columns, strict=True)], treedef
 
 
-def _structure_difference(leaves: Any, other: Any, name: str, other_name: str) -> str | None:
-    """The first path that only one of the two trees has, as a clause of an error."""
-    paths = [path for path, _ in leaves]
-    other_paths = [path for path, _ in flatten_with_paths(other)[0]]
+def structure_difference(tree: Any, other: Any, name: str, other_name: str) -> str:
+    """The first path that only one of two trees has, or at which their containers differ, as a
+    clause of an error."""
+    paths, other_paths = ([path for path, _ in flatten_with_paths(x)[0]] for x in (tree, other))
     for present, owner, absent in ((paths, name, other_paths), (other_paths, other_name, paths)):
         only = next((path for path in present if path not in absent), None)
         if only is not None:
             return f"{only!r} is only in {owner}"
+    found = other_container(tree, other)
+    if found is None:
+        return "their containers differ"
+    where, kind, other_kind = found
+    return f"{where} is a {kind} in {name}, but a {other_kind} in {other_name}"
+
+
+def other_container(node: Any, other: Any, path: Path = "") -> tuple[str, str, str] | None:
+    """The first node that is of another class in the other tree, or has another number of children,
+    as text: (its path, its class, the class of the other). None if there is none. Where `node` has
+    a leaf, `other` may have anything."""
+    if is_leaf(node) or jax.tree_util.all_leaves([node]):
+        return None
+    below, other_below = children(node), children(other)
+    where, kind = repr(path) if path else "the tree", type(node).__name__
+    if type(node) is not type(other):
+        return where, kind, type(other).__name__
+    if len(below) != len(other_below):
+        return where, f"{kind} of {len(below)}", f"{kind} of {len(other_below)}"
+    for (key, child), (_, other_child) in zip(below, other_below, strict=True):
+        found = other_container(child, other_child, join_paths(path, path_str((key,))))
+        if found is not None:
+            return found
     return None
 
 

@@ -13,6 +13,7 @@ from jax.core import Tracer
 from adam_transforms._core import arguments, patterns, state_layout, trees
 from adam_transforms._core.slots import find_slots
 from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.state_layout import Role
 from adam_transforms._core.types import Params, Path, State, Updates
 from adam_transforms._embeddings.deferred.state import DeferredAdamState, idle_tables
@@ -71,7 +72,7 @@ def freeze_rows(
     """
     inner = arguments.transformation("inner", inner)
     if not isinstance(rows, Mapping):
-        raise TypeError(f"rows must be a mapping from patterns to rows, got {rows!r}")
+        raise TypeError(f"rows must be a mapping from patterns to rows, got {rows!r:.200}")
     if not rows:
         raise ValueError("rows must hold at least one pattern, got none")
     selections = [(patterns.selector("rows", pattern), rows[pattern]) for pattern in rows]
@@ -95,9 +96,15 @@ def freeze_rows(
     ) -> tuple[Updates, State]:
         if params is None:
             raise ValueError("freeze_rows keeps rows of params: update needs params, got None")
+        if type(state) is not FreezeRowsState:
+            raise wrong_state(init, updates, state, params)
         names = ("the updates", "the parameters")
         aligned, treedef = trees.align(updates, params, names=names)
         masks = _masks(treedef, state.frozen, aligned)
+        leaves = [(path, p) for path, _, p in aligned]
+        chosen = {i for select, _ in selections for i in select(leaves)}
+        if chosen != {i for i, mask in enumerate(masks) if mask is not None}:
+            raise wrong_state(init, updates, state, params)
         gradients = [
             g if g is None or mask is None else _mask_rows(mask, _as_gradient(path, g))
             for (path, g, _), mask in zip(aligned, masks, strict=True)
@@ -124,13 +131,13 @@ def freeze_rows(
             if mask is not None and u is not None and not isinstance(u, SparseRows)
         }
         if dense:
-            leaves = find_slots(
+            slots, state_def = find_slots(
                 *(inner.init, treedef, [p for _, p, _ in moved], list(dense)),
                 caller="freeze_rows",
                 probe_columns=False,
             )
-            leaves = jax.tree.structure(inner_state).unflatten(leaves)
-            inner_state = _keep_frozen_rows(dense, leaves, state.inner_state, inner_state)
+            slots = state_def.unflatten(slots)
+            inner_state = _keep_frozen_rows(dense, slots, state.inner_state, inner_state)
         return treedef.unflatten(kept), FreezeRowsState(state.frozen, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -152,7 +159,7 @@ def _mask(path: str, selected: Any, num_rows: int) -> np.ndarray:
     elif chosen.size:
         if chosen.dtype.kind not in "iu" or chosen.ndim > 1:
             raise TypeError(
-                f"the rows of {path!r} must be integers or a boolean mask, got {selected!r}"
+                f"the rows of {path!r} must be integers or a boolean mask, got {selected!r:.200}"
             )
         chosen = np.atleast_1d(chosen)
         for row in chosen[(chosen < 0) | (chosen >= num_rows)]:

@@ -10,6 +10,7 @@ import optax
 from adam_transforms._core import arguments, trees
 from adam_transforms._core.slots import StateLeaf, find_slots
 from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.state_layout import FoundField, Role, find_fields, register
 from adam_transforms._core.types import Params, State, Updates
 from adam_transforms._embeddings.row_blocks import LAZY_BYTES, block_length, over_blocks
@@ -100,6 +101,8 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
     def update(
         updates: Updates, state: State, params: Params | None = None, **extra_args: Any
     ) -> tuple[Updates, State]:
+        if type(state) is not LazyState:
+            raise wrong_state(init, updates, state, params)
         gradients = jax.tree.leaves(updates, is_leaf=trees.is_leaf)
         if not any(isinstance(g, SparseRows) for g in gradients):
             updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
@@ -115,10 +118,12 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
             if param_leaves[i] is None:
                 raise ValueError(f"{aligned[i][0]!r} has a row gradient, but no parameter")
         values = [rows[i].values if i in rows else g for i, g in enumerate(gradients)]
-        leaves = find_slots(inner.init, treedef, param_leaves, list(rows), caller="lazy")
+        leaves, made = find_slots(inner.init, treedef, param_leaves, list(rows), caller="lazy")
         state_leaves, state_def = jax.tree.flatten(state.inner_state)
         averages = find_fields(state.inner_state, Role.AVERAGE)
-        _check_state(state_leaves, leaves)
+        if state_def != made:
+            raise wrong_state(init, updates, state, params)
+        _check_shapes(state_leaves, leaves)
         _refuse_averages_by_row(averages, state_leaves, leaves)
         k = len(gradients)
 
@@ -129,7 +134,7 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
             old = flat[2 * k :]
             updates, state = inner.update(updates, state_def.unflatten(old), params, **extra_args)
             new = state_def.flatten_up_to(state)
-            _check_state(
+            _check_shapes(
                 new, [x._replace(shape=jnp.shape(y)) for x, y in zip(leaves, old, strict=True)]
             )
             return [*treedef.flatten_up_to(updates), *new]
@@ -260,10 +265,8 @@ def _refuse_averages_by_row(
                 )
 
 
-def _check_state(state: Sequence[Any], leaves: Sequence[StateLeaf]) -> None:
+def _check_shapes(state: Sequence[Any], leaves: Sequence[StateLeaf]) -> None:
     """Refuses a state in which a leaf has another shape than `inner.init` gave it."""
-    if len(state) != len(leaves):
-        raise ValueError("the state is not one that init made for these parameters")
     for x, leaf in zip(state, leaves, strict=True):
         if jnp.shape(x) != leaf.shape:
             raise ValueError(

@@ -14,6 +14,7 @@ from adam_transforms._core import dtypes, state_layout, trees
 from adam_transforms._core.slots import owners
 from adam_transforms._core.sparse_rows import SparseRows
 from adam_transforms._core.state_layout import Role
+from adam_transforms._embeddings.deferred.missed_updates import gap_of
 from adam_transforms._embeddings.deferred.state import (
     DeferredAdamState,
     idle_tables,
@@ -43,9 +44,9 @@ def resize(params: Any, state: Any, rows: Mapping[str, Any]) -> tuple[Any, Any]:
       contains the size of its table must be built again. A sharded table stays sharded.
 
     Raises:
-      ValueError: a path is of no table; fewer rows than there are (what they hold would be lost);
-        rows of another width; a leaf of the state that has the table's length, but is not
-        recognisably kept by its rows: it is named.
+      ValueError: a path is of no table, or of several leaves; fewer rows than there are (what they
+        hold would be lost); rows of another width; a leaf of the state that has the table's length,
+        but is not recognisably kept by its rows: it is named.
       TypeError: neither a number nor an array; called while tracing.
 
     A slot is recognised by its path, which ends in the table's, and by its length. Adam's and most
@@ -61,10 +62,11 @@ def resize(params: Any, state: Any, rows: Mapping[str, Any]) -> tuple[Any, Any]:
     ([[1.0], [1.0], [0.0]], [[0.1...], [0.1...], [0.0]])
     """
     if not isinstance(rows, Mapping):
-        raise TypeError(f"rows must be a mapping from paths to numbers of rows, got {rows!r}")
+        raise TypeError(f"rows must be a mapping from paths to numbers of rows, got {rows!r:.200}")
     if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, state))):
         raise TypeError("resize changes shapes: call it between steps, outside jit")
     leaves, treedef = trees.flatten_with_paths(params)
+    trees.refuse_equal_paths([path for path, _ in leaves], rows)
     tables = dict(leaves)
     shapes = {path: jnp.shape(p) for path, p in leaves if p is not None}
     new_rows = {}
@@ -90,7 +92,7 @@ def _rows_to_append(path: str, table: Any, more: Any) -> jax.Array:
             size = operator.index(more)
         except TypeError:
             raise TypeError(
-                f"{path!r} must grow to a number of rows, or by an array of rows, got {more!r}"
+                f"{path!r} must grow to a number of rows, or by an array of rows, got {more!r:.200}"
             ) from None
         if size < num_rows:
             raise ValueError(
@@ -100,7 +102,7 @@ def _rows_to_append(path: str, table: Any, more: Any) -> jax.Array:
         return jnp.zeros((size - num_rows, *width), dtype)
     if not isinstance(more, jax.Array | np.ndarray):
         raise TypeError(
-            f"{path!r} must grow to a number of rows, or by an array of rows, got {more!r}"
+            f"{path!r} must grow to a number of rows, or by an array of rows, got {more!r:.200}"
         )
     if [*more.shape[1:]] != width:
         expected = ", ".join(["k", *map(str, width)])
@@ -238,8 +240,9 @@ def _overdue_caught_up(
             size = num_rows + new_rows[path].shape[0]
             period, length = round_robin_schedule(size, stored)
             turn = np.arange(num_rows) // length
-            due = int(found.count) + (turn - int(found.count)) % period
-            overdue = np.flatnonzero(due - np.asarray(idle.last_step) >= stored)
+            wait = (turn - int(found.count)) % period
+            gap = np.asarray(gap_of(idle.last_step, found.count, stored))
+            overdue = np.flatnonzero(gap + wait >= stored)
             if overdue.size:
                 params, state = catch_up(params, state, {path: overdue})
     return params, state

@@ -7,6 +7,7 @@ reads make the row gradients (4). No (V, D) gradient ever exists.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -166,6 +167,9 @@ def grad(
 
 
 class _Leaf(NamedTuple):
+    """A leaf of the argument at `position`."""
+
+    position: int
     keys: tuple[Any, ...]
     value: Any
 
@@ -200,8 +204,14 @@ def _leaves(args: Sequence[Any], positions: Sequence[int]) -> tuple[list[_Leaf],
     leaves = []
     for i in positions:
         found, _ = jax.tree_util.tree_flatten_with_path(args[i])
-        leaves += [_Leaf(keys, x) for keys, x in found]
+        leaves += [_Leaf(i, keys, x) for keys, x in found]
     return leaves, jax.tree.structure(tuple(args[i] for i in positions))
+
+
+def _by_argument(leaves: Sequence[_Leaf]) -> list[list[tuple[Path, Any]]]:
+    """The paths and values of the leaves of each argument: a path is that within its argument."""
+    groups = itertools.groupby(leaves, lambda leaf: leaf.position)
+    return [[(leaf.path, leaf.value) for leaf in group] for _, group in groups]
 
 
 def _trace(fun: Any, has_aux: bool, args: Any, kwargs: Any, positions: Sequence[int]) -> _Traced:
@@ -264,15 +274,14 @@ def _choose(
     """The actions of `jaxpr` (`follow`), and the positions of the leaves that are tables.
 
     Args:
-      select: from [(path, leaf), ...] to the positions of the selected ones, which must be tables;
-        None for "auto".
+      select: of `patterns.selector`; the selected leaves must be tables. None for "auto".
       deferred: positions of deferred tables, which are tables if they are only read by row; "auto"
         then means these alone.
 
     Raises:
       ValueError: a selected leaf is no table.
     """
-    selected = set() if select is None else select([(leaf.path, leaf.value) for leaf in leaves])
+    selected = set() if select is None else select(*_by_argument(leaves))
     any_table = select is None and not deferred
     candidates = set(range(len(leaves))) if any_table else selected | deferred
     actions, other_uses = _plan(jaxpr, candidates)

@@ -9,6 +9,7 @@ from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 from adam_transforms._core import arguments, state_layout, trees
 from adam_transforms._core.sparse_rows import SparseRows
 from adam_transforms._core.types import Params, State, Updates
+from adam_transforms._embeddings.deferred.missed_updates import gap_of
 from adam_transforms._embeddings.deferred.state import DeferredAdamState, idle_tables
 from adam_transforms._transforms import numerics
 from adam_transforms._transforms.learning_rates import ScaleByPathLearningRateState
@@ -170,5 +171,6 @@ def _longest_gaps(state: State) -> dict[str, jax.Array]:
         for path, idle in idle_tables(found).items():
             # max(count - last_step) would allocate a (V,) array for the differences.
             oldest = jnp.min(idle.last_step) if idle.last_step.size else found.count
-            gaps[trees.join_paths("longest_gap", path)] = found.count - oldest
+            gap = gap_of(oldest, found.count, idle.history.weights.shape[0])
+            gaps[trees.join_paths("longest_gap", path)] = gap
     return gaps

@@ -9,6 +9,7 @@ import optax
 
 from adam_transforms._core import arguments, dtypes, trees
 from adam_transforms._core.sparse_rows import SparseRows, is_rows, on_values
+from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.state_layout import Field, Role, register
 from adam_transforms._core.types import Params, Path, State, Updates
 from adam_transforms._transforms import conditional_update
@@ -92,13 +93,16 @@ def accumulate(
 
     def init(params: Params) -> AccumulateState:
         # nnx.Optimizer does not update a variable that contains a tree.
-        gradients = params if like is None else trees.unwrap_variables(like, is_rows)
+        is_like_params = like is None or trees.is_placeholder(params)
+        gradients = params if is_like_params else trees.unwrap_variables(like, is_rows)
         acc = jax.tree.map(accumulator_of, gradients, is_leaf=is_rows)
         return AccumulateState(jnp.zeros((), jnp.int32), acc, inner.init(params))
 
     def update(
         updates: Updates, state: State, params: Params | None = None, **extra_args: Any
     ) -> tuple[Updates, State]:
+        if type(state) is not AccumulateState:
+            raise wrong_state(init, updates, state, params)
         is_first = state.mini_step == 0
         # mini_step is larger if the state was saved with a larger `every`.
         is_last = state.mini_step >= every - 1

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_transforms._core import arguments, dtypes, trees
+from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.state_layout import Role, register
 from adam_transforms._core.types import Params, Path, State, Updates
 from adam_transforms._transforms import numerics
@@ -228,6 +229,7 @@ def _moment_transformation(hp: Hyperparameters) -> optax.GradientTransformationE
     """`scale_by_adam` or `scale_by_amsgrad`."""
     hp = hp.checked()
     scheduled = callable(hp.b1) or callable(hp.b2)
+    kind: Any = optax.ScaleByAdamState if hp.max_of is None else optax.ScaleByAmsgradState
 
     def init(params: Params) -> State:
         state = init_state(hp, params)
@@ -240,16 +242,21 @@ def _moment_transformation(hp: Hyperparameters) -> optax.GradientTransformationE
         updates: Updates, state: State, params: Params | None = None, **_: Any
     ) -> tuple[Updates, State]:
         if not scheduled:
+            if type(state) is not kind:
+                raise wrong_state(init, updates, state, params)
             coefficients = coefficients_of(hp, state.count)
             count = numerics.increment(state.count)
             return update_leaves(hp, coefficients, count, updates, state, params)
+        if type(state) is not ScheduledDecayState or type(state.inner_state) is not kind:
+            raise wrong_state(init, updates, state, params)
         inner = state.inner_state
         b1, b2 = (numerics.at_count(b, inner.count) for b in (hp.b1, hp.b2))
         corrections = [
             numerics.moving_average(c, 1.0, b)
             for c, b in zip(state.corrections, (b1, b2), strict=True)
         ]
-        coefficients = coefficients_of(hp, inner.count, b1, b2, corrections)
+        wide = [dtypes.as_scalar(c) for c in corrections]
+        coefficients = coefficients_of(hp, inner.count, b1, b2, wide)
         count = numerics.increment(inner.count)
         updates, inner = update_leaves(hp, coefficients, count, updates, inner, params)
         return updates, ScheduledDecayState((corrections[0], corrections[1]), inner)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_transforms._core import arguments, dtypes, trees
+from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.types import Params, Path, State, Updates
 from adam_transforms._transforms import numerics
 
@@ -115,7 +116,12 @@ def _stateless(clip: Callable[[Updates], Updates]) -> optax.GradientTransformati
     def update(
         updates: Updates, state: State, params: Params | None = None, **_: Any
     ) -> tuple[Updates, State]:
-        del params
+        if type(state) is not optax.EmptyState:
+            raise wrong_state(init, updates, state, params)
         return clip(updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    def init(params: Params) -> State:
+        del params
+        return optax.EmptyState()
+
+    return optax.GradientTransformationExtraArgs(init, update)

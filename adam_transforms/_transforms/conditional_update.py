@@ -47,8 +47,8 @@ def update_if(
     parts, output_parts = to_parts(gradients), jax.eval_shape(to_parts, outputs)
     if jax.tree.structure(output_parts) != jax.tree.structure(parts):
         raise ValueError(
-            "the inner transformation must return updates of the gradients' structure "
-            f"{jax.tree.structure(gradients)}, got {jax.tree.structure(outputs)}"
+            "the inner transformation must return updates of the gradients' structure: "
+            + trees.structure_difference(gradients, outputs, "the gradients", "the updates")
         )
 
     def to_carried(g: jax.Array, u: Any) -> jax.Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_transforms._core import arguments, dtypes, trees
+from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.state_layout import Role, register
 from adam_transforms._core.types import P, Params, Path, State, Updates
 from adam_transforms._transforms import numerics
@@ -110,6 +111,8 @@ def track_params_ema(
     ) -> tuple[Updates, State]:
         if params is None:
             raise ValueError("params_ema averages the parameters: update needs params, got None")
+        if type(state) is not ParamsEmaState:
+            raise wrong_state(init, updates, state, params)
         decay_now = numerics.at_count(decay, state.count)
         is_first = state.count == 0
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adam_transforms._core import arguments, dtypes, trees
+from adam_transforms._core import arguments, dtypes, state_layout, trees
 from adam_transforms._core.patterns import Patterns, Rules, compile_patterns, parse_rules
+from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.state_layout import Role, register
 from adam_transforms._core.types import Params, Path, State, Updates
 from adam_transforms._transforms import numerics
@@ -72,7 +73,16 @@ def by_path(
         i: arguments.transformation(f"rules[{i}]", inner) for i, inner in enumerate(transformations)
     }
     groups[len(groups)] = arguments.transformation("default", default)
-    return optax.multi_transform(groups, compiled.indices)
+    grouped = optax.multi_transform(groups, compiled.indices)
+
+    def update(
+        updates: Updates, state: State, params: Params | None = None, **extra_args: Any
+    ) -> tuple[Updates, State]:
+        if not isinstance(state, state_layout.GROUPS) or state.inner_states.keys() != groups.keys():
+            raise wrong_state(grouped.init, updates, state, params)
+        return grouped.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(grouped.init, update)
 
 
 @register(count=Role.SCALAR, rates=Role.SCALAR)
@@ -140,20 +150,18 @@ def scale_by_chosen_rate(
     def rates_at(count: jax.Array) -> list[Any]:
         return [numerics.scalar_at(rate, count) for rate in rates]
 
-    def make_state(count: jax.Array, values: Sequence[Any]) -> ScaleByPathLearningRateState:
-        # Copies: donating the state must not delete the caller's arrays.
-        copies = tuple(jnp.array(value, dtypes.scalar_dtype()) for value in values)
-        return ScaleByPathLearningRateState(count, copies)
-
     def init(params: Params) -> ScaleByPathLearningRateState:
         del params
-        count = jnp.zeros((), jnp.int32)
-        return make_state(count, rates_at(count))
+        count, dtype = jnp.zeros((), jnp.int32), dtypes.scalar_dtype()
+        # Copies: donating the state must not delete the caller's arrays.
+        values = tuple(jnp.array(value, dtype) for value in rates_at(count))
+        return ScaleByPathLearningRateState(count, values)
 
     def update(
         updates: Updates, state: State, params: Params | None = None, **_: Any
     ) -> tuple[Updates, State]:
-        del params
+        if type(state) is not ScaleByPathLearningRateState or len(state.rates) != len(rates):
+            raise wrong_state(init, updates, state, params)
         values = rates_at(state.count)
 
         def scale(path: Path, g: jax.Array) -> jax.Array:
@@ -161,6 +169,8 @@ def scale_by_chosen_rate(
             return dtypes.scale(g, dtypes.as_scalar(-values[choose(path)], dtype))
 
         updates = trees.map_leaves(scale, updates)
-        return updates, make_state(numerics.increment(state.count), values)
+        kept = zip(values, state.rates, strict=True)
+        new = tuple(jnp.array(value, jnp.result_type(old)) for value, old in kept)
+        return updates, ScaleByPathLearningRateState(numerics.increment(state.count), new)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -9,6 +9,7 @@ import optax
 
 from adam_transforms._core import arguments, dtypes, trees
 from adam_transforms._core.sparse_rows import on_values
+from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.state_layout import Field, Role, register
 from adam_transforms._core.types import Params, State, Updates
 from adam_transforms._transforms import conditional_update, numerics
@@ -78,6 +79,8 @@ def static_loss_scale(
     def update(
         updates: Updates, state: State, params: Params | None = None, **extra_args: Any
     ) -> tuple[Updates, State]:
+        if type(state) is not StaticLossScaleState:
+            raise wrong_state(init, updates, state, params)
         unscaled = _unscale(updates, state.scale)
         new_updates, inner_state = inner.update(unscaled, state.inner_state, params, **extra_args)
         new_updates = trees.in_update_dtype(new_updates, updates, params)
@@ -142,6 +145,9 @@ def dynamic_loss_scale(
     def update(
         updates: Updates, state: State, params: Params | None = None, **extra_args: Any
     ) -> tuple[Updates, State]:
+        if type(state) is not DynamicLossScaleState:
+            raise wrong_state(init, updates, state, params)
+
         def step(gradients: Updates, inner_state: State) -> tuple[Updates, State]:
             unscaled = _unscale(gradients, state.scale)
             return inner.update(unscaled, inner_state, params, **extra_args)
@@ -188,6 +194,9 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
     def update(
         updates: Updates, state: State, params: Params | None = None, **extra_args: Any
     ) -> tuple[Updates, State]:
+        if type(state) is not SkipNonfiniteState:
+            raise wrong_state(init, updates, state, params)
+
         def step(gradients: Updates, inner_state: State) -> tuple[Updates, State]:
             return inner.update(gradients, inner_state, params, **extra_args)
 

@@ -8,6 +8,7 @@ import optax
 
 from adam_transforms._core import arguments, dtypes, trees
 from adam_transforms._core.sparse_rows import SparseRows, on_values
+from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.state_layout import Role, find_fields, register
 from adam_transforms._core.types import Params, Path, State, Updates
 from adam_transforms._transforms.apply_updates import apply_update
@@ -99,6 +100,8 @@ def master_weights(
                 "master_weights returns updates relative to the parameters: update needs params, "
                 "got None"
             )
+        if type(state) is not MasterWeightsState:
+            raise wrong_state(init, updates, state, params)
 
         def widen(path: Path, g: Any, p: Any) -> Any:
             if not _is_low_precision(p):
@@ -110,10 +113,11 @@ def master_weights(
         aligned, treedef = trees.align(params, updates, state.master, names=names)
         masters = []
         for path, p, g, master in aligned:
-            if _is_low_precision(p) and master is None:
+            if p is not None and _is_low_precision(p) != (master is not None):
+                has, was = ("no", "not ") if master is None else ("a", "")
                 raise ValueError(
-                    f"{path!r} is {jnp.result_type(p)} and has no master: when the state was made "
-                    "it was not a parameter below float32"
+                    f"{path!r} is {jnp.result_type(p)} and has {has} master: when the state was "
+                    f"made it was {was}a parameter below float32"
                 )
             # With a row gradient only the updated rows are synchronized, by `_update_master`.
             is_dense = master is not None and p is not None and not isinstance(g, SparseRows)

@@ -52,7 +52,7 @@ def shard_slots(
     """
     inner = arguments.transformation("inner", inner)
     if not isinstance(mesh, Mesh):
-        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}")
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {mesh!r:.200}")
     axes = (axis,) if isinstance(axis, str) else tuple(axis)
     for name in axes:
         if name not in mesh.shape:

@@ -116,9 +116,7 @@ def variables_of(params: Params) -> list[Variable]:
     """The leaves of `params` in their order."""
     variables = [Variable(path, leaf) for path, leaf in trees.flatten_with_paths(params)[0]]
     paths = [variable.path for variable in variables]
-    if len(set(paths)) < len(paths):
-        repeated = next(path for path in paths if paths.count(path) > 1)
-        raise ValueError(f"params have two leaves with the path {repeated!r}")
+    trees.refuse_equal_paths(paths, paths)
     return variables
 
 

@@ -18,24 +18,29 @@ import optax
 
 from adam_transforms._core import arguments, dtypes, patterns, trees
 from adam_transforms._core.sparse_rows import SparseRows, is_rows, sum_with_run
+from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.types import Params, Path, State, Updates
-from adam_transforms._embeddings.deferred.chebyshev import make_rule
+from adam_transforms._embeddings.deferred.chebyshev import Rule, make_rule
 from adam_transforms._embeddings.deferred.missed_updates import (
     HistoryRows,
     UpdateHistory,
     advance,
     empty_history,
     gather_history,
+    next_count,
 )
 from adam_transforms._embeddings.deferred.state import (
     DeferredAdamState,
     IdleRows,
     TableRows,
+    history_dtype,
     idle_tables,
+    is_like,
     map_idle,
     round_robin_schedule,
     slot_trees,
     with_last_steps,
+    with_numbers,
     with_slots,
 )
 from adam_transforms._embeddings.row_blocks import DEFERRED_BYTES, block_length, over_blocks
@@ -89,8 +94,9 @@ def deferred_adam(
 
     Args:
       learning_rate: a number, a scalar array or a schedule ``count -> value``.
-      b1, b2: decay rates, Python numbers, 0 <= b1 < sqrt(b2) < 1 (with `amsgrad` any below 1).
-      eps: Python number > 0, and not below some 1e-17.
+      b1, b2: decay rates, 0 <= b1 < sqrt(b2) < 1 (with `amsgrad` any below 1), and
+      eps: > 0, and not below some 1e-17; Python numbers, or arrays of one element that are not
+        traced.
       tables: which parameters, all (V, D...), are tables: one regular expression or several,
         searched for in the path, or a predicate ``(path, leaf) -> bool``. All other parameters get
         dense Adam.
@@ -109,8 +115,10 @@ def deferred_adam(
 
     Raises:
       ValueError: b1 >= sqrt(b2), eps = 0, a momentum that outlasts `max_idle`; `tables` matches
-        nothing, or a scalar.
-      TypeError: a table is not of a real floating dtype.
+        nothing, or a scalar; `update` got the state of another configuration: of other tables,
+        another max_idle, b1, b2, eps, form or weight decay than None or not.
+      TypeError: a table is not of a real floating dtype; b1, b2, eps or max_idle is traced, as
+        ``optax.inject_hyperparams`` does with arguments that are not in its ``static_args``.
 
     L2 decay, added to the gradient, is not of this form: use `weight_decay`. Clip before, inside
     `lazy`: ``optax.chain(lazy(optax.clip_by_global_norm(1.0)), deferred_adam(...))``.
@@ -132,22 +140,23 @@ def deferred_adam(
     """
     amsgrad = arguments.flag("amsgrad", amsgrad)
     arguments.choice("max_of", max_of, ("corrected", "raw"))
-    for name, value in (("b1", b1), ("b2", b2), ("eps", eps)):
-        if not isinstance(arguments.scalar(name, value), float):
-            raise TypeError(f"{name} must be a Python number in deferred_adam, got {value!r}")
+    b1, b2, eps, max_idle = (
+        arguments.static_number(name, value, _STATIC_ARGUMENTS)
+        for name, value in (("b1", b1), ("b2", b2), ("eps", eps), ("max_idle", max_idle))
+    )
     learning_rate = arguments.scalar_or_schedule("learning_rate", learning_rate)
     if weight_decay is not None:
         weight_decay = arguments.scalar("weight_decay", weight_decay, at_least=0.0)
     hp = Hyperparameters(
         *(b1, b2, eps, 0.0, mu_dtype, nu_dtype, eps_hat), max_of=max_of if amsgrad else None
     ).checked()
-    rule = make_rule(
-        *(hp.b1, hp.b2, hp.eps),
-        eps_hat=hp.eps_hat,
-        max_of=hp.max_of,
-        max_idle=max_idle,
-        dtype=dtypes.scalar_dtype(),
-    )
+
+    @functools.cache
+    def rule_in(dtype: Any) -> Rule:
+        form = {"eps_hat": hp.eps_hat, "max_of": hp.max_of, "max_idle": max_idle}
+        return make_rule(hp.b1, hp.b2, hp.eps, **form, dtype=dtype)
+
+    rule_in(dtypes.scalar_dtype())  # refuses arguments out of range
     select = patterns.selector("tables", tables)
 
     def is_decayed(params: Params) -> list[bool]:
@@ -159,38 +168,62 @@ def deferred_adam(
         return [bool(flag) for flag in treedef.flatten_up_to(mask)]
 
     def init(params: Params) -> State:
+        return init_by(rule_in(dtypes.scalar_dtype()), params)
+
+    def init_by(rule: Rule, params: Params) -> DeferredAdamState:
+        if trees.is_placeholder(params):
+            idle, idle_decayed = placeholders(rule, params)
+        else:
+            idle, idle_decayed = idle_groups(rule, params)
+        slots = init_state(hp, params)
+        nu_max = slots.nu_max if amsgrad else None
+        return DeferredAdamState(slots.count, slots.mu, slots.nu, nu_max, idle, idle_decayed)
+
+    def idle_groups(rule: Rule, params: Params) -> list[IdleRows | None]:
+        """The idle rows of the tables without weight decay, and of those with it."""
         leaves, treedef = trees.flatten_with_paths(params)
         chosen = select(leaves)
         for i in chosen:
             _check_table(*leaves[i])
-
-        def idle_rows(members: set[int], *, decays: bool) -> IdleRows | None:
-            if not members:
-                return None
+        decayed = {i for i, decays in enumerate(is_decayed(params)) if decays}
+        groups = []
+        for members, decays in ((chosen - decayed, False), (chosen & decayed, True)):
             last_step = [
                 trees.zeros_per_row(leaf, jnp.int32) if i in members else optax.MaskedNode()
                 for i, (_, leaf) in enumerate(leaves)
             ]
-            return IdleRows(treedef.unflatten(last_step), empty_history(rule, decays=decays))
+            idle = IdleRows(treedef.unflatten(last_step), empty_history(rule, decays=decays))
+            groups.append(idle if members else None)
+        return groups
 
-        decayed = {i for i, decays in enumerate(is_decayed(params)) if decays}
-        adam_state = init_state(hp, params)
-        return DeferredAdamState(
-            count=adam_state.count,
-            mu=adam_state.mu,
-            nu=adam_state.nu,
-            nu_max=adam_state.nu_max if amsgrad else None,
-            idle=idle_rows(chosen - decayed, decays=False),
-            idle_decayed=idle_rows(chosen & decayed, decays=True),
-        )
+    def placeholders(rule: Rule, params: Params) -> list[Any]:
+        """As `idle_groups`, for `optax.tree.map_params`."""
+        if weight_decay is not None and weight_decay_mask is not None:
+            # The paths decide which groups there are: each is left as it is.
+            return ["idle", "idle_decayed"]
+        decays = weight_decay is not None
+        history = jax.eval_shape(functools.partial(empty_history, rule, decays=decays))
+        idle = IdleRows(params, history)
+        return [None, idle] if decays else [idle, None]
 
     def update(
         updates: Updates, state: State, params: Params | None = None, **_: Any
     ) -> tuple[Updates, State]:
         if params is None:
             raise ValueError("deferred_adam moves parameters: update needs params, got None")
+        if type(state) is not DeferredAdamState:
+            raise wrong_state(init, updates, state, params)
+        old_slots = slot_trees(state)
+        names = ("the updates", "the parameters", *("the state's moments" for _ in old_slots))
+        aligned, treedef = trees.align(updates, params, *old_slots, names=names)
+        dtype = history_dtype(state)
+        rule = rule_in(dtype)
+        expected = jax.eval_shape(functools.partial(init_by, rule), params)
+        expected = with_numbers(rule, dtype, expected)
+        if not is_like(expected, state):
+            raise wrong_state(init, updates, state, params, expected)
         rate = numerics.scalar_at(learning_rate, state.count)
-        count = numerics.increment(state.count)
+        count_after = next_count(state.count, rule.max_idle + 1)
         coefficients = coefficients_of(hp, state.count)
 
         def step(
@@ -202,9 +235,6 @@ def deferred_adam(
                 u = u + p.astype(u.dtype) * dtypes.as_scalar(weight_decay, u.dtype)
             return [-dtypes.as_scalar(rate, u.dtype) * u, *new_slots]
 
-        old_slots = slot_trees(state)
-        names = ("the updates", "the parameters", *("the state's moments" for _ in old_slots))
-        aligned, treedef = trees.align(updates, params, *old_slots, names=names)
         idle, last_steps, tokens = idle_tables(state), {}, []
         results = []
         for (path, g, p, *slots), decays in zip(aligned, is_decayed(params), strict=True):
@@ -213,7 +243,8 @@ def deferred_adam(
             if path in idle:
                 table = TableRows(jnp.asarray(p), tuple(slots), idle[path].last_step)
                 step_of_table = functools.partial(step, path, decays)
-                done = _step_table(g, table, idle[path].history, state.count, step_of_table)
+                counts = state.count, count_after
+                done = _step_table(g, table, idle[path].history, *counts, step_of_table)
                 results.append((done.update, *done.table.slots))
                 last_steps[path] = done.table.last_step
                 tokens.append(done.token)
@@ -224,16 +255,21 @@ def deferred_adam(
                 results.append(tuple(step(path, decays, g, jnp.asarray(p), *slots)))
         updates, *new_slots = trees.unzip(results, treedef, 1 + len(old_slots))
         # All that is written into the histories depends on this count.
-        count_after_reads = depend_on(count, tokens)
+        count_after_reads = depend_on(count_after, tokens)
 
         def advanced(field: str, group: IdleRows) -> IdleRows:
             decay = weight_decay if field == "idle_decayed" else 0.0
             return group._replace(ring=advance(rule, group.ring, count_after_reads, rate, decay))
 
-        state = with_last_steps(with_slots(state, new_slots), last_steps)._replace(count=count)
+        state = with_last_steps(with_slots(state, new_slots), last_steps)
+        state = state._replace(count=count_after)
         return updates, map_idle(advanced, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+# What `optax.inject_hyperparams` would otherwise trace, or take for schedules.
+_STATIC_ARGUMENTS = tuple("b1 b2 eps tables weight_decay_mask mu_dtype nu_dtype max_idle".split())
 
 
 class _TableStep(NamedTuple):
@@ -250,19 +286,25 @@ _Step = Callable[..., list[jax.Array]]
 
 
 def _step_table(
-    g: Any, table: TableRows, history: UpdateHistory, count: jax.Array, step: _Step
+    g: Any,
+    table: TableRows,
+    history: UpdateHistory,
+    count: jax.Array,
+    count_after: jax.Array,
+    step: _Step,
 ) -> _TableStep:
-    """The step after `count` others for one table; `g` is a row gradient, a dense one or None."""
+    """The step from `count` to `count_after` for one table; `g` is a row gradient, a dense one or
+    None."""
     if not is_rows(g):
         entries = gather_history(history, table.last_step, count)
-        u, now = _step_rows(g, table, entries, count, step)
+        u, now = _step_rows(g, table, entries, count_after, step)
         return _TableStep(u, table.scatter(None, now), _token(entries))
     rows = add_round_robin_rows(g, count, history.weights.shape[0])
 
     def at_once(some: SparseRows, table: TableRows) -> _Stepped:
         before = table.gather(some)
         entries = gather_history(history, before.last_step, count)
-        u, now = _step_rows(some.values, before, entries, count, step)
+        u, now = _step_rows(some.values, before, entries, count_after, step)
         # With `rows_from` the forward pass reads the slots too; the gradient depends on that.
         reads = jnp.minimum(_token(entries), token(some.values))
         now = table.scatter(some, now._replace(last_step=depend_on(now.last_step, [reads])))
@@ -294,7 +336,11 @@ def _token(entries: HistoryRows) -> jax.Array:
 
 
 def _step_rows(
-    g: jax.Array | None, before: TableRows, entries: HistoryRows, count: jax.Array, step: _Step
+    g: jax.Array | None,
+    before: TableRows,
+    entries: HistoryRows,
+    count_after: jax.Array,
+    step: _Step,
 ) -> tuple[jax.Array, TableRows]:
     """The step of some rows, or of a whole table, from a dense gradient or None.
 
@@ -312,7 +358,7 @@ def _step_rows(
         wide = dtypes.promote(delta.dtype, move.dtype)
         u = delta.astype(wide) + move.astype(wide)
         u = u.astype(dtypes.promote(g.dtype, before.values.dtype))
-    last_step = jnp.maximum(before.last_step, numerics.increment(count))
+    last_step = jnp.full_like(before.last_step, count_after)
     return u, TableRows(before.values, tuple(slots), last_step)
 
 

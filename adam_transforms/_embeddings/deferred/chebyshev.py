@@ -49,6 +49,13 @@ class Rule:
         )
 
     @property
+    def settings(self) -> dict[str, None]:
+        """What distinguishes it from a rule by which a history cannot go on, as keys without
+        leaves: they are a part of the structure of a state, and checkpoints keep them."""
+        names = ("b1", "b2", "eps", "eps_hat", "max_of")
+        return {f"{name}={getattr(self, name)}": None for name in names}
+
+    @property
     def log_rho(self) -> float:
         return _log(self.b1) - (0.0 if self.max_of else 0.5 * _log(self.b2))
 

@@ -54,14 +54,16 @@ class UpdateHistory(NamedTuple):
         would round away the decay of a step. None for tables without weight decay.
       scalars: the numbers of the rule: those that `pending_update` needs, and all that distinguish
         it from another rule.
+      settings: ``{"b1=0.9": None, ...}`` (`Rule.settings`); None in states that have none yet.
 
-    All in float32 (float64 in x64 mode).
+    All arrays are in float32 (float64 in x64 mode).
     """
 
     weights: jax.Array
     nodes: jax.Array
     log_decay: jax.Array | None
     scalars: Scalars
+    settings: dict[str, None] | None = None
 
 
 class HistoryRows(NamedTuple):
@@ -140,7 +142,7 @@ def empty_history(rule: Rule, *, decays: bool = True) -> UpdateHistory:
     log_decay = jnp.zeros((size, 2), dtype) if decays else None
     first = nodes_of(rule, jnp.zeros((1,), dtype), jnp)
     nodes = jnp.broadcast_to(first, (size, rule.nodes))
-    return UpdateHistory(jnp.zeros_like(nodes), nodes, log_decay, scalars)
+    return UpdateHistory(jnp.zeros_like(nodes), nodes, log_decay, scalars, rule.settings)
 
 
 def advance(
@@ -181,7 +183,23 @@ def advance(
     weights = history.weights.at[entries].set(after, mode="promise_in_bounds", unique_indices=True)
     first = nodes_of(rule, count.astype(dtype)[None], jnp)
     nodes = history.nodes.at[entries[:1]].set(first, mode="promise_in_bounds")
-    return UpdateHistory(weights, nodes, log_decay, history.scalars)
+    return history._replace(weights=weights, nodes=nodes, log_decay=log_decay)
+
+
+def next_count(count: jax.Array, size: int) -> jax.Array:
+    """``count + 1``; after the largest integer, the one that is `size` below its successor.
+
+    A history of `size` entries, and gaps between counts modulo `size`, do not see the difference,
+    nor does the round robin; bias corrections have long been 1.
+    """
+    largest = jnp.iinfo(count.dtype).max
+    return jnp.where(count == largest, largest - size + 1, count + 1)
+
+
+def gap_of(last_step: jax.Array, count: jax.Array, size: int) -> jax.Array:
+    """The steps from `last_step` to `count`, less than `size`; see `next_count`."""
+    gap = count - last_step
+    return jnp.where(gap < 0, gap + size, gap)
 
 
 def gather_history(history: UpdateHistory, last_step: jax.Array, count: jax.Array) -> HistoryRows:
@@ -204,13 +222,13 @@ def gather_history(history: UpdateHistory, last_step: jax.Array, count: jax.Arra
         return materialize(at.get(mode="promise_in_bounds", out_sharding=sharding))
 
     weights, nodes = (entries(array, last_step) for array in (history.weights, history.nodes))
-    log_decay = None
+    gap, log_decay = gap_of(last_step, count, size), None
     if history.log_decay is not None:
         # The weights are those of the last step of the window.
-        end = jnp.minimum(last_step + history.scalars.window.astype(jnp.int32), count)
+        end = count - jnp.maximum(gap - history.scalars.window.astype(jnp.int32), 0)
         now, then, end = (entries(history.log_decay, step) for step in (count, last_step, end))
         log_decay = (now, then, end)
-    return HistoryRows(count - last_step, weights, nodes, log_decay, history.scalars)
+    return HistoryRows(gap, weights, nodes, log_decay, history.scalars)
 
 
 def pending_update(rows: HistoryRows, mu: jax.Array, nu: jax.Array) -> PendingUpdate:

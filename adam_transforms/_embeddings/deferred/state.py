@@ -5,11 +5,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
-from adam_transforms._core import state_layout, trees
+from adam_transforms._core import dtypes, state_layout, trees
 from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._core.state_check import has_shapes_of
 from adam_transforms._core.state_layout import COUNT, Role
 from adam_transforms._core.types import Params, Path, State
+from adam_transforms._embeddings.deferred.chebyshev import Rule, Scalars
 from adam_transforms._embeddings.deferred.missed_updates import (
     HistoryRows,
     PendingUpdate,
@@ -45,7 +49,8 @@ class DeferredAdamState(NamedTuple):
     """State of `deferred_adam`.
 
     Attributes:
-      count: int32, shape (), the steps made.
+      count: int32, shape (), the steps made. After step 2^31 - 1 it runs through the last
+        max_idle + 1 numbers again and again.
       mu, nu: Adam's moments, like the parameters; each row of a table as of its last step.
       nu_max: AMSGrad's maximum of nu, likewise; None without AMSGrad.
       idle: of the tables without weight decay; None if there are none.
@@ -78,7 +83,7 @@ def _groups(state: DeferredAdamState) -> Iterator[tuple[str, IdleRows]]:
     """The fields of the state that keep idle rows, with their values."""
     for field in ("idle", "idle_decayed"):
         group = getattr(state, field)
-        if group is not None:
+        if isinstance(group, IdleRows):
             yield field, group
 
 
@@ -104,6 +109,40 @@ def with_last_steps(
     """`state` with new last steps for the tables at these paths."""
     return map_idle(
         lambda _, group: group._replace(last_step=with_leaves(group.last_step, last_steps)), state
+    )
+
+
+def history_dtype(state: DeferredAdamState) -> Any:
+    """The precision in which a state was made: it may have been in x64 mode, or not."""
+    dtypes_of = [jnp.result_type(group.ring.weights) for _, group in _groups(state)]
+    return next(iter(dtypes_of), dtypes.scalar_dtype())
+
+
+def with_numbers(rule: Rule, dtype: Any, state: DeferredAdamState) -> DeferredAdamState:
+    """An abstract state with the numbers of its rule, in the precision `dtype`."""
+    scalars = Scalars(*(np.asarray(x, dtype) for x in rule.scalars))
+    return map_idle(
+        lambda _, group: group._replace(ring=group.ring._replace(scalars=scalars)), state
+    )
+
+
+def is_like(expected: DeferredAdamState, state: DeferredAdamState) -> bool:
+    """Whether a state has the structure, the shapes and, where they are known, the numbers of
+    another one. A state without settings is compared without them."""
+    settings = {field: group.ring.settings for field, group in _groups(expected)}
+
+    def with_settings(field: str, group: IdleRows) -> IdleRows:
+        ring = group.ring
+        return group._replace(ring=ring._replace(settings=ring.settings or settings.get(field)))
+
+    if not has_shapes_of(map_idle(with_settings, state), expected):
+        return False
+    numbers, expected_numbers = (
+        jax.tree.leaves([group.ring.scalars for _, group in _groups(x)]) for x in (state, expected)
+    )
+    return all(
+        isinstance(x, Tracer) or np.asarray(x) == y
+        for x, y in zip(numbers, expected_numbers, strict=True)
     )
 
 
@@ -166,7 +205,7 @@ class TableRows(NamedTuple):
     def synchronized(self, history: UpdateHistory, count: jax.Array) -> "TableRows":
         """As of step `count`, computed in at least float32."""
         pending = self.pending(gather_history(history, self.last_step, count))
-        last_step = jnp.maximum(self.last_step, count)
+        last_step = jnp.full_like(self.last_step, count)
         return TableRows(pending.apply_to_params(self.values), self.slots_after(pending), last_step)
 
 
@@ -179,11 +218,19 @@ def tables_of(
     params: Params, state: DeferredAdamState
 ) -> dict[Path, tuple[TableRows, UpdateHistory]]:
     """All rows of each deferred table, and the history that belongs to it."""
-    leaves, slots = dict(trees.flatten_with_paths(params)[0]), slots_by_path(state)
+    with_paths, _ = trees.flatten_with_paths(params)
+    leaves, slots, idle_by_path = dict(with_paths), slots_by_path(state), idle_tables(state)
+    trees.refuse_equal_paths([path for path, _ in with_paths], idle_by_path)
     tables = {}
-    for path, idle in idle_tables(state).items():
+    for path, idle in idle_by_path.items():
         if leaves.get(path) is None:
             raise ValueError(f"params have no {path!r}, which is a table of the deferred state")
+        shape, slot_shape = jnp.shape(leaves[path]), jnp.shape(slots[path][0])
+        if shape != slot_shape:
+            raise ValueError(
+                f"{path!r} has shape {list(shape)} in params, but {list(slot_shape)} in the "
+                "deferred state"
+            )
         rows = TableRows(jnp.asarray(leaves[path]), slots[path], idle.last_step)
         tables[path] = (rows, idle.history)
     return tables

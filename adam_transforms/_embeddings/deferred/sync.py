@@ -9,6 +9,7 @@ import optax
 
 from adam_transforms._core.sparse_rows import SparseRows
 from adam_transforms._core.types import P, Params, Path, S, State
+from adam_transforms._embeddings.deferred.missed_updates import gap_of
 from adam_transforms._embeddings.deferred.state import (
     DeferredAdamState,
     TableRows,
@@ -121,9 +122,10 @@ def owed(params: Params, state: State) -> dict[Path, Owed]:
     for found in deferred_states(state):
         for path, (table, history) in tables_of(params, found).items():
             now = table.synchronized(history, found.count).values
-            moves = jnp.reshape(now != table.values.astype(now.dtype), (now.shape[0], -1))
-            rows = jnp.sum(jnp.any(moves, axis=1), dtype=jnp.int32)
-            result[path] = Owed(rows, jnp.max(found.count - table.last_step, initial=0))
+            moves = now != table.values.astype(now.dtype)
+            rows = jnp.sum(jnp.any(moves, axis=tuple(range(1, now.ndim))), dtype=jnp.int32)
+            gaps = gap_of(table.last_step, found.count, history.weights.shape[0])
+            result[path] = Owed(rows, jnp.max(gaps, initial=0))
     return result
 
 
