@@ -125,6 +125,15 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def condition(name: str, value: Any) -> Any:
+    """A boolean, or a boolean array of shape (), which may be traced."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if not isinstance(value, _ARRAYS) or value.shape != () or value.dtype != bool:
+        raise TypeError(f"{name} must be True, False or a boolean array of shape (), got {value!r}")
+    return value
+
+
 def choice(name: str, value: Any, options: tuple[str, ...]) -> str:
     """A string that is one of `options`."""
     if not isinstance(value, str) or value not in options:

@@ -296,28 +296,45 @@ def as_gradients(updates: Updates) -> Updates:
 
 def in_update_dtype(updates: Updates, gradients: Updates, params: Params | None = None) -> Updates:
     """Casts each update to the promotion of the gradient's dtype and the parameter's; without
-    `params`, to the gradient's dtype."""
+    `params`, to the gradient's dtype. A gradient that is None has no say."""
 
-    def cast(path: Path, u: Any, g: Any, p: Any) -> Any:
-        dtype = dtypes.promote(*(getattr(x, "dtype", x) for x in (g, p)))
+    def cast(path: Path, u: Any, *like: Any) -> Any:
+        dtype = dtypes.promote(*(getattr(x, "dtype", x) for x in like))
         return on_values(lambda u: u.astype(dtype), u)
 
-    params = gradients if params is None else params
-    names = ("the gradient", "the parameter")
-    return map_leaves(cast, updates, gradients, params, names=names, rows=True)
+    like = {"the gradient": gradients}
+    if params is not None:
+        like["the parameter"] = params
+    aligned, treedef = align(updates, *like.values(), names=("the updates", *like))
+    # The update of a deferred table needs no gradient.
+    like["the gradient"] = treedef.unflatten(
+        [next((x for x in (*others, u) if x is not None), None) for _, u, *others in aligned]
+    )
+    return map_leaves(cast, updates, *like.values(), names=(*like,), rows=True)
 
 
 def zeros_per_row(table: Any, dtype: Any) -> jax.Array:
     """Zeros (V,) for a table (V, D...), sharded like the rows of the table."""
+    return _zeros_beside(table, table.shape[:1], dtype, lambda spec: spec[:1])
+
+
+def zero_rows(table: Any, number: int, dtype: Any) -> jax.Array:
+    """Zeros (number, D...) for a table (V, D...), sharded like the columns of the table."""
+    shape = (number, *table.shape[1:])
+    return _zeros_beside(table, shape, dtype, lambda spec: (None, *spec[1:]))
+
+
+def _zeros_beside(
+    table: Any, shape: tuple[int, ...], dtype: Any, spec_of: Callable[[Any], tuple[Any, ...]]
+) -> jax.Array:
     is_traced = isinstance(table, Tracer)
     sharding = jax.typeof(table).sharding if is_traced else getattr(table, "sharding", None)
-    rows = table.shape[:1]
     if not isinstance(sharding, NamedSharding):
-        return jnp.zeros_like(table, dtype, shape=rows)
+        return jnp.zeros_like(table, dtype, shape=shape)
     if is_traced and AxisType.Explicit not in sharding.mesh.axis_types:
-        return jnp.zeros(rows, dtype)  # XLA chooses the sharding
-    spec = PartitionSpec(*sharding.spec[:1])
-    return jax.lax.full(rows, 0, dtype, sharding=NamedSharding(sharding.mesh, spec))
+        return jnp.zeros(shape, dtype)  # XLA chooses the sharding
+    spec = PartitionSpec(*spec_of(sharding.spec))
+    return jax.lax.full(shape, 0, dtype, sharding=NamedSharding(sharding.mesh, spec))
 
 
 def find_states(state: State, kind: type | tuple[type, ...]) -> list[Any]:

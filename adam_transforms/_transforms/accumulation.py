@@ -1,6 +1,8 @@
 """Gradient accumulation: one inner step for several gradients."""
 
 import functools
+import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,49 +14,73 @@ from adam_transforms._core.sparse_rows import SparseRows, is_rows, on_values
 from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.state_layout import Field, Role, register
 from adam_transforms._core.types import Params, Path, State, Updates
-from adam_transforms._transforms import conditional_update
+from adam_transforms._transforms import conditional_update, numerics
 
 
-@register(mini_step=Field(Role.SCALAR, metric="mini_step"), acc=Role.BUFFER, inner_state=Role.INNER)
+@register(
+    mini_step=Field(Role.SCALAR, metric="mini_step"),
+    acc=Role.BUFFER,
+    inner_state=Role.INNER,
+    weight=Role.SCALAR,
+    cycles=Role.SCALAR,
+)
 class AccumulateState(NamedTuple):
     """State of `accumulate`.
 
     Attributes:
       mini_step: int32 (), the number of gradients in this cycle, 0 to every - 1.
-      acc: like the parameters, the sum of this cycle's gradients; for row gradients of n rows, all
-        rows of the cycle (`SparseRows` of every x n rows, not inside a Flax NNX variable). At
-        ``mini_step == 0`` the content is meaningless: the emitting step stores its updates there,
-        and the next step overwrites them.
+      acc: like the parameters, the sum of this cycle's gradients, each times its weight; for row
+        gradients of n rows, all rows of the cycle (`SparseRows` of every x n rows, not inside a
+        Flax NNX variable). At ``mini_step == 0`` the content is meaningless: the emitting step
+        stores its updates there, and the next step overwrites them.
       inner_state: the state of the inner transformation.
+      weight: float32 (), the sum of this cycle's weights, at ``mini_step == 0`` the last cycle's;
+        None unless `weighted`.
+      cycles: int32 (), the number of inner steps; None unless `every` is a schedule.
     """
 
     mini_step: jax.Array
     acc: Updates
     inner_state: State
+    weight: jax.Array | None = None
+    cycles: jax.Array | None = None
 
 
 def accumulate(
     inner: optax.GradientTransformation,
-    every: int,
+    every: int | Callable[[jax.Array], Any],
     *,
     average: bool = True,
+    weighted: bool = False,
     accumulator_dtype: Any = None,
     like: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Accumulates `every` gradients, then runs `inner` once on their mean or sum.
 
     .. math:: u_t = \begin{cases}
-       \mathrm{inner}\big(\tfrac1k \sum_{i=t-k+1}^{t} g_i\big) & t \equiv 0 \pmod k \\
+       \mathrm{inner}\Big(\sum_{i=s+1}^{t} w_i g_i \Big/ \sum_{i=s+1}^{t} w_i\Big)
+         & t - s = k \text{ or emit} \\
        0 & \text{otherwise} \end{cases}
 
-    On all other steps the updates are zero, `inner` does not run, and its state stays
-    bit-identical, in place. Counts and schedules inside `inner` advance once a cycle. `inner`
-    receives the extra arguments of the emitting step.
+    Here s is the last step of the cycle before, k is `every`, and all w are 1 unless `weighted`. On
+    all other steps the updates are zero, `inner` does not run, and its state stays bit-identical,
+    in place. Counts and schedules inside `inner` advance once a cycle. `inner` receives the extra
+    arguments of the emitting step.
+
+    ``update(grads, state, params, emit=True)`` ends the cycle with this gradient, whatever its
+    number: the last batches of an epoch may be fewer. `emit` may be traced. If no gradient is left
+    to end the cycle with, use `flush_accumulated`.
 
     Args:
       inner: any transformation.
-      every: the number of gradients in a cycle, a static int >= 1.
-      average: pass the mean to `inner`; False for the sum.
+      every: the number of gradients in a cycle, a static int >= 1, or a schedule of the number of
+        inner steps so far, which may be traced. A scheduled value below 1 counts as 1.
+      average: pass the mean of the gradients really accumulated to `inner`; False for the sum.
+      weighted: ``update(grads, state, params, weight=w)`` weighs each gradient by w >= 0, a number
+        or a scalar array: the tokens of a batch, if its gradient is a mean over tokens. A gradient
+        of weight 0 is ignored, even if it is NaN. A cycle of total weight 0 makes no step. `inner`
+        receives the total as its ``weight``. The accumulator holds the products: in float16 they
+        overflow sooner.
       accumulator_dtype: None for the parameter's dtype, but at least float32.
       like: a tree like the gradients, e.g. from `jax.eval_shape` or `nnx.eval_shape`, if they are
         not like the parameters. Row gradients require it, because it gives their number of rows;
@@ -63,12 +89,15 @@ def accumulate(
 
     Returns:
       A transformation with `AccumulateState`. A gradient that is None adds nothing to its sum; if
-      it is None in the emitting step, so is the update, and the sum is discarded. Reverse-mode
+      it is None in the emitting step, the sum is discarded, and `inner` gets None. Reverse-mode
       differentiation through update is not supported.
 
     Raises:
-      ValueError, TypeError: an argument is wrong; in update, the structure or shapes of the
+      ValueError: an argument is out of range, or a weight that is known when the step is traced;
+        `every` is a schedule and a gradient has rows; in update, the structure or shapes of the
         gradients differ from the parameters'.
+      TypeError: an argument has the wrong type; in update, `weight` is missing, or was given
+        without `weighted`.
 
     >>> import jax.numpy as jnp, optax
     >>> tx = accumulate(optax.scale(-1.0), every=2)
@@ -78,55 +107,119 @@ def accumulate(
     ...     print((updates + 0.0).tolist())
     [0.0]
     [-2.0]
+    >>> tx = accumulate(optax.scale(-1.0), every=8, weighted=True)
+    >>> state = tx.init(jnp.zeros(1))
+    >>> for g, tokens, is_last in ((1.0, 3, False), (5.0, 1, True)):
+    ...     updates, state = tx.update(jnp.array([g]), state, weight=tokens, emit=is_last)
+    >>> updates.tolist()
+    [-2.0]
     """
     inner = arguments.transformation("inner", inner)
-    every = arguments.positive_int("every", every)
+    if not callable(every):
+        every = arguments.positive_int("every", every)
     average = arguments.flag("average", average)
+    weighted = arguments.flag("weighted", weighted)
     dtype = arguments.float_dtype("accumulator_dtype", accumulator_dtype)
 
-    def accumulator_of(x: Any) -> Any:
+    def accumulator_of(path: Path, x: Any, param: Any) -> Any:
+        if x is None:
+            return None
         if not isinstance(x, SparseRows):
-            return jnp.zeros_like(x, dtype=dtype or dtypes.compute_dtype(jnp.result_type(x)))
-        size, *shape = x.values.shape
-        values = jnp.zeros((every * size, *shape), dtype or dtypes.compute_dtype(x.dtype))
-        return SparseRows(jnp.full((every * size,), x.num_rows), values, x.num_rows)
+            wide = dtype or dtypes.compute_dtype(jnp.result_type(x))
+            is_like_param = trees.shape_of(param) == trees.shape_of(x)
+            return jnp.zeros_like(param if is_like_param else x, dtype=wide)
+        if callable(every):
+            raise ValueError(
+                f"{path!r} has row gradients in `like`, of which every x rows are stored: every "
+                "must be an integer, got a schedule"
+            )
+        size = every * x.values.shape[0]
+        table = x.values if param is None else param
+        values = trees.zero_rows(table, size, dtype or dtypes.compute_dtype(x.dtype))
+        return SparseRows(jnp.full((size,), x.num_rows), values, x.num_rows)
 
     def init(params: Params) -> AccumulateState:
         # nnx.Optimizer does not update a variable that contains a tree.
         is_like_params = like is None or trees.is_placeholder(params)
         gradients = params if is_like_params else trees.unwrap_variables(like, is_rows)
-        acc = jax.tree.map(accumulator_of, gradients, is_leaf=is_rows)
-        return AccumulateState(jnp.zeros((), jnp.int32), acc, inner.init(params))
+        leaves, treedef = trees.flatten_with_paths(gradients)
+        param_at = dict(trees.non_none(params))
+        return AccumulateState(
+            jnp.zeros((), jnp.int32),
+            treedef.unflatten([accumulator_of(path, x, param_at.get(path)) for path, x in leaves]),
+            inner.init(params),
+            weight=jnp.zeros((), dtypes.scalar_dtype()) if weighted else None,
+            cycles=jnp.zeros((), jnp.int32) if callable(every) else None,
+        )
 
-    def update(
-        updates: Updates, state: State, params: Params | None = None, **extra_args: Any
-    ) -> tuple[Updates, State]:
-        if type(state) is not AccumulateState:
-            raise wrong_state(init, updates, state, params)
+    def kept_by(state: AccumulateState) -> tuple[bool, bool]:
+        """Whether the state is of weighted gradients, and of a schedule."""
+        return state.weight is not None, state.cycles is not None
+
+    def collect(updates: Updates, state: State, weight: Any) -> _Cycle:
+        """The cycle with one more gradient."""
+        weight = _checked_weight(weight, state.weight)
         is_first = state.mini_step == 0
-        # mini_step is larger if the state was saved with a larger `every`.
-        is_last = state.mini_step >= every - 1
 
         def add(path: Path, g: Any, acc: Any) -> Any:
-            if isinstance(g, SparseRows) or isinstance(acc, SparseRows):
+            is_row_gradient = isinstance(g, SparseRows) or isinstance(acc, SparseRows)
+            if is_row_gradient:
                 _check_rows(path, g, acc, every)
+            if weight is not None:
+                g = on_values(functools.partial(_weigh, weight, acc.dtype), g)
+            if is_row_gradient:
                 return _store_rows(acc, g, state.mini_step)
             g = dtypes.store(path, g, acc.dtype)
             return jnp.where(is_first, g, acc + g)
 
-        def step(total: Updates, inner_state: State) -> tuple[Updates, State]:
-            if average:
-                total = jax.tree.map(
-                    functools.partial(on_values, lambda x: dtypes.scale(x, 1.0 / every)),
-                    total,
-                    is_leaf=is_rows,
-                )
-            return inner.update(total, inner_state, params, **extra_args)
+        acc = trees.wrap_like(updates, state.acc)
+        total = trees.map_leaves(add, updates, acc, names=("the accumulator",), rows=True)
+        if weight is not None:
+            weight = jnp.where(is_first, weight, state.weight + weight)
+        return _Cycle(state.mini_step + 1, total, weight)
 
-        def new_accumulator(carried: Any, acc: Any, total: Any) -> Any:
+    def update(
+        updates: Updates,
+        state: State,
+        params: Params | None = None,
+        *,
+        emit: Any = False,
+        weight: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Updates, State]:
+        if type(state) is not AccumulateState or kept_by(state) != (weighted, callable(every)):
+            raise wrong_state(init, updates, state, params)
+        old_acc = trees.wrap_like(updates, state.acc)
+        if isinstance(emit, _Flush):
+            emit.has_arrived = True
+            cycle = _Cycle(state.mini_step, old_acc, state.weight)
+            ends = cycle.count > 0
+        else:
+            cycle = collect(updates, state, weight)
+            ends = _is_full(cycle.count, every, state.cycles)
+            ends = ends | arguments.condition("emit", emit)
+            if emit is not False:
+                extra_args["emit"] = emit
+        runs = ends
+        if cycle.weight is not None:
+            extra_args["weight"] = cycle.weight
+            runs = runs & (cycle.weight != 0)
+
+        def step(total: Updates, inner_state: State) -> tuple[Updates, State]:
+            divisor = cycle.count if cycle.weight is None else cycle.weight
+
+            def finish(x: Any) -> Any:
+                if isinstance(x, SparseRows):
+                    x = _first_rows(x, cycle.count, every)
+                return on_values(functools.partial(_divide, divisor), x) if average else x
+
+            gradients = jax.tree.map(finish, total, is_leaf=is_rows)
+            return inner.update(gradients, inner_state, params, **extra_args)
+
+        def new_accumulator(total: Any, carried: Any, acc: Any) -> Any:
             if acc is None:
                 return None
-            if carried is None:
+            if total is None:
                 return _skip_gradient(acc, state.mini_step, every)
             if isinstance(acc, SparseRows):
                 if carried.values.shape != acc.values.shape:
@@ -135,16 +228,195 @@ def accumulate(
                 return SparseRows(carried.indices, values, acc.num_rows)
             return carried.astype(acc.dtype)
 
-        old_acc = trees.wrap_like(updates, state.acc)
-        total = trees.map_leaves(add, updates, old_acc, names=("the accumulator",), rows=True)
-        carried, inner_state = conditional_update.update_if(is_last, step, total, state.inner_state)
-        acc = jax.tree.map(new_accumulator, carried, old_acc, total, is_leaf=trees.is_leaf)
-        acc = trees.wrap_like(state.acc, acc)
-        mini_step = jnp.where(is_last, 0, state.mini_step + 1)
-        updates = conditional_update.select(is_last, carried, updates, params)
-        return updates, AccumulateState(mini_step, acc, inner_state)
+        total = cycle.total
+        carried, inner_state = conditional_update.update_if(runs, step, total, state.inner_state)
+        acc = jax.tree.map(new_accumulator, total, carried, old_acc, is_leaf=trees.is_leaf)
+        cycles = state.cycles
+        if cycles is not None:
+            cycles = jnp.where(runs, numerics.increment(cycles), cycles)
+        updates = conditional_update.select(runs, carried, updates, params)
+        return updates, AccumulateState(
+            jnp.where(ends, 0, cycle.count),
+            trees.wrap_like(state.acc, acc),
+            inner_state,
+            weight=cycle.weight,
+            cycles=cycles,
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def flush_accumulated(
+    tx: optax.GradientTransformation, state: State, params: Params, **extra_args: Any
+) -> tuple[Updates, State]:
+    """A step on the gradients of an incomplete cycle of `accumulate`, when no gradient follows.
+
+    Call it at the end of an epoch or of the training, in place of
+    ``tx.update(grads, state, params)``, and apply the updates. The step is that of
+    ``update(..., emit=True)`` with the last gradient.
+
+    Args:
+      tx: a transformation with `accumulate` at any depth: loss scales around it, chains, groups.
+      state: its state.
+      params: the parameters.
+      extra_args: for the inner transformation.
+
+    Returns:
+      (updates, state). Wrappers around `accumulate` see a step without gradients. If no gradient is
+      pending, the updates are zero, and the state is bit-identical.
+
+    Raises:
+      ValueError: the state has no `accumulate`, or one inside another; a wrapper around it does not
+        pass extra arguments on.
+
+    >>> import jax.numpy as jnp, optax
+    >>> tx = accumulate(optax.sgd(1.0), every=4)
+    >>> params = jnp.zeros(1)
+    >>> state = tx.init(params)
+    >>> for g in (1.0, 1.0, 1.0, 1.0, 2.0, 4.0):  # an epoch of six batches
+    ...     updates, state = tx.update(jnp.array([g]), state, params)
+    ...     params = optax.apply_updates(params, updates)
+    >>> updates, state = flush_accumulated(tx, state, params)
+    >>> optax.apply_updates(params, updates).tolist()  # -1, and the mean of the last two
+    [-4.0]
+    """
+    tx = arguments.transformation("tx", tx)
+    found = trees.find_states(state, AccumulateState)
+    if not found:
+        raise ValueError("flush_accumulated needs a state of accumulate, got one without it")
+    if any(trees.find_states(x.inner_state, AccumulateState) for x in found):
+        raise ValueError(
+            "flush_accumulated cannot flush accumulate inside accumulate: end the last cycle with "
+            "update(..., emit=True)"
+        )
+    flush = _Flush()
+
+    def step(gradients: Updates, state: State) -> tuple[Updates, State]:
+        return tx.update(gradients, state, params, emit=flush, **extra_args)
+
+    no_gradients = jax.tree.map(lambda p: None, params)
+    is_pending = functools.reduce(operator.or_, [x.mini_step > 0 for x in found])
+    carried, state = conditional_update.update_if(is_pending, step, no_gradients, state)
+    if not flush.has_arrived:
+        raise ValueError(
+            "flush_accumulated cannot reach accumulate: a transformation around it does not pass "
+            "the extra arguments of update on; make it an optax.GradientTransformationExtraArgs"
+        )
+    return conditional_update.select(is_pending, carried, no_gradients, params), state
+
+
+def has_updated(state: State) -> jax.Array:
+    """Whether the last gradient that `accumulate` took made a step, as in `optax.MultiSteps`.
+
+    Args:
+      state: an optimizer state with one `accumulate` at any depth, returned by `update`.
+
+    Returns:
+      A bool scalar, also inside `jax.jit`; False for a state that no step has been made with. A
+      step that `skip_nonfinite` or `dynamic_loss_scale` around `accumulate` skips leaves the answer
+      as it was: `metrics` counts them.
+
+    Raises:
+      ValueError: the state has no `accumulate`, or several.
+
+    >>> import jax.numpy as jnp, optax
+    >>> tx = accumulate(optax.adam(0.1), every=2)
+    >>> state = tx.init(jnp.zeros(1))
+    >>> for _ in range(4):
+    ...     _, state = tx.update(jnp.ones(1), state)
+    ...     print(bool(has_updated(state)))
+    False
+    True
+    False
+    True
+    """
+    found = trees.find_states(state, AccumulateState)
+    if len(found) != 1:
+        raise ValueError(f"state must hold one state of accumulate, found {len(found)}")
+    (state,) = found
+    return (state.mini_step == 0) & _has_run(state)
+
+
+def _has_run(state: AccumulateState) -> Any:
+    """Whether the inner transformation has run, and in a weighted cycle on a weight."""
+    if state.weight is not None:
+        return state.weight != 0
+    if state.cycles is not None:
+        return state.cycles > 0
+    counts = optax.tree_utils.tree_get_all_with_path(
+        state.inner_state, "count", filtering=lambda _, x: jnp.ndim(x) == 0
+    )
+    if counts:
+        return functools.reduce(operator.or_, [count > 0 for _, count in counts])
+    # The accumulator starts at zero, and holds the last updates after a step.
+    leaves = [x.is_valid if is_rows(x) else x for x in jax.tree.leaves(state.acc, is_leaf=is_rows)]
+    return functools.reduce(operator.or_, [jnp.any(x != 0) for x in leaves], jnp.zeros((), bool))
+
+
+class _Flush:
+    """The `emit` of `flush_accumulated`: the step has no gradient.
+
+    Attributes:
+      has_arrived: whether an `accumulate` has got it.
+    """
+
+    has_arrived = False
+
+
+class _Cycle(NamedTuple):
+    """The gradients of one cycle.
+
+    Attributes:
+      count: int32 (), their number.
+      total: their sum, or all their rows.
+      weight: the sum of their weights; None without weights.
+    """
+
+    count: jax.Array
+    total: Updates
+    weight: jax.Array | None
+
+
+def _is_full(count: jax.Array, every: Any, cycles: jax.Array | None) -> jax.Array:
+    """Whether `count` gradients complete a cycle."""
+    if not callable(every):
+        # The count is larger if the state was saved with a larger `every`.
+        return count >= every
+    limit = dtypes.as_scalar(arguments.scalar("every", every(cycles)))
+    return ~(count.astype(dtypes.scalar_dtype()) < limit)
+
+
+def _checked_weight(weight: Any, sum_of_weights: jax.Array | None) -> jax.Array | None:
+    """The weight of one gradient; None without weights."""
+    if sum_of_weights is None:
+        if weight is not None:
+            raise TypeError(
+                "accumulate got weight, but not weighted=True: all gradients would count the same. "
+                "Pass weighted=True; for a preset, accumulate(adam(...), every, weighted=True)"
+            )
+        return None
+    if weight is None:
+        raise TypeError(
+            "accumulate(..., weighted=True) needs the weight of each gradient: "
+            "update(grads, state, params, weight=number of tokens)"
+        )
+    weight = arguments.scalar("weight", weight, at_least=0.0)
+    return jnp.asarray(weight).astype(sum_of_weights.dtype)
+
+
+def _weigh(weight: jax.Array, dtype: Any, g: jax.Array) -> jax.Array:
+    """``weight * g``, zero at weight zero, computed in at least `dtype` and float32."""
+    g = g.astype(dtypes.compute_dtype(g.dtype, dtype))
+    # The mean over no tokens is 0/0.
+    g = jnp.where(weight == 0, jnp.zeros((), g.dtype), g)
+    return dtypes.scale(g, weight.astype(dtypes.real_dtype(g.dtype)))
+
+
+def _divide(divisor: jax.Array, x: jax.Array) -> jax.Array:
+    """``x / divisor`` in the dtype of `x`, computed in at least float32."""
+    wide = x.astype(dtypes.compute_dtype(x.dtype))
+    factor = 1.0 / divisor.astype(dtypes.real_dtype(wide.dtype))
+    return dtypes.scale(wide, factor).astype(x.dtype)
 
 
 def _check_rows(path: Path, g: Any, acc: Any, every: int) -> None:
@@ -182,3 +454,10 @@ def _store_rows(acc: SparseRows, rows: SparseRows, mini_step: jax.Array) -> Spar
         acc.values.at[at].set(rows.values.astype(acc.dtype)),
         acc.num_rows,
     )
+
+
+def _first_rows(acc: SparseRows, count: jax.Array, every: int) -> SparseRows:
+    """`acc` with the rows of `count` gradients; those of the last cycle become padding."""
+    positions = jnp.arange(acc.values.shape[0], dtype=jnp.int32)
+    is_of_cycle = positions < count * (acc.values.shape[0] // every)
+    return SparseRows(jnp.where(is_of_cycle, acc.indices, acc.num_rows), acc.values, acc.num_rows)

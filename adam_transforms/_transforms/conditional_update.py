@@ -27,8 +27,9 @@ def update_if(
 
     Args:
       condition: a bool scalar.
-      update: returns updates with the structure and shapes of `gradients`, and the new state.
-      gradients: a tree of arrays and row gradients.
+      update: returns updates with the structure and shapes of `gradients`, and the new state. Where
+        a gradient is None the update may be an array, as that of a deferred table.
+      gradients: a tree of arrays, row gradients and None.
       state: a tree of arrays; their dtypes do not change.
 
     Returns:
@@ -38,20 +39,22 @@ def update_if(
 
     It has no reverse-mode derivative; forward mode works.
     """
+    leaves, treedef = jax.tree.flatten(gradients, is_leaf=trees.is_leaf)
 
-    def update_parts(parts: Any, state: State) -> tuple[Any, State]:
-        updates, state = update(from_parts(gradients, parts), state)
-        return to_parts(updates), state
+    def update_parts(given: list[Any], state: State) -> tuple[Any, State]:
+        updates, state = update(treedef.unflatten(given), state)
+        return to_parts(jax.tree.leaves(updates, is_leaf=trees.is_leaf)), state
 
     outputs, _ = jax.eval_shape(update, gradients, state)
-    parts, output_parts = to_parts(gradients), jax.eval_shape(to_parts, outputs)
-    if jax.tree.structure(output_parts) != jax.tree.structure(parts):
+    output_leaves, output_def = jax.tree.flatten(outputs, is_leaf=trees.is_leaf)
+    pairs = zip(leaves, output_leaves, strict=False)
+    if output_def != treedef or any(not _can_carry(g, u) for g, u in pairs):
         raise ValueError(
             "the inner transformation must return updates of the gradients' structure: "
             + trees.structure_difference(gradients, outputs, "the gradients", "the updates")
         )
 
-    def to_carried(g: jax.Array, u: Any) -> jax.Array:
+    def to_carried(g: Any, u: Any) -> jax.Array:
         # The shapes differ only if the update has another number of rows than the gradient.
         if g.shape != u.shape:
             return jnp.zeros_like(u)
@@ -65,12 +68,24 @@ def update_if(
 
     def step(carry: tuple[Any, State]) -> tuple[Any, State]:
         carried, state = carry
-        updates, new_state = update_parts(jax.tree.map(from_carried, parts, carried), state)
+        given = [
+            None if g is None else from_parts(g, jax.tree.map(from_carried, to_parts(g), x))
+            for g, x in zip(leaves, carried, strict=True)
+        ]
+        updates, new_state = update_parts(given, state)
         return _cast_like(updates, carried), _cast_like(new_state, state)
 
-    carried = jax.tree.map(to_carried, parts, output_parts)
+    carried = [
+        jax.tree.map(jnp.zeros_like, u) if g is None else jax.tree.map(to_carried, to_parts(g), u)
+        for g, u in zip(leaves, jax.eval_shape(to_parts, output_leaves), strict=True)
+    ]
     carried, state = run_if(condition, step, (carried, state))
-    return from_parts(outputs, carried), state
+    return treedef.unflatten(from_parts(output_leaves, carried)), state
+
+
+def _can_carry(g: Any, u: Any) -> bool:
+    """Whether one array, or one pair of arrays, can hold a gradient and then its update."""
+    return g is None or (u is not None and is_rows(g) == is_rows(u))
 
 
 def select(
