@@ -18,7 +18,13 @@ from adam_transforms._optimizers import adam, adamw, lazy_adam
 from adam_transforms._tools.checkpoint import check_state
 from adam_transforms._tools.metrics import metrics
 from adam_transforms._tools.summary import summary
-from adam_transforms._transforms.accumulation import AccumulateState, accumulate
+from adam_transforms._transforms.accumulation import (
+    AccumulateState,
+    VariableAccumulateState,
+    accumulate,
+    flush_accumulated,
+    has_updated,
+)
 from adam_transforms._transforms.adam import ScheduledDecayState, scale_by_adam, scale_by_amsgrad
 from adam_transforms._transforms.apply_updates import apply_updates
 from adam_transforms._transforms.clipping import clip_by_global_norm, clip_by_norm, clip_by_value
@@ -31,6 +37,7 @@ from adam_transforms._transforms.learning_rates import (
 )
 from adam_transforms._transforms.loss_scaling import (
     DynamicLossScaleState,
+    LimitedSkipNonfiniteState,
     SkipNonfiniteState,
     StaticLossScaleState,
     dynamic_loss_scale,
@@ -48,6 +55,7 @@ __all__ = [
     "DynamicLossScaleState",
     "FreezeRowsState",
     "LazyState",
+    "LimitedSkipNonfiniteState",
     "MasterWeightsState",
     "Owed",
     "ParamsEmaState",
@@ -56,6 +64,7 @@ __all__ = [
     "SkipNonfiniteState",
     "SparseRows",
     "StaticLossScaleState",
+    "VariableAccumulateState",
     "accumulate",
     "adam",
     "adamw",
@@ -74,9 +83,11 @@ __all__ = [
     "ema_params",
     "finalize",
     "flush",
+    "flush_accumulated",
     "freeze_rows",
     "global_norm",
     "grad",
+    "has_updated",
     "interop",
     "lazy",
     "lazy_adam",

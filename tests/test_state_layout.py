@@ -33,6 +33,8 @@ STATES: dict[str, Any] = {
     ),
     "static": at.static_loss_scale(at.adam(), 8.0),
     "skipping": at.skip_nonfinite(at.adam()),
+    "skipping some": at.skip_nonfinite(at.adam(), max_consecutive=2),
+    "variable cycles": at.accumulate(at.adam(), lambda cycles: 2 + cycles, weighted=True),
     "masters": at.master_weights(at.adam()),
     "rates": at.scale_by_path_learning_rate([("w", 0.1)], 0.2),
     "lazy": at.lazy_adam(),

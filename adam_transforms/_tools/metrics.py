@@ -43,6 +43,8 @@ def metrics(
                                default last
     ``loss_scale``             the scale for the next loss
     ``skipped_steps``          the number of steps skipped because a gradient was not finite
+    ``consecutive_nonfinite``  the number of steps since the last finite one, by `skip_nonfinite`
+                               with `max_consecutive`
     ``mini_step``              the number of gradients accumulated in this cycle, by `accumulate` or
                                `optax.MultiSteps`
     =========================  ===================================================================

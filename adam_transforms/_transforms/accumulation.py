@@ -16,34 +16,52 @@ from adam_transforms._core.state_layout import Field, Role, register
 from adam_transforms._core.types import Params, Path, State, Updates
 from adam_transforms._transforms import conditional_update, numerics
 
+_FIELDS = {
+    "mini_step": Field(Role.SCALAR, metric="mini_step"),
+    "acc": Role.BUFFER,
+    "inner_state": Role.INNER,
+}
 
-@register(
-    mini_step=Field(Role.SCALAR, metric="mini_step"),
-    acc=Role.BUFFER,
-    inner_state=Role.INNER,
-    weight=Role.SCALAR,
-    cycles=Role.SCALAR,
-)
+
+@register(**_FIELDS)
 class AccumulateState(NamedTuple):
     """State of `accumulate`.
 
     Attributes:
       mini_step: int32 (), the number of gradients in this cycle, 0 to every - 1.
-      acc: like the parameters, the sum of this cycle's gradients, each times its weight; for row
-        gradients of n rows, all rows of the cycle (`SparseRows` of every x n rows, not inside a
-        Flax NNX variable). At ``mini_step == 0`` the content is meaningless: the emitting step
-        stores its updates there, and the next step overwrites them.
+      acc: like the parameters, the sum of this cycle's gradients; for row gradients of n rows, all
+        rows of the cycle (`SparseRows` of every x n rows, not inside a Flax NNX variable). At
+        ``mini_step == 0`` the content is meaningless: the emitting step stores its updates there,
+        and the next step overwrites them.
       inner_state: the state of the inner transformation.
-      weight: float32 (), the sum of this cycle's weights, at ``mini_step == 0`` the last cycle's;
-        None unless `weighted`.
-      cycles: int32 (), the number of inner steps; None unless `every` is a schedule.
     """
 
     mini_step: jax.Array
     acc: Updates
     inner_state: State
-    weight: jax.Array | None = None
-    cycles: jax.Array | None = None
+
+
+@register(**_FIELDS, weight=Role.SCALAR, cycles=Role.SCALAR)
+class VariableAccumulateState(NamedTuple):
+    """State of `accumulate` with weights, or with a schedule for `every`.
+
+    Attributes:
+      mini_step, acc, inner_state: as in `AccumulateState`; each gradient in `acc` is multiplied by
+        its weight.
+      weight: float32 (), the sum of this cycle's weights, at ``mini_step == 0`` of the last
+        cycle's; None without weights.
+      cycles: int32 (), the number of inner steps; None without a schedule.
+    """
+
+    mini_step: jax.Array
+    acc: Updates
+    inner_state: State
+    weight: jax.Array | None
+    cycles: jax.Array | None
+
+
+# Checkpoints of plain cycles depend on the fields of the plain class.
+ACCUMULATE_STATES = (AccumulateState, VariableAccumulateState)
 
 
 def accumulate(
@@ -88,7 +106,8 @@ def accumulate(
         that is None has no accumulator.
 
     Returns:
-      A transformation with `AccumulateState`. A gradient that is None adds nothing to its sum; if
+      A transformation with `AccumulateState`, or `VariableAccumulateState` if it is `weighted` or
+      `every` is a schedule. A gradient that is None adds nothing to its sum; if
       it is None in the emitting step, the sum is discarded, and `inner` gets None. Reverse-mode
       differentiation through update is not supported.
 
@@ -138,43 +157,52 @@ def accumulate(
         values = trees.zero_rows(table, size, dtype or dtypes.compute_dtype(x.dtype))
         return SparseRows(jnp.full((size,), x.num_rows), values, x.num_rows)
 
-    def init(params: Params) -> AccumulateState:
+    def init(params: Params) -> State:
         # nnx.Optimizer does not update a variable that contains a tree.
         is_like_params = like is None or trees.is_placeholder(params)
         gradients = params if is_like_params else trees.unwrap_variables(like, is_rows)
         leaves, treedef = trees.flatten_with_paths(gradients)
         param_at = dict(trees.non_none(params))
-        return AccumulateState(
-            jnp.zeros((), jnp.int32),
-            treedef.unflatten([accumulator_of(path, x, param_at.get(path)) for path, x in leaves]),
-            inner.init(params),
+        acc = treedef.unflatten([accumulator_of(path, x, param_at.get(path)) for path, x in leaves])
+        state = AccumulateState(jnp.zeros((), jnp.int32), acc, inner.init(params))
+        if not weighted and not callable(every):
+            return state
+        return VariableAccumulateState(
+            *state,
             weight=jnp.zeros((), dtypes.scalar_dtype()) if weighted else None,
             cycles=jnp.zeros((), jnp.int32) if callable(every) else None,
         )
 
-    def kept_by(state: AccumulateState) -> tuple[bool, bool]:
-        """Whether the state is of weighted gradients, and of a schedule."""
-        return state.weight is not None, state.cycles is not None
+    def is_own(state: State) -> bool:
+        """Whether `init` makes states of this kind."""
+        if not weighted and not callable(every):
+            return type(state) is AccumulateState
+        if type(state) is not VariableAccumulateState:
+            return False
+        kept = state.weight is not None, state.cycles is not None
+        return kept == (weighted, callable(every))
 
     def collect(updates: Updates, state: State, weight: Any) -> _Cycle:
         """The cycle with one more gradient."""
-        weight = _checked_weight(weight, state.weight)
+        weight = _checked_weight(weight, weighted)
         is_first = state.mini_step == 0
 
+        def weighed(g: Any, dtype: Any) -> Any:
+            if weight is None:
+                return g
+            return on_values(functools.partial(_weigh, weight, dtype), g)
+
         def add(path: Path, g: Any, acc: Any) -> Any:
-            is_row_gradient = isinstance(g, SparseRows) or isinstance(acc, SparseRows)
-            if is_row_gradient:
+            if isinstance(g, SparseRows) or isinstance(acc, SparseRows):
                 _check_rows(path, g, acc, every)
-            if weight is not None:
-                g = on_values(functools.partial(_weigh, weight, acc.dtype), g)
-            if is_row_gradient:
-                return _store_rows(acc, g, state.mini_step)
-            g = dtypes.store(path, g, acc.dtype)
+                return _store_rows(acc, weighed(g, acc.dtype), state.mini_step)
+            g = dtypes.store(path, weighed(g, acc.dtype), acc.dtype)
             return jnp.where(is_first, g, acc + g)
 
         acc = trees.wrap_like(updates, state.acc)
         total = trees.map_leaves(add, updates, acc, names=("the accumulator",), rows=True)
         if weight is not None:
+            weight = weight.astype(state.weight.dtype)
             weight = jnp.where(is_first, weight, state.weight + weight)
         return _Cycle(state.mini_step + 1, total, weight)
 
@@ -187,16 +215,16 @@ def accumulate(
         weight: Any = None,
         **extra_args: Any,
     ) -> tuple[Updates, State]:
-        if type(state) is not AccumulateState or kept_by(state) != (weighted, callable(every)):
+        if not is_own(state):
             raise wrong_state(init, updates, state, params)
         old_acc = trees.wrap_like(updates, state.acc)
         if isinstance(emit, _Flush):
             emit.has_arrived = True
-            cycle = _Cycle(state.mini_step, old_acc, state.weight)
+            cycle = _Cycle(state.mini_step, old_acc, state.weight if weighted else None)
             ends = cycle.count > 0
         else:
             cycle = collect(updates, state, weight)
-            ends = _is_full(cycle.count, every, state.cycles)
+            ends = _is_full(cycle.count, every(state.cycles) if callable(every) else every)
             ends = ends | arguments.condition("emit", emit)
             if emit is not False:
                 extra_args["emit"] = emit
@@ -231,17 +259,17 @@ def accumulate(
         total = cycle.total
         carried, inner_state = conditional_update.update_if(runs, step, total, state.inner_state)
         acc = jax.tree.map(new_accumulator, total, carried, old_acc, is_leaf=trees.is_leaf)
-        cycles = state.cycles
-        if cycles is not None:
-            cycles = jnp.where(runs, numerics.increment(cycles), cycles)
-        updates = conditional_update.select(runs, carried, updates, params)
-        return updates, AccumulateState(
-            jnp.where(ends, 0, cycle.count),
-            trees.wrap_like(state.acc, acc),
-            inner_state,
-            weight=cycle.weight,
-            cycles=cycles,
+        state = state._replace(
+            mini_step=jnp.where(ends, 0, cycle.count),
+            acc=trees.wrap_like(state.acc, acc),
+            inner_state=inner_state,
         )
+        if cycle.weight is not None:
+            state = state._replace(weight=cycle.weight)
+        if callable(every):
+            cycles = jnp.where(runs, numerics.increment(state.cycles), state.cycles)
+            state = state._replace(cycles=cycles)
+        return conditional_update.select(runs, carried, updates, params), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -281,10 +309,10 @@ def flush_accumulated(
     [-4.0]
     """
     tx = arguments.transformation("tx", tx)
-    found = trees.find_states(state, AccumulateState)
+    found = trees.find_states(state, ACCUMULATE_STATES)
     if not found:
         raise ValueError("flush_accumulated needs a state of accumulate, got one without it")
-    if any(trees.find_states(x.inner_state, AccumulateState) for x in found):
+    if any(trees.find_states(x.inner_state, ACCUMULATE_STATES) for x in found):
         raise ValueError(
             "flush_accumulated cannot flush accumulate inside accumulate: end the last cycle with "
             "update(..., emit=True)"
@@ -330,18 +358,18 @@ def has_updated(state: State) -> jax.Array:
     False
     True
     """
-    found = trees.find_states(state, AccumulateState)
+    found = trees.find_states(state, ACCUMULATE_STATES)
     if len(found) != 1:
         raise ValueError(f"state must hold one state of accumulate, found {len(found)}")
     (state,) = found
     return (state.mini_step == 0) & _has_run(state)
 
 
-def _has_run(state: AccumulateState) -> Any:
+def _has_run(state: State) -> Any:
     """Whether the inner transformation has run, and in a weighted cycle on a weight."""
-    if state.weight is not None:
+    if getattr(state, "weight", None) is not None:
         return state.weight != 0
-    if state.cycles is not None:
+    if getattr(state, "cycles", None) is not None:
         return state.cycles > 0
     counts = optax.tree_utils.tree_get_all_with_path(
         state.inner_state, "count", filtering=lambda _, x: jnp.ndim(x) == 0
@@ -377,18 +405,18 @@ class _Cycle(NamedTuple):
     weight: jax.Array | None
 
 
-def _is_full(count: jax.Array, every: Any, cycles: jax.Array | None) -> jax.Array:
-    """Whether `count` gradients complete a cycle."""
-    if not callable(every):
+def _is_full(count: jax.Array, every: Any) -> jax.Array:
+    """Whether `count` gradients complete a cycle; `every` is an integer or a schedule's value."""
+    if isinstance(every, int):
         # The count is larger if the state was saved with a larger `every`.
         return count >= every
-    limit = dtypes.as_scalar(arguments.scalar("every", every(cycles)))
-    return ~(count.astype(dtypes.scalar_dtype()) < limit)
+    every = dtypes.as_scalar(arguments.scalar("every", every))
+    return ~(count.astype(dtypes.scalar_dtype()) < every)
 
 
-def _checked_weight(weight: Any, sum_of_weights: jax.Array | None) -> jax.Array | None:
+def _checked_weight(weight: Any, weighted: bool) -> jax.Array | None:
     """The weight of one gradient; None without weights."""
-    if sum_of_weights is None:
+    if not weighted:
         if weight is not None:
             raise TypeError(
                 "accumulate got weight, but not weighted=True: all gradients would count the same. "
@@ -400,8 +428,7 @@ def _checked_weight(weight: Any, sum_of_weights: jax.Array | None) -> jax.Array 
             "accumulate(..., weighted=True) needs the weight of each gradient: "
             "update(grads, state, params, weight=number of tokens)"
         )
-    weight = arguments.scalar("weight", weight, at_least=0.0)
-    return jnp.asarray(weight).astype(sum_of_weights.dtype)
+    return jnp.asarray(arguments.scalar("weight", weight, at_least=0.0))
 
 
 def _weigh(weight: jax.Array, dtype: Any, g: jax.Array) -> jax.Array:
@@ -419,7 +446,7 @@ def _divide(divisor: jax.Array, x: jax.Array) -> jax.Array:
     return dtypes.scale(wide, factor).astype(x.dtype)
 
 
-def _check_rows(path: Path, g: Any, acc: Any, every: int) -> None:
+def _check_rows(path: Path, g: Any, acc: Any, every: Any) -> None:
     """Refuses a gradient that differs from `like` in its kind or number of rows."""
     if not isinstance(acc, SparseRows):
         raise TypeError(
@@ -435,7 +462,7 @@ def _check_rows(path: Path, g: Any, acc: Any, every: int) -> None:
         )
 
 
-def _skip_gradient(acc: Any, mini_step: jax.Array, every: int) -> Any:
+def _skip_gradient(acc: Any, mini_step: jax.Array, every: Any) -> Any:
     """`acc` after a gradient that is None; the content of the last cycle is overwritten."""
     if not isinstance(acc, SparseRows):
         return jnp.where(mini_step == 0, jnp.zeros_like(acc), acc)
@@ -456,7 +483,7 @@ def _store_rows(acc: SparseRows, rows: SparseRows, mini_step: jax.Array) -> Spar
     )
 
 
-def _first_rows(acc: SparseRows, count: jax.Array, every: int) -> SparseRows:
+def _first_rows(acc: SparseRows, count: jax.Array, every: Any) -> SparseRows:
     """`acc` with the rows of `count` gradients; those of the last cycle become padding."""
     positions = jnp.arange(acc.values.shape[0], dtype=jnp.int32)
     is_of_cycle = positions < count * (acc.values.shape[0] // every)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from adam_transforms._core import arguments, dtypes, trees
 from adam_transforms._core.sparse_rows import on_values
@@ -16,6 +17,9 @@ from adam_transforms._transforms import conditional_update, numerics
 
 _SCALE = Field(Role.SCALAR, metric="loss_scale")
 _SKIPPED = Field(Role.SCALAR, metric="skipped_steps")
+# Gradients are multiplied by the reciprocal of the scale, and XLA makes one of a division too. That
+# of 2^127 is subnormal: it becomes zero, and all gradients with it.
+MAX_SCALE = 2.0**126
 
 
 @register(scale=_SCALE, inner_state=Role.INNER)
@@ -51,6 +55,24 @@ class SkipNonfiniteState(NamedTuple):
     inner_state: State
 
 
+@register(
+    skipped=_SKIPPED,
+    inner_state=Role.INNER,
+    consecutive=Field(Role.SCALAR, metric="consecutive_nonfinite"),
+)
+class LimitedSkipNonfiniteState(NamedTuple):
+    """State of `skip_nonfinite` with `max_consecutive`.
+
+    Attributes:
+      skipped, inner_state: as in `SkipNonfiniteState`.
+      consecutive: int32 (), the number of steps since the last finite one.
+    """
+
+    skipped: jax.Array
+    inner_state: State
+    consecutive: jax.Array
+
+
 def static_loss_scale(
     inner: optax.GradientTransformation, scale: float | jax.Array
 ) -> optax.GradientTransformationExtraArgs:
@@ -59,7 +81,7 @@ def static_loss_scale(
     Args:
       inner: any transformation; it receives the gradients in at least float32, because a float16
         gradient divided by the scale would underflow.
-      scale: the factor of the loss (see `scale_loss`), > 0.
+      scale: the factor of the loss (see `scale_loss`), from 2^-126 to 2^126.
 
     Returns:
       A transformation with `StaticLossScaleState`.
@@ -71,7 +93,7 @@ def static_loss_scale(
     [-2.0]
     """
     inner = arguments.transformation("inner", inner)
-    scale = arguments.scalar("scale", scale, above=0.0)
+    scale = _scale("scale", scale)
 
     def init(params: Params) -> StaticLossScaleState:
         return StaticLossScaleState(jnp.array(scale, jnp.float32), inner.init(params))
@@ -96,6 +118,7 @@ def dynamic_loss_scale(
     factor: float | jax.Array = 2.0,
     *,
     min_scale: float | jax.Array = 1.0,
+    max_scale: float | jax.Array = 2.0**24,
 ) -> optax.GradientTransformationExtraArgs:
     """Divides the gradients by an adaptive loss scale, and skips non-finite steps.
 
@@ -105,17 +128,26 @@ def dynamic_loss_scale(
 
     Args:
       inner: any transformation; it receives the gradients in at least float32.
-      initial_scale: > 0.
+      initial_scale: from 2^-126 to `max_scale`.
       growth_interval: static int >= 1.
       factor: > 1.
-      min_scale: the lower bound of the scale, > 0; a scale already below it is not raised.
+      min_scale: the lower bound of the scale, >= 2^-126; a scale already below it is not raised.
+      max_scale: the upper bound of the scale, <= 2^126: float32 has no normal reciprocal of 2^127.
+        A restored scale above it comes down in the first step. The default is that of NVIDIA's
+        Apex: at 2^24 the smallest float16 number stands for 2^-48. Keras, PyTorch and TensorFlow
+        let the scale grow to the end of float32 where gradients stay small.
 
     Returns:
       A transformation with `DynamicLossScaleState`. Scale the loss with `scale_loss`.
 
+    Raises:
+      ValueError: an argument is out of range; `initial_scale` or `min_scale` is above `max_scale`.
+      TypeError: an argument has the wrong type.
+
     References:
       Micikevicius et al., `Mixed Precision Training <https://arxiv.org/abs/1710.03740>`_, 2018;
-      the rule is that of Keras's LossScaleOptimizer.
+      the rule is that of Keras's LossScaleOptimizer, and the upper bound that of `Apex
+      <https://nvidia.github.io/apex/amp.html>`_.
 
     >>> import jax.numpy as jnp, optax
     >>> tx = dynamic_loss_scale(optax.scale(-1.0), initial_scale=8.0, growth_interval=2)
@@ -129,10 +161,17 @@ def dynamic_loss_scale(
     [-2.0] 8.0
     """
     inner = arguments.transformation("inner", inner)
-    initial_scale = arguments.scalar("initial_scale", initial_scale, above=0.0)
+    initial_scale = _scale("initial_scale", initial_scale)
     growth_interval = arguments.positive_int("growth_interval", growth_interval)
     factor = arguments.scalar("factor", factor, above=1.0)
-    min_scale = arguments.scalar("min_scale", min_scale, above=0.0)
+    min_scale = _scale("min_scale", min_scale)
+    max_scale = _scale("max_scale", max_scale)
+    for name, scale in (("initial_scale", initial_scale), ("min_scale", min_scale)):
+        if not any(isinstance(x, Tracer) for x in (scale, max_scale)) and scale > max_scale:
+            raise ValueError(
+                f"{name} must be at most max_scale, {float(max_scale):g}, got {float(scale):g}: "
+                "pass a larger max_scale"
+            )
 
     def init(params: Params) -> DynamicLossScaleState:
         return DynamicLossScaleState(
@@ -152,16 +191,17 @@ def dynamic_loss_scale(
             unscaled = _unscale(gradients, state.scale)
             return inner.update(unscaled, inner_state, params, **extra_args)
 
-        finite, updates, inner_state = _step_if_finite(step, updates, state.inner_state, params)
+        gradients = trees.as_gradients(updates)
+        finite = numerics.all_finite(gradients)
+        updates, inner_state = _step_if(finite, step, gradients, state.inner_state, params)
         finite_steps = jnp.where(finite, state.finite_steps + 1, 0)
         grow = finite_steps >= growth_interval
         ratio = dtypes.as_scalar(factor, jnp.float32)
         lower_bound = jnp.minimum(state.scale, dtypes.as_scalar(min_scale, jnp.float32))
         grown = jnp.where(grow, state.scale * ratio, state.scale)
-        # An infinite scale would make every later step non-finite.
-        grown = jnp.where(jnp.isfinite(grown), grown, state.scale)
         shrunk = jnp.maximum(state.scale / ratio, lower_bound)
         scale = jnp.where(finite, grown, shrunk)
+        scale = jnp.minimum(scale, dtypes.as_scalar(max_scale, jnp.float32))
         finite_steps = jnp.where(grow, 0, finite_steps)
         skipped = _count_skip(state.skipped, finite)
         return updates, DynamicLossScaleState(scale, finite_steps, skipped, inner_state)
@@ -169,27 +209,47 @@ def dynamic_loss_scale(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def skip_nonfinite(
+    inner: optax.GradientTransformation, *, max_consecutive: int | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Skips steps whose gradients contain an infinity or a NaN.
 
     The updates of a skipped step are zero, and the inner state stays bit-identical.
 
     Args:
       inner: any transformation.
+      max_consecutive: skip at most so many steps in a row, a static int >= 1; those that follow go
+        to `inner` as they are, until a step is finite, as in `optax.apply_if_finite`: a training
+        that has diverged does not go on in silence. None skips them all. `metrics` counts them, as
+        ``consecutive_nonfinite``.
 
     Returns:
-      A transformation with `SkipNonfiniteState`.
+      A transformation with `SkipNonfiniteState`; with `max_consecutive`, with
+      `LimitedSkipNonfiniteState`.
+
+    Raises:
+      ValueError, TypeError: an argument is out of range or of the wrong type.
 
     >>> import jax.numpy as jnp, optax
-    >>> tx = skip_nonfinite(optax.scale(-1.0))
-    >>> updates, state = tx.update(jnp.array([1.0, float("nan")]), tx.init(jnp.zeros(2)))
-    >>> updates.tolist(), int(state.skipped)
-    ([0.0, 0.0], 1)
+    >>> tx = skip_nonfinite(optax.scale(-1.0), max_consecutive=2)
+    >>> state = tx.init(jnp.zeros(1))
+    >>> for g in (1.0, float("nan"), float("nan"), float("nan")):
+    ...     updates, state = tx.update(jnp.array([g]), state)
+    ...     print(updates.tolist(), int(state.skipped), int(state.consecutive))
+    [-1.0] 0 0
+    [0.0] 1 1
+    [0.0] 2 2
+    [nan] 2 3
     """
     inner = arguments.transformation("inner", inner)
+    if max_consecutive is not None:
+        max_consecutive = arguments.positive_int("max_consecutive", max_consecutive)
 
-    def init(params: Params) -> SkipNonfiniteState:
-        return SkipNonfiniteState(jnp.zeros((), jnp.int32), inner.init(params))
+    def init(params: Params) -> State:
+        state = SkipNonfiniteState(jnp.zeros((), jnp.int32), inner.init(params))
+        if max_consecutive is None:
+            return state
+        return LimitedSkipNonfiniteState(*state, consecutive=jnp.zeros((), jnp.int32))
 
     def update(
         updates: Updates, state: State, params: Params | None = None, **extra_args: Any
@@ -200,8 +260,21 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
         def step(gradients: Updates, inner_state: State) -> tuple[Updates, State]:
             return inner.update(gradients, inner_state, params, **extra_args)
 
-        finite, updates, inner_state = _step_if_finite(step, updates, state.inner_state, params)
-        return updates, SkipNonfiniteState(_count_skip(state.skipped, finite), inner_state)
+        if hasattr(state, "consecutive") != (max_consecutive is not None):
+            made, used = ("with", "without") if max_consecutive is None else ("without", "with")
+            raise ValueError(
+                f"the state was made by skip_nonfinite {made} max_consecutive, and is used {used}: "
+                "make a new one with init, and copy its skipped and inner_state"
+            )
+        gradients = trees.as_gradients(updates)
+        accept = finite = numerics.all_finite(gradients)
+        if max_consecutive is not None:
+            consecutive = jnp.where(finite, 0, numerics.increment(state.consecutive))
+            state = state._replace(consecutive=consecutive)
+            accept = finite | (consecutive > max_consecutive)
+        updates, inner_state = _step_if(accept, step, gradients, state.inner_state, params)
+        skipped = _count_skip(state.skipped, accept)
+        return updates, state._replace(skipped=skipped, inner_state=inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -248,18 +321,28 @@ def _unscale(updates: Updates, scale: jax.Array) -> Updates:
     return trees.map_leaves(lambda path, g: on_values(unscale, g), updates, rows=True)
 
 
-def _step_if_finite(
+def _step_if(
+    accept: jax.Array,
     step: Callable[[Updates, State], tuple[Updates, State]],
     gradients: Updates,
     state: State,
     params: Params | None,
-) -> tuple[jax.Array, Updates, State]:
-    """(whether all gradients are finite, updates, state); a non-finite step is skipped."""
-    gradients = trees.as_gradients(gradients)
-    finite = numerics.all_finite(gradients)
-    carried, state = conditional_update.update_if(finite, step, gradients, state)
-    return finite, conditional_update.select(finite, carried, gradients, params), state
+) -> tuple[Updates, State]:
+    """``step(gradients, state)``, or zero updates and the state as it is."""
+    carried, state = conditional_update.update_if(accept, step, gradients, state)
+    return conditional_update.select(accept, carried, gradients, params), state
 
 
-def _count_skip(skipped: jax.Array, finite: jax.Array) -> jax.Array:
-    return jnp.where(finite, skipped, numerics.increment(skipped))
+def _count_skip(skipped: jax.Array, accept: jax.Array) -> jax.Array:
+    return jnp.where(accept, skipped, numerics.increment(skipped))
+
+
+def _scale(name: str, value: Any) -> Any:
+    """A loss scale: float32 holds it and its reciprocal as normal numbers."""
+    value = arguments.scalar(name, value, above=0.0)
+    if not isinstance(value, Tracer) and not 1 / MAX_SCALE <= float(value) <= MAX_SCALE:
+        raise ValueError(
+            f"{name} must be from 2^-126 to 2^126, for float32 has no normal reciprocal of other "
+            f"scales, got {float(value):g}"
+        )
+    return value

@@ -13,7 +13,10 @@ from adam_transforms._core import state_layout, trees
 from adam_transforms._core.sparse_rows import SparseRows
 from adam_transforms._core.state_layout import Role
 from adam_transforms._core.types import Path, State
-from adam_transforms._transforms.accumulation import AccumulateState
+from adam_transforms._transforms.accumulation import (
+    ACCUMULATE_STATES,
+    VariableAccumulateState,
+)
 from adam_transforms._transforms.ema import ParamsEmaState
 from adam_transforms._transforms.loss_scaling import DynamicLossScaleState
 from adam_transforms.interop._slots import Contents, find, row_accumulator_message
@@ -134,8 +137,13 @@ def _fill_average(x: ParamsEmaState, contents: Contents, count: int | None) -> P
 
 
 def _fill_wrapper(x: Any, contents: Contents) -> Any:
-    if isinstance(x, AccumulateState):
+    if isinstance(x, ACCUMULATE_STATES):
         x = x._replace(mini_step=_cast_like(contents.mini_step, x.mini_step))
+        if isinstance(x, VariableAccumulateState):
+            # Every gradient of another system has weight 1.
+            numbers = {"weight": contents.mini_step, "cycles": contents.count}
+            kept = {name: getattr(x, name) for name in numbers if getattr(x, name) is not None}
+            x = x._replace(**{k: _cast_like(numbers[k], like) for k, like in kept.items()})
         return x._replace(acc=_fill_slot(x.acc, contents.slots, "acc")) if contents.mini_step else x
     if isinstance(x, optax.MultiStepsState):
         return x._replace(gradient_step=_cast_like(contents.count, x.gradient_step))

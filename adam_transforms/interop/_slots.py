@@ -12,7 +12,7 @@ from adam_transforms._core import state_layout, trees
 from adam_transforms._core.sparse_rows import SparseRows
 from adam_transforms._core.state_layout import Role
 from adam_transforms._core.types import Params, Path, State
-from adam_transforms._transforms.accumulation import AccumulateState
+from adam_transforms._transforms.accumulation import ACCUMULATE_STATES
 from adam_transforms._transforms.adam import ScheduledDecayState
 from adam_transforms._transforms.ema import ParamsEmaState
 from adam_transforms._transforms.loss_scaling import DynamicLossScaleState
@@ -99,6 +99,11 @@ def read(state: State, params: Params) -> Contents:
                 "a cycle of optax.MultiSteps is under way, and its accumulator cannot be exported: "
                 "export after the cycle, or use accumulate"
             )
+        if mini_step and getattr(found, "weight", None) is not None:
+            raise ValueError(
+                "a cycle of accumulate with weights is under way, and its accumulator cannot be "
+                "exported: export after the cycle"
+            )
     slots = slots_of(state, ema=True, acc=True)
     _check_params(slots, params)
     for path, leaves in slots.items():
@@ -136,7 +141,7 @@ def _slot_trees(state: State, ema: bool, acc: bool) -> Iterator[tuple[str, Any]]
             yield slot, getattr(found, slot)
     for found in trees.find_states(state, ParamsEmaState) if ema else ():
         yield "ema", found.ema
-    for found in trees.find_states(state, AccumulateState) if acc else ():
+    for found in trees.find_states(state, ACCUMULATE_STATES) if acc else ():
         yield "acc", found.acc
 
 

@@ -112,6 +112,8 @@ class LossScaleOptimizer(KerasOptimizer):
             self.initial_scale,
             self.dynamic_growth_steps,
             min_scale=min(_MIN_SCALE, self.initial_scale),
+            # Keras doubles the scale until it is infinite.
+            max_scale=loss_scaling.MAX_SCALE,
         )
         if self.inner_optimizer.overwrites:
             tx = _absent.pass_absent_paths(tx)
