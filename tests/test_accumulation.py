@@ -144,6 +144,172 @@ def test_many_cycles_run_under_a_scan():
     assert int(state.inner_state.count) == steps // every
 
 
+# Weights, and steps on demand
+
+
+def weighted_mean(cycle, average):
+    """Of [(weight, gradients), ...] in float64; what has weight zero is left out."""
+    counted = [(w, g) for w, g in cycle if w]
+    weight = sum(w for w, _ in counted) if average else 1.0
+    return {
+        name: sum(w * g[name].astype(np.float64) for w, g in counted) / weight for name in PARAMS
+    }
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_weighted_cycles_of_any_length_follow_the_formula(average):
+    tx = at.accumulate(at.scale_by_adam(eps=0.1), 4, average=average, weighted=True)
+    step = jax.jit(tx.update)
+    adam, cycle, state = reference.Adam(eps=0.1), [], tx.init(PARAMS)
+    weights = [3, 1, 2, 7, 5, 0, 0.5, 4, 0, 0, 1, 0]
+    for t, (w, g) in enumerate(zip(weights, GRADIENTS, strict=True)):
+        emit = t in (4, 6, 9)
+        cycle.append((w, g))
+        given = g if w else with_nan(g)  # the mean over no tokens
+        updates, state = step(given, state, PARAMS, weight=jnp.float32(w), emit=jnp.array(emit))
+        if len(cycle) < 4 and not emit:
+            assert_zero(updates)
+            continue
+        assert_close(updates, adam.direction(weighted_mean(cycle, average)), rtol=1e-5)
+        cycle = []
+    assert int(state.inner_state.count) == adam.count == 4
+    assert (int(state.mini_step), float(state.weight)) == (2, 1.0)
+
+
+def test_means_over_tokens_weighted_by_tokens_are_the_mean_over_all_tokens():
+    def loss(p, x, y):
+        return jnp.mean((x @ p - y) ** 2)
+
+    p, x, y = jnp.array([0.5, -1.0]), normal(0, 7, 2), normal(1, 7)
+    tx = at.dynamic_loss_scale(at.accumulate(optax.sgd(0.1), 8, weighted=True), 4.0)
+    state, updates = tx.init(p), None
+    for start, stop in ((0, 4), (4, 5), (5, 7)):
+        g = 4.0 * jax.grad(loss)(p, x[start:stop], y[start:stop])
+        updates, state = tx.update(g, state, p, weight=stop - start, emit=stop == 7)
+    assert_close(updates, -0.1 * jax.grad(loss)(p, x, y))
+
+
+def test_a_cycle_without_weight_makes_no_step():
+    tx = at.accumulate(at.scale_by_adam(), 2, weighted=True)
+    step = jax.jit(lambda g, s, w: tx.update(g, s, PARAMS, weight=w))
+    state = tx.init(PARAMS)
+    for t in range(2):
+        _, state = step(GRADIENTS[t], state, 1.0)
+    assert at.has_updated(state)
+    before = state.inner_state
+    for t in range(2):
+        updates, state = step(with_nan(GRADIENTS[t]), state, 0.0)
+        assert_zero(updates)
+    assert_bits_equal(state.inner_state, before)
+    assert int(state.mini_step) == 0
+    assert not at.has_updated(state)
+
+
+def test_six_gradients_at_four_a_step_make_two_steps():
+    tx = at.adam(0.1, accumulate_every=4, loss_scale="dynamic", ema=0.5)
+    cycles = GRADIENTS[:4], GRADIENTS[4:6]
+    means = [jax.tree.map(lambda *g: np.mean(g, axis=0), *cycle) for cycle in cycles]
+    expected, _ = run(at.adam(0.1, ema=0.5), means)
+    scaled = [jax.tree.map(lambda g: g * np.float32(2**15), g) for g in GRADIENTS[:6]]
+    step, state = jax.jit(tx.update), tx.init(PARAMS)
+    for g in scaled[:5]:
+        _, state = step(g, state, PARAMS)
+    updates, emitted = step(scaled[5], state, PARAMS, emit=True)
+    assert_close(updates, expected[1], rtol=1e-5)
+    # Without a gradient to end the cycle with.
+    _, state = step(scaled[5], state, PARAMS)
+    flush = jax.jit(lambda state: at.flush_accumulated(tx, state, PARAMS))
+    updates, flushed = flush(state)
+    assert_close(updates, expected[1], rtol=1e-5)
+    assert types(flushed) == types(state)
+    assert_close(flushed.inner_state.inner_state, emitted.inner_state.inner_state)
+    assert at.has_updated(flushed)
+    updates, again = flush(flushed)
+    assert_zero(updates)
+    assert_bits_equal(again, flushed)
+
+
+def test_emit_reaches_the_accumulation_inside_another():
+    tx = at.accumulate(at.accumulate(optax.sgd(1.0), 2), 2)
+    _, state = tx.update(jnp.array([3.0]), tx.init(jnp.zeros(1)))
+    updates, _ = tx.update(jnp.array([5.0]), state, emit=True)
+    assert updates.tolist() == [-4.0]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_of_the_cycle_before_are_not_in_a_short_one(weighted):
+    params = {"t": jnp.zeros((6, 2))}
+
+    def rows(*ids, value=1.0):
+        return {"t": at.SparseRows(jnp.array(ids), jnp.full((2, 2), value), 6)}
+
+    options = dict(average=False, weighted=weighted, like=rows(0, 0))
+    tx = at.accumulate(at.lazy(optax.sgd(1.0)), 3, **options)
+    state, step = tx.init(params), jax.jit(tx.update)
+    full = [rows(1, 2, value=np.nan), rows(1, 3, value=np.nan), rows(1, 4)]
+    for t, g in enumerate([*full, rows(5, 5), rows(0, 5)]):
+        given = {"weight": float(t)} if weighted else {}
+        update, state = step(g, state, params, emit=jnp.array(t == 4), **given)
+    expected = np.zeros((6, 2))
+    expected[5], expected[0] = (-10.0, -4.0) if weighted else (-3.0, -1.0)
+    assert at.to_dense(update)["t"].tolist() == expected.tolist()
+
+
+def test_rows_of_low_precision_tables_are_flushed():
+    params = {"t": jnp.zeros((5, 2), jnp.bfloat16)}
+    g = {"t": at.SparseRows(jnp.array([1, 3]), jnp.ones((2, 2), jnp.bfloat16), 5)}
+    tx = at.master_weights(at.accumulate(at.lazy(optax.sgd(0.5)), 4, average=False, like=g))
+    _, state = run(tx, [g, g], params)
+    updates, _ = jax.jit(lambda state: at.flush_accumulated(tx, state, params))(state)
+    after = at.apply_updates(params, updates)
+    assert after["t"][:, 0].tolist() == [0.0, -1.0, 0.0, -1.0, 0.0]
+
+
+def test_a_flush_that_cannot_be_is_refused():
+    params, inner = jnp.zeros(1), at.accumulate(optax.sgd(1.0), 2)
+    deaf = optax.GradientTransformation(inner.init, lambda g, s, p=None: inner.update(g, s, p))
+    for tx, message in (
+        (deaf, "does not pass the extra arguments of update on"),
+        (optax.sgd(1.0), "needs a state of accumulate, got one without it"),
+        (at.accumulate(inner, 2), "cannot flush accumulate inside accumulate"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            at.flush_accumulated(tx, tx.init(params), params)
+
+
+def test_a_schedule_gives_the_length_of_a_cycle(relaxed_promotion):
+    tx = at.accumulate(optax.sgd(1.0), lambda cycles: jnp.where(cycles < 2, 2 * cycles, 3))
+    multi = optax.MultiSteps(optax.sgd(1.0), lambda step: jnp.array([1, 2, 3])[step])
+    params = jnp.zeros(1)
+    state, multi_state = tx.init(params), multi.init(params)
+    step, multi_step = jax.jit(tx.update), jax.jit(multi.update)
+    for t in range(9):
+        updates, state = step(jnp.array([2.0**t]), state, params)
+        expected, multi_state = multi_step(jnp.array([2.0**t]), multi_state, params)
+        assert_close(updates, expected)
+        assert bool(at.has_updated(state)) == bool(multi.has_updated(multi_state))
+    assert int(state.cycles) == 4
+    assert types(state) == types(tx.init(params))
+
+
+@pytest.mark.parametrize("inner", [at.adam(0.1), optax.sgd(0.1)], ids=["adam", "sgd"])
+def test_has_updated_is_that_of_multi_steps(inner, relaxed_promotion):
+    tx, multi = at.skip_nonfinite(at.accumulate(inner, 3)), optax.MultiSteps(inner, 3)
+    params = jnp.zeros(2)
+    state, multi_state = tx.init(params), multi.init(params)
+    step, multi_step = jax.jit(tx.update), jax.jit(multi.update)
+    for _ in range(7):
+        assert bool(at.has_updated(state)) == bool(multi.has_updated(multi_state))
+        _, state = step(jnp.ones(2), state, params)
+        _, multi_state = multi_step(jnp.ones(2), multi_state, params)
+
+
+def test_has_updated_needs_one_accumulation():
+    for tx, found in ((optax.sgd(0.1), 0), (optax.chain(*[identity(every=2)] * 2), 2)):
+        with pytest.raises(ValueError, match=f"one state of accumulate, found {found}"):
+            at.has_updated(tx.init(PARAMS))
+
+
 # What is not finite
 
 
@@ -214,6 +380,17 @@ def test_a_leaf_whose_last_gradient_is_none_is_skipped():
     assert given == [0.0, None, 0.0, 12.0]
 
 
+def test_debugging_of_nans_sees_none_in_cycles_without_weight_or_gradients():
+    tx = at.accumulate(optax.sgd(0.1), 2, weighted=True)
+    with jax.debug_nans(True):
+        state = tx.init(jnp.ones(2))
+        for g in (jnp.array([jnp.inf, 1.0]), jnp.ones(2), jnp.ones(2)):
+            updates, state = tx.update(g, state, weight=0.0)
+            assert updates.tolist() == [0.0, 0.0]
+        _, state = at.flush_accumulated(tx, state, jnp.ones(2))
+    assert int(state.mini_step) == 0
+
+
 def test_like_says_what_is_kept():
     shapes = jax.eval_shape(lambda: {"w": jnp.ones((4, 3)), "b": None})
     tx = identity(every=2, like=shapes)
@@ -269,15 +446,26 @@ def test_an_empty_tree_and_empty_leaves_are_no_error():
 # In place
 
 
+def on_demand(tx):
+    """`tx` with a weight and an `emit` that are traced."""
+
+    def update(updates, state, params):
+        given = {"weight": state.mini_step + 1, "emit": state.mini_step > 1}
+        return tx.update(updates, state, params, **given)
+
+    return optax.GradientTransformation(tx.init, update)
+
+
 @pytest.mark.parametrize(
     ("wrap", "temporaries"),
     [
         (lambda tx: at.accumulate(tx, 4), 0),
+        (lambda tx: on_demand(at.accumulate(tx, 4, weighted=True)), 0),
         # The gradient itself, and in jax 0.7.2 what carries it.
         (at.skip_nonfinite, 2),
         (lambda tx: at.dynamic_loss_scale(at.accumulate(tx, 4)), 2),
     ],
-    ids=["accumulate", "skip_nonfinite", "dynamic_loss_scale"],
+    ids=["accumulate", "accumulate on demand", "skip_nonfinite", "dynamic_loss_scale"],
 )
 def test_a_donated_step_copies_no_array(wrap, temporaries):
     tx = wrap(optax.chain(at.scale_by_adam(), optax.scale(-0.1)))
@@ -308,12 +496,50 @@ def test_a_donated_step_copies_no_array(wrap, temporaries):
         (dict(every=2.0), TypeError, "every must be an integer, got 2.0"),
         (dict(every=True), TypeError, "every must be an integer, got True"),
         (dict(average=1), TypeError, "average must be True or False, got 1"),
+        (dict(weighted=None), TypeError, "weighted must be True or False, got None"),
         (dict(accumulator_dtype="int8"), TypeError, "accumulator_dtype must be a floating"),
     ],
 )
 def test_a_wrong_argument_is_refused_by_name(options, error, message):
     with pytest.raises(error, match=f"^{message}"):
         at.accumulate(**{"inner": optax.identity(), "every": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("weighted", "given", "error", "message"),
+    [
+        (False, dict(weight=2.0), TypeError, "got weight, but not weighted=True"),
+        (
+            True,
+            {},
+            TypeError,
+            r"needs the weight of each gradient: update\(grads, state, params, w",
+        ),
+        (True, dict(weight=-1), ValueError, "weight must be >= 0, got -1"),
+        (True, dict(weight=np.nan), ValueError, "weight must be >= 0, got nan"),
+        (True, dict(weight=np.ones(2)), TypeError, r"weight must be a number .*got float64\[2\]"),
+        (False, dict(emit=1), TypeError, "emit must be True, False or a boolean array .*, got 1"),
+        (False, dict(emit=np.ones(1, bool)), TypeError, "emit must be True, False or a boolean"),
+    ],
+)
+def test_a_wrong_argument_of_update_is_refused_by_name(weighted, given, error, message):
+    tx = identity(every=2, weighted=weighted)
+    with pytest.raises(error, match=message):
+        tx.update(GRADIENTS[0], tx.init(PARAMS), PARAMS, **given)
+
+
+def test_a_state_of_other_options_and_a_schedule_for_rows_are_refused():
+    plain, weighted = identity(every=2), identity(every=2, weighted=True)
+    with pytest.raises(ValueError, match="made by accumulate with weighted=True, and is used with"):
+        plain.update(GRADIENTS[0], weighted.init(PARAMS), PARAMS)
+    scheduled = identity(every=lambda cycles: 2)
+    with pytest.raises(ValueError, match="made by accumulate without a schedule for every, and"):
+        scheduled.update(GRADIENTS[0], plain.init(PARAMS), PARAMS)
+    rows = at.SparseRows(jnp.zeros(1, int), jnp.zeros((1, 3)), 4)
+    with pytest.raises(ValueError, match="'w' has row gradients .* every must be an integer"):
+        identity(every=lambda cycles: 2, like={**PARAMS, "w": rows}).init(PARAMS)
+    with pytest.raises(TypeError, match="every must be a number, got None"):
+        identity(every=lambda cycles: None).update(GRADIENTS[0], scheduled.init(PARAMS))
 
 
 def test_gradients_that_differ_from_the_accumulator_are_refused_by_path():

@@ -372,6 +372,38 @@ def test_a_table_without_a_gradient_stays_where_it_is() -> None:
 # The chain around it
 
 
+def with_and_without_rows(tx: Any, repeats: int = 1) -> Any:
+    """The parameters after a step with rows, one without a gradient of the table, one with rows."""
+    params = {"table": jnp.ones((6, 2)), "bias": jnp.ones(2)}
+    rows = {"table": at.SparseRows(jnp.array([1, 3]), jnp.ones((2, 2)), 6), "bias": jnp.ones(2)}
+    state, step = tx.init(params), jax.jit(tx.update)
+    for gradients in (rows, {**rows, "table": None}, rows):
+        for _ in range(repeats):
+            updates, state = step(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+    return params
+
+
+@functools.cache
+def alone_with_and_without_rows() -> Any:
+    return with_and_without_rows(at.deferred_adam(0.1, tables="table"))
+
+
+@pytest.mark.parametrize("wrapper", ["skip_nonfinite", "loss scales", "accumulate, freeze_rows"])
+def test_a_table_without_a_gradient_is_brought_up_to_date_inside_a_wrapper(wrapper: str) -> None:
+    tx, repeats = at.deferred_adam(0.1, tables="table"), 1
+    if wrapper == "skip_nonfinite":
+        tx = at.skip_nonfinite(tx)
+    elif wrapper == "loss scales":
+        tx = at.static_loss_scale(at.dynamic_loss_scale(tx, 1.0), 1.0)
+    else:
+        like = {"table": at.SparseRows(jnp.zeros(2, int), jnp.ones((2, 2)), 6), "bias": jnp.ones(2)}
+        tx, repeats = at.accumulate(at.freeze_rows(tx, {"table": 5}), 2, like=like), 2
+    expected = alone_with_and_without_rows()
+    assert expected["table"][1, 0] < 0.9
+    assert_close(with_and_without_rows(tx, repeats), expected)
+
+
 def test_clipping_before_it_and_accumulation_around_it() -> None:
     with x64():
         params, (ids, values) = initial(), draw(200)

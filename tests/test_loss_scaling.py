@@ -88,12 +88,28 @@ def test_the_scale_is_never_halved_below_its_least_nor_raised_to_it():
         assert [float(s.scale) for s in states] == expected
 
 
-def test_the_scale_does_not_grow_past_the_largest_float():
-    tx = at.dynamic_loss_scale(optax.identity(), 2.0**126, growth_interval=1)
-    _, states = run(tx, GRADIENTS[:4])
-    assert [float(s.scale) for s in states] == [2.0**127] * 4
+def test_the_scale_does_not_grow_past_its_largest():
+    tx = at.dynamic_loss_scale(optax.identity(), 2.0**125, growth_interval=1, max_scale=2.0**126)
+    # At 2^127 the reciprocal would be zero.
+    scaled = [{"b": np.full(4, 2.0**e, np.float32)} for e in (125, 126, 126)]
+    updates, states = run(tx, scaled, {"b": jnp.ones(4)})
+    assert [float(s.scale) for s in states] == [2.0**126] * 3
+    assert all(u["b"].tolist() == [1.0] * 4 for u in updates)
     _, states = run(tx, [spoiled(GRADIENTS[4])], state=states[-1])
-    assert float(states[0].scale) == 2.0**126
+    assert float(states[0].scale) == 2.0**125
+    tx = at.dynamic_loss_scale(optax.identity(), growth_interval=1)
+    _, states = run(
+        tx, [GRADIENTS[0]] * 2, state=tx.init(PARAMS)._replace(scale=jnp.float32(2**23))
+    )
+    assert [float(s.scale) for s in states] == [2.0**24] * 2
+
+
+@pytest.mark.parametrize("scale", [2.0**30, np.inf])
+def test_a_restored_scale_above_the_largest_comes_down(scale):
+    tx = at.dynamic_loss_scale(optax.identity())
+    for gradient in (GRADIENTS[0], spoiled(GRADIENTS[0])):
+        _, (after,) = run(tx, [gradient], state=tx.init(PARAMS)._replace(scale=jnp.float32(scale)))
+        assert float(after.scale) == 2.0**24
 
 
 def test_factor_and_scales_can_be_arrays():
@@ -143,6 +159,41 @@ def test_skipped_steps_do_not_change_those_that_follow(wrap):
         assert_close(updates[t], expected, rtol=1e-5)
     assert [int(s.skipped) for s in states] == [0, 1, 2, 2]
     assert int(states[-1].inner_state.count) == 2
+
+
+def test_so_many_steps_in_a_row_are_skipped_and_no_more():
+    bad = spoiled(GRADIENTS[1])
+    gradients = [GRADIENTS[0], bad, bad, GRADIENTS[2], bad, bad, bad, bad, GRADIENTS[3], bad]
+    tx = at.skip_nonfinite(optax.scale(-1.0), max_consecutive=2)
+    updates, states = run(tx, gradients)
+    expected, optax_states = run(optax.apply_if_finite(optax.scale(-1.0), 2), gradients)
+    assert_close(updates, expected)
+    assert [int(s.consecutive) for s in states] == [int(s.notfinite_count) for s in optax_states]
+    assert [int(s.skipped) for s in states] == [0, 1, 2, 2, 3, 4, 4, 4, 4, 5]
+    assert types(states[-1]) == types(tx.init(PARAMS))
+    found = at.metrics(updates[-1], states[-1])
+    assert (int(found["consecutive_nonfinite"]), int(found["skipped_steps"])) == (1, 5)
+
+
+def test_a_state_without_the_number_of_steps_in_a_row_is_refused():
+    limited, plain = (
+        at.skip_nonfinite(optax.identity(), max_consecutive=1),
+        at.skip_nonfinite(optax.identity()),
+    )
+    with pytest.raises(ValueError, match="made by skip_nonfinite without max_consecutive, and is"):
+        limited.update(GRADIENTS[0], plain.init(PARAMS))
+    with pytest.raises(ValueError, match="made by skip_nonfinite with max_consecutive, and is"):
+        plain.update(GRADIENTS[0], limited.init(PARAMS))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@every_wrapper
+def test_debugging_of_nans_sees_none_in_a_skipped_infinity(wrap, compiled):
+    tx = wrap(optax.sgd(0.1))
+    step = jax.jit(tx.update) if compiled else tx.update
+    with jax.debug_nans(True):
+        updates, _ = step(jnp.array([jnp.inf, -jnp.inf]), tx.init(jnp.ones(2)), jnp.ones(2))
+    assert updates.tolist() == [0.0, 0.0]
 
 
 def test_skip_nonfinite_alone_passes_finite_steps_through():
@@ -332,6 +383,18 @@ def test_no_scale_or_several_are_refused(tx, found):
         (dict(factor=1.0), ValueError, "factor must be > 1, got 1"),
         (dict(factor=None), TypeError, "factor must be a number, got None"),
         (dict(min_scale=-1.0), ValueError, "min_scale must be > 0, got -1"),
+        (
+            dict(min_scale=1e-39),
+            ValueError,
+            r"min_scale must be from 2\^-126 to 2\^126, .*, got 1e-39",
+        ),
+        (dict(max_scale=2.0**127), ValueError, r"max_scale must be from 2\^-126 to 2\^126, .*1.7"),
+        (dict(max_scale=8.0), ValueError, "initial_scale must be at most max_scale, 8, got 32768"),
+        (
+            dict(initial_scale=1.0, max_scale=np.float32(4.0), min_scale=jnp.array(5)),
+            ValueError,
+            "min_scale must be at most max_scale, 4, got 5: pass a larger max_scale",
+        ),
     ],
 )
 def test_a_wrong_argument_of_dynamic_loss_scale_is_refused_by_name(options, error, message):
@@ -346,6 +409,11 @@ def test_a_wrong_argument_of_dynamic_loss_scale_is_refused_by_name(options, erro
         (dict(scale=0), ValueError, "scale must be > 0, got 0"),
         (dict(scale=np.nan), ValueError, "scale must be > 0, got nan"),
         (dict(scale="dynamic"), TypeError, "scale must be a number, got 'dynamic'"),
+        (
+            dict(scale=2.0**127),
+            ValueError,
+            r"scale must be from 2\^-126 to 2\^126, for float32 has",
+        ),
     ],
 )
 def test_a_wrong_argument_of_static_loss_scale_is_refused_by_name(options, error, message):
@@ -353,7 +421,9 @@ def test_a_wrong_argument_of_static_loss_scale_is_refused_by_name(options, error
         at.static_loss_scale(**{"inner": optax.identity(), "scale": 2.0, **options})
 
 
-def test_skip_nonfinite_refuses_what_is_no_transformation():
+def test_skip_nonfinite_refuses_wrong_arguments():
+    with pytest.raises(ValueError, match="^max_consecutive must be at least 1, got 0"):
+        at.skip_nonfinite(optax.identity(), max_consecutive=0)
     with pytest.raises(TypeError, match="^inner must be an optax.GradientTransformation, got None"):
         at.skip_nonfinite(None)
 
