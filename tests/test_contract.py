@@ -43,9 +43,11 @@ TRANSFORMATIONS = {
     "params_ema overwriting": lambda: at.params_ema(decaying(0.9), overwrite_every=2),
     "params_ema debiased": lambda: at.params_ema(0.9, debias=True, overwrite_every=2),
     "accumulate": lambda: at.accumulate(at.scale_by_adam(), every=2),
+    "accumulate scheduled": lambda: at.accumulate(at.scale_by_adam(), lambda cycles: 2),
     "static_loss_scale": lambda: at.static_loss_scale(at.scale_by_adam(), 8.0),
     "dynamic_loss_scale": lambda: at.dynamic_loss_scale(at.scale_by_adam(), 8.0, 2),
     "skip_nonfinite": lambda: at.skip_nonfinite(at.scale_by_adam()),
+    "skip_nonfinite limited": lambda: at.skip_nonfinite(at.scale_by_adam(), max_consecutive=2),
     "wrapped": lambda: at.dynamic_loss_scale(
         at.accumulate(at.skip_nonfinite(at.params_ema(0.9)), every=2)
     ),
@@ -97,6 +99,8 @@ VARIANTS = (
     "scale_by_amsgrad raw",
     "scale_by_amsgrad scheduled",
     "params_ema overwriting",
+    "accumulate scheduled",
+    "skip_nonfinite limited",
     "adam raw AMSGrad",
     "adam with everything",
 )

@@ -256,6 +256,35 @@ def test_on_an_explicit_mesh_it_needs_no_jit() -> None:
     helpers.assert_close(*map(jax.device_get, ((actual, state), expected)), rtol=1e-5, atol=1e-6)
 
 
+@both_kinds
+def test_accumulated_rows_are_sharded_from_the_start_as_they_stay(kind: Any) -> None:
+    """Any other sharding of the first state would compile the step twice."""
+
+    def run(mesh: Any = None) -> Any:
+        spec = P("x", "y") if mesh is not None else None
+        read_spec = P(None, "y") if kind == AxisType.Explicit and mesh is not None else None
+
+        def gradients(params: Any, ids: Any, targets: Any) -> Any:
+            return at.grad(loss)(params, ids, targets, read_spec)
+
+        params = make_params(spec, mesh)
+        like = jax.eval_shape(gradients, params, IDS[0], TARGETS[0])
+        tx = at.accumulate(at.lazy(optax.sgd(0.1)), 2, like=like)
+        state = tx.init(params)
+        before = jax.tree.map(lambda x: x.sharding, state.acc)
+        run = jax.jit(lambda p, s, *batch: step(tx, p, s, gradients(p, *batch)))
+        for batch in zip(IDS, TARGETS, strict=True):
+            params, state = run(params, state, *batch)
+            for x, sharding in zip(*map(jax.tree.leaves, (state.acc, before)), strict=True):
+                assert mesh is None or x.ndim < 2 or x.sharding.is_equivalent_to(sharding, x.ndim)
+        return jax.device_get((params, state.mini_step))
+
+    mesh = make_mesh(kind)
+    with jax.set_mesh(mesh):
+        actual = run(mesh)
+    helpers.assert_close(actual, run(), rtol=1e-5, atol=1e-6)
+
+
 def compiled_step(name: str, kind: Any, table_spec: Any, rows: int) -> Any:
     """A whole step for a table of so many rows, and what its collectives send, as HLO has it."""
     mesh, tx = make_mesh(kind), OPTIMIZERS[name]
