@@ -30,9 +30,11 @@ from adam_transforms._transforms.apply_updates import apply_updates
 from adam_transforms._transforms.clipping import clip_by_global_norm, clip_by_norm, clip_by_value
 from adam_transforms._transforms.ema import ParamsEmaState, ema_params, finalize, params_ema
 from adam_transforms._transforms.learning_rates import (
+    ScaleByLearningRateState,
     ScaleByPathLearningRateState,
     by_path,
     path_mask,
+    scale_by_learning_rate,
     scale_by_path_learning_rate,
 )
 from adam_transforms._transforms.loss_scaling import (
@@ -47,6 +49,7 @@ from adam_transforms._transforms.loss_scaling import (
 )
 from adam_transforms._transforms.master_weights import MasterWeightsState, master_weights
 from adam_transforms._transforms.numerics import global_norm
+from adam_transforms._transforms.row_norms import max_row_norm
 from adam_transforms._transforms.state_sharding import shard_slots
 
 __all__ = [
@@ -59,6 +62,7 @@ __all__ = [
     "MasterWeightsState",
     "Owed",
     "ParamsEmaState",
+    "ScaleByLearningRateState",
     "ScaleByPathLearningRateState",
     "ScheduledDecayState",
     "SkipNonfiniteState",
@@ -92,6 +96,7 @@ __all__ = [
     "lazy",
     "lazy_adam",
     "master_weights",
+    "max_row_norm",
     "metrics",
     "owed",
     "params_ema",
@@ -100,6 +105,7 @@ __all__ = [
     "resize",
     "scale_by_adam",
     "scale_by_amsgrad",
+    "scale_by_learning_rate",
     "scale_by_path_learning_rate",
     "scale_loss",
     "shard_slots",

@@ -15,6 +15,7 @@ from adam_transforms._embeddings.lazy import lazy
 from adam_transforms._transforms import accumulation, clipping, loss_scaling
 from adam_transforms._transforms.adam import scale_by_adam, scale_by_amsgrad
 from adam_transforms._transforms.ema import params_ema
+from adam_transforms._transforms.learning_rates import scale_by_learning_rate
 
 
 @arguments.suggest_names
@@ -52,7 +53,7 @@ def adam(
                     clip_by_global_norm(...),    # or clip_by_norm, or clip_by_value
                     scale_by_adam(...),          # or scale_by_amsgrad
                     optax.add_decayed_weights(weight_decay, weight_decay_mask),
-                    optax.scale_by_learning_rate(learning_rate),
+                    scale_by_learning_rate(learning_rate),
                     params_ema(ema, overwrite_every=ema_overwrite_every),
                 ),
                 accumulate_every,
@@ -164,6 +165,7 @@ def lazy_adam(
     clip_value: float | jax.Array | None = None,
     clip_norm: float | jax.Array | None = None,
     clip_global_norm: float | jax.Array | None = None,
+    ema: optax.ScalarOrSchedule | None = None,
     accumulate_every: int | None = None,
     accumulate_like: Any = None,
     loss_scale: float | jax.Array | Literal["dynamic"] | None = None,
@@ -175,7 +177,8 @@ def lazy_adam(
 
         dynamic_loss_scale(accumulate(lazy(chain), accumulate_every, like=accumulate_like))
 
-    The arguments are those of `adam`, without `ema` (an average needs all rows), and:
+    The arguments are those of `adam`, without `ema_overwrite_every` (it sets all rows), and:
+      ema: as in `params_ema`, a Python number.
       accumulate_like: with `accumulate_every`, a tree like the gradients, as in `accumulate`.
 
     >>> import jax.numpy as jnp, optax
@@ -191,7 +194,7 @@ def lazy_adam(
     if accumulate_like is not None and accumulate_every is None:
         raise ValueError("accumulate_like needs accumulate_every, got None")
     like = arguments.pop("accumulate_like")
-    options = _Options(**arguments, ema=None, ema_overwrite_every=None)
+    options = _Options(**arguments, ema_overwrite_every=None)
     return _add_wrappers(lazy(_chain(options)), options, like)
 
 
@@ -223,7 +226,6 @@ class _Options(NamedTuple):
 def _chain(options: _Options) -> optax.GradientTransformationExtraArgs:
     """Clip, Adam, decay, learning rate, average, each if its option is given."""
     o = options
-    arguments.scalar_or_schedule("learning_rate", o.learning_rate)
     chain: list[Any] = [*_clips(o), _moments(o)]
     if o.weight_decay is not None:
         weight_decay = arguments.scalar_or_schedule("weight_decay", o.weight_decay)
@@ -231,7 +233,7 @@ def _chain(options: _Options) -> optax.GradientTransformationExtraArgs:
         chain.append(optax.add_decayed_weights(weight_decay, o.weight_decay_mask))
     elif o.weight_decay_mask is not None:
         raise ValueError("weight_decay_mask needs weight_decay, got None")
-    chain.append(optax.scale_by_learning_rate(o.learning_rate))
+    chain.append(scale_by_learning_rate(o.learning_rate))
     if o.ema is not None:
         arguments.decay_rate("ema", o.ema)
         if o.ema_overwrite_every is not None:

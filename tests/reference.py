@@ -167,7 +167,8 @@ def on_every(n: int) -> Callable[[int], bool]:
 
 
 class Ema:
-    """The average of the parameters. The first is a copy, unless `debias` starts from zero."""
+    """The average of the parameters. The first is a copy, unless `debias` starts from zero, or
+    `start` is what the average starts from."""
 
     def __init__(
         self,
@@ -175,11 +176,12 @@ class Ema:
         overwrite_when: Callable[[int], bool] = never,
         *,
         debias: bool = False,
+        start: Mapping[str, np.ndarray] | None = None,
     ):
         self.decay, self.overwrite_when, self.debias = decay, overwrite_when, debias
         self.count = 0
         self.decay_product = 1.0
-        self.average: Tree = {}
+        self.average: Tree = {} if start is None else as_float64(start)
 
     def values(self) -> Tree:
         weight = 1.0 - self.decay_product if self.debias else 1.0
@@ -189,7 +191,7 @@ class Ema:
         """Takes the updated parameters; gives them back, or the average that overwrites them."""
         decay = value_at(self.decay, self.count)
         params = as_float64(params)
-        if self.count == 0:
+        if not self.average:
             self.average = {k: np.zeros_like(p) for k, p in params.items()}
             decay = decay if self.debias else 0.0
         self.decay_product *= decay

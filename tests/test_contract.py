@@ -39,7 +39,9 @@ TRANSFORMATIONS = {
     "clip_by_value": lambda: at.clip_by_value(0.5),
     "clip_by_norm": lambda: at.clip_by_norm(0.5),
     "clip_by_global_norm": lambda: at.clip_by_global_norm(0.5),
+    "max_row_norm": lambda: at.max_row_norm(0.5),
     "params_ema": lambda: at.params_ema(0.9),
+    "params_ema from params": lambda: at.params_ema(0.9, initial="params"),
     "params_ema overwriting": lambda: at.params_ema(decaying(0.9), overwrite_every=2),
     "params_ema debiased": lambda: at.params_ema(0.9, debias=True, overwrite_every=2),
     "accumulate": lambda: at.accumulate(at.scale_by_adam(), every=2),
@@ -51,6 +53,7 @@ TRANSFORMATIONS = {
     "wrapped": lambda: at.dynamic_loss_scale(
         at.accumulate(at.skip_nonfinite(at.params_ema(0.9)), every=2)
     ),
+    "scale_by_learning_rate": lambda: at.scale_by_learning_rate(decaying(0.1)),
     "scale_by_path_learning_rate": lambda: at.scale_by_path_learning_rate(
         [("kernel", 0.1)], decaying(0.2)
     ),
@@ -83,9 +86,9 @@ TRANSFORMATIONS = {
     "shard_slots": lambda: at.shard_slots(at.scale_by_adam(), ONE_DEVICE),
 }
 # These chain Optax's scale_by_learning_rate, schedules or decay, which promote implicitly.
-OPTAX_INSIDE = ("adam", "adamw", "lazy_adam")
+OPTAX_INSIDE = ("adam", "adamw", "lazy_adam", "scale_by_learning_rate")
 # These run a gradient through no arithmetic of their own.
-KEEPS_GRADIENT_DTYPE = ("clip", "scale_by_path", "params_ema", "wrapped")
+KEEPS_GRADIENT_DTYPE = ("clip", "scale_by_learning", "scale_by_path", "params_ema", "wrapped")
 # What it adds to a parameter below float32 that one does not hold.
 UPDATES_IN_FLOAT32 = ("master_weights",)
 # Whose parameters are to be on it.
@@ -101,6 +104,7 @@ VARIANTS = (
     "params_ema overwriting",
     "accumulate scheduled",
     "skip_nonfinite limited",
+    "params_ema from params",
     "adam raw AMSGrad",
     "adam with everything",
 )
@@ -340,7 +344,9 @@ def test_none_gradient_leaves_parameter_and_slots_alone(name: str, tx: Any) -> N
         assert_bits_equal(new_params["dense"]["bias"], params["dense"]["bias"])
         for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(new_state), strict=True):
             # An average from zero has to take in what stays, or it would not be one.
-            if old.shape == (3,) and name != "params_ema debiased":
+            # So has the number of steps that an average includes.
+            counts_steps = name.startswith(("params_ema", "wrapped")) and old.dtype == jnp.int32
+            if old.shape == (3,) and name != "params_ema debiased" and not counts_steps:
                 assert_bits_equal(new, old)
         assert jax.tree.structure(new_state) == jax.tree.structure(state)
         state = new_state
@@ -441,6 +447,7 @@ INJECTED: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
     "scale_by_adam": (at.scale_by_adam, {"b1": 0.8, "b2": 0.95, "eps": 1e-4}, ()),
     "scale_by_amsgrad": (at.scale_by_amsgrad, {"b1": 0.8, "b2": 0.95, "eps": 1e-4}, ()),
     "clip_by_value": (at.clip_by_value, {"limit": 0.5}, ()),
+    "max_row_norm": (at.max_row_norm, {"limit": 0.5}, ()),
     "clip_by_norm": (at.clip_by_norm, {"max_norm": 0.5}, ()),
     "clip_by_global_norm": (at.clip_by_global_norm, {"max_norm": 0.5}, ()),
     "params_ema": (

@@ -112,6 +112,172 @@ def test_the_average_of_constant_parameters_does_not_drift():
         assert_close(at.ema_params(state), params, rtol=rtol, atol=0)
 
 
+def test_the_average_can_start_from_the_parameters():
+    """As flax.nnx.EMA and tf.train.ExponentialMovingAverage do."""
+    assert_follows(at.params_ema(0.9, initial="params"), reference.Ema(0.9, start=PARAMS))
+    params = jnp.ones(1)
+    _, state = run(at.params_ema(0.9, initial="params"), [jnp.ones(1)], params)
+    assert_close(at.ema_params(state), np.array([1.1]))  # nnx.EMA's, of a step from 1 to 2
+
+
+# Rows
+
+V = 7
+TABLES = {"t": normal(60, V, 2), "bias": normal(61, V), "w": normal(62, 3)}
+
+
+def row_updates(step):
+    """Row updates with duplicates and padding; of the table now and then dense ones, and None."""
+    generator = np.random.default_rng(step)
+    rows = at.SparseRows(generator.integers(-1, V + 1, 4), normal(200 + step, 4, 2), V)
+    table = {2: rows.to_dense(), 4: None}.get(step % 6, rows)
+    bias = at.SparseRows(generator.integers(0, V, 2), normal(300 + step, 2), V)
+    return {"t": table, "bias": bias, "w": normal(400 + step, 3)}
+
+
+STARTS = {
+    "first": (dict(), dict()),
+    "params": (dict(initial="params"), dict(start=TABLES)),
+    "zero": (dict(debias=True), dict(debias=True)),
+}
+PLACES = {
+    "inside": lambda ema: at.lazy(optax.chain(at.clip_by_value(9.0), ema)),
+    "after": lambda ema: optax.chain(at.lazy(at.clip_by_value(9.0)), ema),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("place", PLACES)
+def test_rows_are_averaged_as_the_whole_table_would_be(place, start):
+    options, of_reference = STARTS[start]
+    for decay in (0.0, 0.9, 0.999) if start == "first" else (0.9,):
+        tx = PLACES[place](at.params_ema(decay, **options))
+        params, exact, steps = TABLES, reference.Ema(decay, **of_reference), 14
+        state, step = tx.init(params), jax.jit(tx.update)
+        for n in range(steps):
+            u, state = step(row_updates(n), state, params)
+            params = at.apply_updates(params, u)
+            exact.update(jax.tree.map(np.asarray, params))
+        assert_close(at.ema_params(state, params), exact.values(), rtol=1e-6, atol=1e-6)
+        assert_close(at.finalize(params, state), exact.values(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_row_that_is_idle_for_long_ends_at_its_value():
+    tx = at.params_ema(0.9999)
+    table = jnp.array([[1.0, -2e4], [3.0, 1.0]])
+    first = at.SparseRows(jnp.array([0]), jnp.ones((1, 2)), 2)
+    nothing = at.SparseRows(jnp.array([2]), jnp.ones((1, 2)), 2)
+    _, state = tx.update(first, tx.init(table), table)
+    _, state = tx.update(at.SparseRows(jnp.array([0]), jnp.ones((1, 2)), 2), state, table + first)
+    table = table + first + first
+    idle = jax.jit(
+        lambda state, n: jax.lax.fori_loop(
+            0, n, lambda _, s: tx.update(nothing, s, table)[1], state
+        )
+    )
+    before = np.array([2.0, -2e4 + 1], np.float64) * 0.9999 + np.array([3.0, -2e4 + 2]) * 1e-4
+    for steps in (1, 1000, 300_000):
+        exact = np.asarray(table[0], np.float64)
+        exact = exact + 0.9999**steps * (before - exact)
+        assert_close(at.ema_params(idle(state, steps), table)[0], exact, rtol=2e-7, atol=0)
+
+
+def test_a_preset_averages_rows_in_accumulation_and_skips_what_is_not_finite(relaxed_promotion):
+    like = jax.eval_shape(lambda: {**row_updates(0), "w": jnp.ones(3)})
+    tx = at.lazy_adam(0.1, ema=0.5, accumulate_every=2, accumulate_like=like, loss_scale="dynamic")
+    params, exact = jax.tree.map(jnp.asarray, TABLES), reference.Ema(0.5)
+    state, step = tx.init(params), jax.jit(tx.update)
+    for n in range(6):
+        rows = row_updates(6 * n)
+        rows = {**rows, "w": rows["w"] * np.float32(np.inf if n == 2 else 1.0)}
+        u, state = step(rows, state, params)
+        before, params = params, at.apply_updates(params, u)
+        if not np.array_equal(before["w"], params["w"]):
+            exact.update(jax.tree.map(np.asarray, params))
+    assert_close(at.finalize(params, state), exact.values(), rtol=1e-6, atol=1e-6)
+
+
+def test_low_precision_rows_are_averaged_in_float32_as_they_are_stored():
+    tx = at.params_ema(0.5)
+    table = jnp.ones((3, 2), jnp.bfloat16)
+    state = tx.init(table)
+    update = at.SparseRows(jnp.array([1]), jnp.full((1, 2), 1e-3), 3)
+    _, state = tx.update(update, state, table)
+    assert state.ema.dtype == jnp.float32
+    assert_close(at.ema_params(state, table), np.ones((3, 2)), rtol=0, atol=0)
+
+
+def test_a_row_update_of_the_average_takes_no_memory_of_the_size_of_the_table():
+    tx = at.params_ema(0.9)
+
+    def temporaries(num_rows):
+        table = jax.ShapeDtypeStruct((num_rows, 8), jnp.float32)
+        state = jax.eval_shape(tx.init, table)
+        rows = jax.eval_shape(
+            lambda ids: at.SparseRows(ids, jnp.ones((4, 8)), num_rows), jnp.zeros(4, int)
+        )
+
+        def step(table, state, rows):
+            rows, state = tx.update(rows, state, table)
+            return table + rows, state
+
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(table, state, rows).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(100_000) == temporaries(1000)
+
+
+def test_reading_idle_rows_needs_the_parameters():
+    tx = at.params_ema(0.5)
+    params = {"t": jnp.ones((3, 1)), "w": jnp.ones(2)}
+    rows = at.SparseRows(jnp.array([1]), jnp.ones((1, 1)), 3)
+    _, state = tx.update({"t": rows, "w": jnp.ones(2)}, tx.init(params), params)
+    with pytest.raises(
+        ValueError, match=r"average of 't' has idle rows.*ema_params\(state, params"
+    ):
+        at.ema_params(state)
+    # Which rows are idle is not known while tracing.
+    traced = jax.jit(at.ema_params)(state)
+    assert np.isnan(traced["t"])[:, 0].tolist() == [True, False, True]
+    assert traced["w"].tolist() == [2.0, 2.0]
+    with pytest.raises(ValueError, match=r"'t' has shape \[4, 1\] in params, but its average"):
+        at.ema_params(state, {**params, "t": jnp.ones((4, 1))})
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "options", [dict(decay=lambda count: 0.9), dict(overwrite_every=2), dict(decay=jnp.array(0.9))]
+)
+def test_an_average_that_cannot_take_rows_exactly_refuses_them(place, options):
+    tx = PLACES[place](at.params_ema(**options))
+    state = tx.init(TABLES)
+    with pytest.raises((TypeError, ValueError), match="'bias'.* only if decay is a Python number"):
+        tx.update(row_updates(0), state, TABLES)
+    dense = at.to_dense(row_updates(0))
+    assert_close(
+        at.finalize(TABLES, tx.update(dense, state, TABLES)[1])["w"], TABLES["w"] + dense["w"]
+    )
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, at.skip_nonfinite])
+def test_rows_of_deferred_adam_are_refused(wrap):
+    params = {"t": jnp.ones((3, 1))}
+    tx = optax.chain(wrap(at.deferred_adam(0.1, tables="t", max_idle=300)), at.params_ema(0.9))
+    rows = at.SparseRows(jnp.array([1]), jnp.ones((1, 1)), 3)
+    with pytest.raises(TypeError, match="'t' has a row gradient of deferred_adam"):
+        jax.eval_shape(tx.update, {"t": rows}, tx.init(params), params)
+
+
+def test_a_state_without_last_steps_still_averages_dense_updates():
+    """Of a version that did not keep them."""
+    tx = at.params_ema(0.9)
+    old = tx.init(PARAMS)._replace(last_step=None, log_decay=None)
+    _, state = tx.update(UPDATES[0], old, PARAMS)
+    assert types(state) == types(old)
+    _, expected = tx.update(UPDATES[0], tx.init(PARAMS), PARAMS)
+    assert_bits_equal(state.ema, expected.ema)
+
+
 # Dtypes
 
 
@@ -255,8 +421,11 @@ def test_finalize_works_under_jit_and_leaves_its_arguments():
 @pytest.mark.parametrize("read", [at.ema_params, functools.partial(at.finalize, PARAMS)])
 @pytest.mark.parametrize("state", [(), None, optax.adam(0.1).init(PARAMS)])
 def test_a_state_without_an_average_is_refused(read, state):
-    with pytest.raises(ValueError, match="^state must hold .* of params_ema, found (0|none)"):
+    with pytest.raises(
+        ValueError, match="^state must hold .* of params_ema, found (0|none)"
+    ) as error:
         read(state)
+    assert "pass ema=" in str(error.value)
 
 
 def test_finalize_refuses_other_parameters_by_path():
@@ -271,6 +440,30 @@ def test_finalize_refuses_two_averages_of_one_parameter():
     tx = optax.chain(at.params_ema(0.5), at.params_ema(0.9))
     with pytest.raises(ValueError, match="state holds two averages of '(b|w)'"):
         at.finalize(PARAMS, tx.init(PARAMS))
+
+
+def test_which_chooses_among_several_averages():
+    """By position among those of the parameter, or by a key on the path."""
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    fast = at.by_path([("a", at.params_ema(0.0))], default=at.params_ema(0.5))
+    chain = optax.named_chain(("fast", fast), ("slow", at.params_ema(0.75)))
+    tx = at.skip_nonfinite(chain)
+    state = tx.init(params)
+    for _ in range(2):
+        u, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+        params = at.apply_updates(params, u)
+    for choices, a, b in (((0, -2, "fast"), 2.0, 1.5), ((1, -1, "slow"), 1.25, 1.25)):
+        for which in choices:
+            final = at.finalize(params, state, which=which)
+            assert (float(final["a"][0]), float(final["b"][0])) == (a, b)
+    with pytest.raises(ValueError, match="two averages of 'a': .* key on its path: .*/slow"):
+        at.finalize(params, state)
+    with pytest.raises(ValueError, match="which=2 .* the averages of 'a': it has 2"):
+        at.finalize(params, state, which=2)
+    with pytest.raises(ValueError, match="which='slo' is on the path of no average: .*/slow"):
+        at.finalize(params, state, which="slo")
+    with pytest.raises(TypeError, match="which must be an integer, a string or None, got True"):
+        at.finalize(params, state, which=True)
 
 
 def test_update_needs_the_parameters():
@@ -298,6 +491,8 @@ def test_update_refuses_trees_that_differ_by_path():
         (dict(overwrite_every=0), ValueError, "overwrite_every must be at least 1, got 0"),
         (dict(overwrite_every=1.5), TypeError, "overwrite_every must be an integer, got 1.5"),
         (dict(debias=1), TypeError, "debias must be True or False, got 1"),
+        (dict(initial="zero"), ValueError, "initial must be one of 'first', 'params', got 'zero'"),
+        (dict(initial="params", debias=True), ValueError, "debias starts from zero"),
         (dict(ema_dtype=int), TypeError, "ema_dtype must be a floating or complex dtype"),
     ],
 )

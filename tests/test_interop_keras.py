@@ -206,7 +206,7 @@ def test_calls_become_updates_and_the_rest_of_a_cycle():
     tx = at.adam(optax.constant_schedule(0.1), accumulate_every=5)
     state: Any = keras.state_from(make_store(layout, calls=12), PARAMS, tx, every=5)
     assert (int(state.mini_step), int(state.inner_state[0].count)) == (2, 2)
-    assert int(state.inner_state[1].count) == 2
+    assert int(state.inner_state[1].inner_state.count) == 2
 
 
 def test_outside_of_an_accumulation_calls_are_counted():

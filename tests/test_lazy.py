@@ -57,6 +57,7 @@ CHAINS = {
         {"a": optax.adam(0.1), "b": optax.sgd(0.1)}, {"t": "a", "w": "b"}
     ),
     "inject_hyperparams": lambda: optax.inject_hyperparams(at.adam)(learning_rate=0.1),
+    "average": lambda: at.adam(0.1, ema=0.9),
     "average of the rest": lambda: optax.chain(
         at.adam(0.1), optax.masked(at.params_ema(0.9), {"t": False, "w": True})
     ),
@@ -482,7 +483,7 @@ def test_a_state_that_changes_its_shape_is_refused() -> None:
 
 def test_average_of_a_table_is_refused_and_of_the_rest_is_exact() -> None:
     params, gradients = params_and_rows()
-    tx = at.lazy(at.adam(0.1, ema=0.9))
+    tx = at.lazy(at.adam(0.1, ema=0.9, ema_overwrite_every=2))
     with pytest.raises(ValueError, match="params_ema.*'t'"):
         tx.update(gradients, tx.init(params), params)
     # A parameter of the shape that the table would have with a row more.
@@ -585,6 +586,7 @@ IN_PLACE = {
     "clipped and decayed": lambda like: at.lazy(
         at.adam(0.1, clip_global_norm=1.0, weight_decay=0.1)
     ),
+    "average": lambda like: at.lazy_adam(0.1, ema=0.9),
     "AMSGrad": lambda like: at.lazy(at.adam(0.1, amsgrad=True)),
     "optax.adamw": lambda like: at.lazy(optax.adamw(0.1)),
     "skip_nonfinite": lambda like: at.skip_nonfinite(at.lazy(at.adam(0.1))),

@@ -161,6 +161,45 @@ def test_multi_steps_tell_their_mini_step(relaxed_promotion: None) -> None:
     assert (found["mini_step"], found["count"]) == (1.0, 0.0)
 
 
+PRESETS = {
+    "adamw": lambda rate: at.adamw(rate, accumulate_every=1, loss_scale="dynamic"),
+    "lazy_adam": lambda rate: at.lazy_adam(rate),
+    "deferred_adam": lambda rate: at.deferred_adam(rate, tables="table", max_idle=300),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_learning_rate_of_a_preset_is_the_one_the_step_took(
+    preset: str, relaxed_promotion: None
+) -> None:
+    schedule = optax.linear_schedule(1.0, 0.0, 10)
+    params, tx = make_params(), PRESETS[preset](schedule)
+    state = tx.init(params)
+    assert as_floats(metrics(params, state))["learning_rate"] == 1.0
+    for count in range(3):
+        updates, state = step(tx, params, state, params)
+        rate = as_floats(metrics(updates, state))["learning_rate"]
+        assert rate == pytest.approx(float(schedule(count)))
+    # The transformation decides, not a restored state.
+    slower = PRESETS[preset](lambda count: 0.25)
+    updates, state = step(slower, params, tx.init(params), params)
+    assert as_floats(metrics(updates, state))["learning_rate"] == 0.25
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_learning_rate_of_a_preset_that_is_injected_is_told_once(
+    preset: str, relaxed_promotion: None
+) -> None:
+    options = dict(tables="table", b1=0.9, b2=0.999, eps=1e-8, max_idle=300)
+    options = options if preset == "deferred_adam" else {}
+    tx = optax.inject_hyperparams(getattr(at, preset), static_args=tuple(options))(0.5, **options)
+    state = tx.init(make_params())
+    state = optax.tree.set(state, learning_rate=jnp.float32(0.125))
+    assert optax.tree.get(state, "learning_rate") == 0.125
+    found = as_floats(metrics(make_params(), state))
+    assert [x for name, x in found.items() if name.startswith("learning_rate")] == [0.125]
+
+
 def test_injected_learning_rate_is_the_one_the_step_took(relaxed_promotion: None) -> None:
     schedule = optax.linear_schedule(1.0, 0.0, 10)
     tx = optax.chain(

@@ -41,7 +41,7 @@ def assert_same(tx, expected, gradients=GRADIENTS):
 
 
 def plain(**options) -> Any:
-    return at.scale_by_adam(**options), optax.scale_by_learning_rate(1e-3)
+    return at.scale_by_adam(**options), at.scale_by_learning_rate(1e-3)
 
 
 def decaying(count):
@@ -55,11 +55,11 @@ CHAINS: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
     "defaults": ({}, plain()),
     "learning rate": (
         dict(learning_rate=0.5),
-        (at.scale_by_adam(), optax.scale_by_learning_rate(0.5)),
+        (at.scale_by_adam(), at.scale_by_learning_rate(0.5)),
     ),
     "schedule": (
         dict(learning_rate=decaying),
-        (at.scale_by_adam(), optax.scale_by_learning_rate(decaying)),
+        (at.scale_by_adam(), at.scale_by_learning_rate(decaying)),
     ),
     "betas": (dict(b1=0.5, b2=0.8, eps=1e-2), plain(b1=0.5, b2=0.8, eps=1e-2)),
     "scheduled beta": (dict(b1=decaying), plain(b1=decaying)),
@@ -71,11 +71,11 @@ CHAINS: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
     ),
     "amsgrad": (
         dict(amsgrad=True),
-        (at.scale_by_amsgrad(max_of="raw"), optax.scale_by_learning_rate(1e-3)),
+        (at.scale_by_amsgrad(max_of="raw"), at.scale_by_learning_rate(1e-3)),
     ),
     "amsgrad corrected": (
         dict(amsgrad=True, max_of="corrected", b2=0.9),
-        (at.scale_by_amsgrad(b2=0.9, max_of="corrected"), optax.scale_by_learning_rate(1e-3)),
+        (at.scale_by_amsgrad(b2=0.9, max_of="corrected"), at.scale_by_learning_rate(1e-3)),
     ),
     "amsgrad eps_hat": (
         dict(amsgrad=True, eps_hat=True, eps=1e-2, mu_dtype="float16", nu_dtype="bfloat16"),
@@ -83,7 +83,7 @@ CHAINS: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
             at.scale_by_amsgrad(
                 eps=1e-2, max_of="raw", eps_hat=True, mu_dtype="float16", nu_dtype="bfloat16"
             ),
-            optax.scale_by_learning_rate(1e-3),
+            at.scale_by_learning_rate(1e-3),
         ),
     ),
     "clip_value": (dict(clip_value=0.5), (at.clip_by_value(0.5), *plain())),
@@ -91,18 +91,18 @@ CHAINS: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
     "clip_global_norm": (dict(clip_global_norm=0.5), (at.clip_by_global_norm(0.5), *plain())),
     "weight_decay": (
         dict(weight_decay=0.1),
-        (at.scale_by_adam(), optax.add_decayed_weights(0.1), optax.scale_by_learning_rate(1e-3)),
+        (at.scale_by_adam(), optax.add_decayed_weights(0.1), at.scale_by_learning_rate(1e-3)),
     ),
     "no weight_decay": (
         dict(weight_decay=0.0),
-        (at.scale_by_adam(), optax.add_decayed_weights(0.0), optax.scale_by_learning_rate(1e-3)),
+        (at.scale_by_adam(), optax.add_decayed_weights(0.0), at.scale_by_learning_rate(1e-3)),
     ),
     "weight_decay_mask": (
         dict(weight_decay=0.1, weight_decay_mask=not_bias),
         (
             at.scale_by_adam(),
             optax.add_decayed_weights(0.1, not_bias),
-            optax.scale_by_learning_rate(1e-3),
+            at.scale_by_learning_rate(1e-3),
         ),
     ),
     "ema": (dict(ema=0.9), (*plain(), at.params_ema(0.9))),
@@ -162,7 +162,7 @@ def test_all_options_together_are_the_documented_chain():
             0.8, 0.99, 1e-3, mu_dtype="bfloat16", nu_dtype="float32", eps_hat=True, max_of="raw"
         ),
         optax.add_decayed_weights(0.1, not_bias),
-        optax.scale_by_learning_rate(decaying),
+        at.scale_by_learning_rate(decaying),
         at.params_ema(0.7, overwrite_every=2),
     )
     tx = at.adam(
@@ -203,6 +203,21 @@ def test_hyperparameters_can_be_tracers():
     updates = step(*values, GRADIENTS[0])
     plain_updates = run(at.adam(0.5, 0.75, weight_decay=0.25, clip_global_norm=2.0), GRADIENTS[:1])
     assert_close(at.apply_updates(PARAMS, updates), plain_updates[0][0])
+
+
+def test_the_learning_rate_is_optaxs_and_that_of_a_schedule_is_kept():
+    for rate in (0.3, jnp.float32(0.3), decaying):
+        ours, optaxs = at.scale_by_learning_rate(rate), optax.scale_by_learning_rate(rate)
+        state, inner = ours.init(PARAMS), optaxs.init(PARAMS)
+        for g in GRADIENTS[:2]:
+            g = {"kernel": jnp.asarray(g["kernel"], jnp.bfloat16), "bias": g["bias"], "none": None}
+            updates, state = ours.update(g, state)
+            expected, inner = optaxs.update(g, inner)
+            own = state.inner_state if callable(rate) else state
+            assert_bits_equal((updates, own), (expected, inner))
+    assert_close(state.rate, np.float32(decaying(1)))
+    with pytest.raises(ValueError, match="is ScaleByScheduleState, expected ScaleByLearningRate"):
+        ours.update(GRADIENTS[0], inner)
 
 
 # adamw

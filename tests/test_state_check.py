@@ -100,7 +100,7 @@ LINES: list[tuple[str, str, list[str]]] = [
     ("adam, AMSGrad", "adam", ["'0' is ScaleByAdamState, expected ScaleByAmsgradState"]),
     ("scheduled", "scale_by_adam", ["'inner_state' is missing"]),
     ("adam, clipped", "adam", ["the tree is tuple of 2, expected tuple of 3"]),
-    ("adam with a schedule", "adam", ["'1' is EmptyState, expected ScaleByScheduleState"]),
+    ("adam with a schedule", "adam", ["'1' is EmptyState, expected ScaleByLearningRateState"]),
     ("lazy", "adam", ["the tree is tuple, expected LazyState"]),
     ("lazy, clipped", "lazy", ["'inner_state' is tuple of 2, expected tuple of 3"]),
     ("freeze_rows", "lazy", ["'frozen' is missing"]),

@@ -36,6 +36,7 @@ STATES: dict[str, Any] = {
     "skipping some": at.skip_nonfinite(at.adam(), max_consecutive=2),
     "variable cycles": at.accumulate(at.adam(), lambda cycles: 2 + cycles, weighted=True),
     "masters": at.master_weights(at.adam()),
+    "rate": at.scale_by_learning_rate(0.1),
     "rates": at.scale_by_path_learning_rate([("w", 0.1)], 0.2),
     "lazy": at.lazy_adam(),
     "deferred": at.deferred_adam(0.1, tables="table"),
@@ -67,6 +68,10 @@ def test_the_role_of_a_field_fits_what_it_holds(name: str) -> None:
             assert shapes <= SHAPES, where
         elif role in (Role.ROW_MASK, Role.LAST_STEP):
             assert shapes == {(7,)}, where
+        elif role is Role.AVERAGED_STEP:
+            assert shapes == ({shape[:1] for shape in SHAPES} if value is not None else set()), (
+                where
+            )
         elif role is Role.SCALAR:
             assert shapes <= {()}, where
         elif role is Role.SHARED:

@@ -14,7 +14,7 @@ from adam_transforms._core import dtypes
 from adam_transforms._core.key_type import KEY_TYPE
 from adam_transforms._core.serialization import serializable_node
 from adam_transforms._xla.duplicates import first_positions
-from adam_transforms._xla.scheduling import materialize
+from adam_transforms._xla.scheduling import depend_on, materialize, token
 
 # Bytes of values from which on summed rows are packed: an update in blocks then skips the padding.
 # With Zipf ids and without it a lazy step of 32 MiB takes 1.15 times as long, on two cores.
@@ -154,11 +154,16 @@ class SparseRows(metaclass=_Described):
 
     def with_values(self, values: jax.Array) -> "SparseRows":
         """The same rows with other values, (n, D...)."""
-        rows = object.__new__(SparseRows)
+        rows = object.__new__(type(self))
         (rows.values,) = _replicate_rows(values)
         rows._keys, rows._indices = self._keys, self._indices
         rows.num_rows, rows.unique = self.num_rows, self.unique
         return rows
+
+    def after_read(self, read: jax.Array) -> "SparseRows":
+        """The same rows, available only after `read`, rows of a table, has been gathered: added to
+        the table in place, they do not make XLA copy it first."""
+        return self.with_values(depend_on(self.values, [token(read)]))
 
     def gather(self, table: jax.Array) -> jax.Array:
         """(n, D...), these rows of a table or of a slot; zeros at padding."""
@@ -309,6 +314,18 @@ class SparseRows(metaclass=_Described):
         return rows
 
 
+@serializable_node
+@jax.tree_util.register_pytree_with_keys_class
+class DeferredRows(SparseRows):
+    """An update of `deferred_adam`. Rows that are not in it move too, when they are next read."""
+
+    @classmethod
+    def of(cls, rows: SparseRows) -> "DeferredRows":
+        deferred = object.__new__(cls)
+        vars(deferred).update(vars(rows))
+        return deferred
+
+
 def is_rows(x: Any) -> bool:
     """Makes `jax.tree` functions treat a row gradient as a leaf."""
     return isinstance(x, SparseRows)
@@ -391,7 +408,7 @@ def from_parts(like: Any, parts: Any) -> Any:
     """What `to_parts` took apart; tables' sizes and uniqueness are those of the rows in `like`."""
     return jax.tree.map(
         lambda x, part: (
-            SparseRows(part[0], part[1], x.num_rows, unique=x.unique) if is_rows(x) else part
+            type(x)(part[0], part[1], x.num_rows, unique=x.unique) if is_rows(x) else part
         ),
         like,
         parts,

@@ -28,13 +28,16 @@ class Role(enum.Enum):
     COPY = "like the parameters: a copy in another dtype"
     ROW_MASK = "a bool (V,) for some tables, nothing for other parameters"
     LAST_STEP = "an int32 (V,) for some tables: the step after which each row is synchronized"
+    AVERAGED_STEP = (
+        "an int32 (V,) for each parameter, () for a scalar: the last step in its average"
+    )
     BUFFER = "like the gradients: a sum or list of them over several steps"
     SCALAR = "a number, or several: counts, rates, scales"
     SHARED = "arrays that belong to no single parameter"
     INNER = "a state: of an inner transformation, or a part of this one"
 
 
-PER_ROW = (Role.ROW_MASK, Role.LAST_STEP)
+PER_ROW = (Role.ROW_MASK, Role.LAST_STEP, Role.AVERAGED_STEP)
 MIRRORS = (Role.SLOT, Role.AVERAGE, Role.COPY, Role.BUFFER, *PER_ROW)
 
 

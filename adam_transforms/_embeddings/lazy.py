@@ -65,9 +65,9 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
       A transformation with `LazyState`. Updates are `SparseRows` where the gradients are.
 
     Raises:
-      ValueError: `inner` collects gradients over steps, averages a table's parameters, or has a
-        state that is not kept by row; update was given row gradients but no `params`, or a state of
-        other parameters.
+      ValueError: `inner` collects gradients over steps, averages a table's parameters with a
+        scheduled decay or overwrites them, or has a state that is not kept by row; update was given
+        row gradients but no `params`, or a state of other parameters.
 
     References:
       The rule is that of TensorFlow's contrib.opt.LazyAdamOptimizer.
@@ -111,8 +111,8 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
             raise ValueError(
                 "lazy takes the touched rows out of params: update needs them, got None"
             )
-        rows = {i: g.sum_duplicates() for i, g in enumerate(gradients) if isinstance(g, SparseRows)}
         aligned, treedef = trees.align(updates, params, names=("the updates", "the parameters"))
+        rows = {i: g.sum_duplicates() for i, g in enumerate(gradients) if isinstance(g, SparseRows)}
         _, _, param_leaves = zip(*aligned, strict=True)
         for i in rows:
             if param_leaves[i] is None:
@@ -255,13 +255,17 @@ class _RowUpdate(NamedTuple):
 def _refuse_averages_by_row(
     averages: Sequence[FoundField], state: Sequence[Any], leaves: Sequence[StateLeaf]
 ) -> None:
+    """Refuses averages that keep no last steps, and would miss the idle rows of a table."""
     by_row = [x for x, leaf in zip(state, leaves, strict=True) if leaf.table is not None]
     for average in averages:
+        if average.owner.last_step is not None:
+            continue
         for path, ema in average.leaves().items():
             if any(ema is x for x in by_row):
                 raise ValueError(
-                    f"params_ema inside lazy would not average the idle rows of {path!r}; mask it "
-                    "to the other parameters (optax.masked)"
+                    f"params_ema inside lazy averages the idle rows of {path!r} only if decay is "
+                    "a Python number (under optax.inject_hyperparams, in static_args) and "
+                    "overwrite_every is None; or mask it to the other parameters (optax.masked)"
                 )
 
 

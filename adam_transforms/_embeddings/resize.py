@@ -163,6 +163,8 @@ def _fill_of(role: Role, state: Any, outer: _Fill) -> _Fill:
     is in."""
     if role is Role.AVERAGE:
         return _weighted_by(state.weight)
+    if role is Role.AVERAGED_STEP:
+        return lambda appended, last: jnp.full(appended.shape[:1], state.count, last.dtype)
     if role is Role.COPY:
         return lambda appended, _: appended
     if isinstance(state, DeferredAdamState) and role is Role.INNER:

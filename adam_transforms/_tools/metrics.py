@@ -37,7 +37,9 @@ def metrics(
     ``longest_gap/<path>``     with `idle_gaps`, for each table of `deferred_adam` the maximum
                                number of steps that a row has been idle; reads an int32 for each row
     ``count``                  the number of steps of Adam
-    ``learning_rate``          from `optax.inject_hyperparams`; its scheduled hyperparameters are
+    ``learning_rate``          the value that the step used, of the schedule of `adam`, `adamw`,
+                               `lazy_adam` or `scale_by_learning_rate`, of `deferred_adam`, and of
+                               `optax.inject_hyperparams`, whose scheduled hyperparameters are
                                included under their names
     ``learning_rate/<rule>``   from `scale_by_path_learning_rate`, by the index of the rule, the
                                default last
@@ -49,9 +51,8 @@ def metrics(
                                `optax.MultiSteps`
     =========================  ===================================================================
 
-    Scalars that are not in the state are omitted. The learning rate of a preset or of an optimizer
-    of Optax is not in its state: log ``schedule(count)``, the rate of the next step, or inject the
-    schedule: ``optax.inject_hyperparams(at.adam)(learning_rate=schedule)``.
+    Scalars that are not in the state are omitted: a learning rate that is a number, and any of
+    `optax.adam`. A learning rate that is injected is included once.
 
     The name of a scalar in a parameter group ends in the group's label: ``learning_rate/head``.
     `by_path` numbers its groups in the order of its rules; the default is last. If names are still
@@ -72,7 +73,8 @@ def metrics(
       TypeError: an update is not floating or complex (e.g. `updates` and `state` are swapped).
 
     >>> import jax.numpy as jnp, optax
-    >>> tx = optax.inject_hyperparams(optax.adam)(learning_rate=0.5)
+    >>> from adam_transforms import adam
+    >>> tx = adam(optax.linear_schedule(0.5, 0.0, transition_steps=10))
     >>> params = {"w": jnp.zeros(4)}
     >>> updates, state = tx.update({"w": jnp.ones(4)}, tx.init(params), params)
     >>> {name: round(float(x), 3) for name, x in metrics(updates, state).items()}
@@ -107,6 +109,7 @@ class Scalar(NamedTuple):
 def scalars_of(state: State) -> list[Scalar]:
     """The scalars of an optimizer state without Flax NNX variables, sorted by name."""
     found = []
+    injections = []
 
     def add(name: str, owner: state_layout.Place, value: Any, *keys: Any) -> None:
         place = owner._replace(keys=(*owner.keys, *keys))
@@ -114,10 +117,16 @@ def scalars_of(state: State) -> list[Scalar]:
 
     for owner, node in state_layout.walk(state):
         for field, (_, metric) in state_layout.fields_of(type(node)).items():
-            if metric is not None:
-                add(metric, owner, getattr(node, field), GetAttrKey(field))
+            value = getattr(node, field) if metric is not None else None
+            injected = metric == "learning_rate" and any(
+                owner.keys[: len(keys)] == keys for keys in injections
+            )
+            if value is not None and not injected:
+                add(metric, owner, value, GetAttrKey(field))
         for name, value in _injected(node):
             add(name, owner, value, GetAttrKey("hyperparams"), DictKey(name))
+            if name == "learning_rate":
+                injections.append(owner.keys)
         has_rules = isinstance(node, ScaleByPathLearningRateState)
         for rule, rate in enumerate(node.rates if has_rules else ()):
             keys = (*owner.keys, GetAttrKey("rates"), SequenceKey(rule))

@@ -266,21 +266,21 @@ def _moment_transformation(hp: Hyperparameters) -> optax.GradientTransformationE
 
 def init_state(hp: Hyperparameters, params: Params) -> State:
     """Optax's state of Adam or AMSGrad before the first step."""
-    for path, p in trees.non_none(params):
-        if not jnp.issubdtype(jnp.result_type(p), jnp.inexact):
-            raise TypeError(
-                f"{path!r} is {jnp.result_type(p)}, but Adam's parameters are floating or complex: "
-                "take it out of the parameters, or leave it out with optax.masked"
-            )
 
-    def zero_mu(p: Any) -> jax.Array:
-        return jnp.zeros_like(p, hp.mu_dtype or jnp.result_type(p))
+    def zero_mu(keys: Any, p: Any) -> jax.Array:
+        dtype = jnp.result_type(p)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"{trees.path_str(keys)!r} is {dtype}, but Adam's parameters are floating or "
+                "complex: take it out of the parameters, or leave it out with optax.masked"
+            )
+        return jnp.zeros_like(p, hp.mu_dtype or dtype)
 
     def zero_nu(p: Any) -> jax.Array:
         return jnp.zeros_like(p, hp.nu_dtype or dtypes.nu_dtype(jnp.result_type(p)))
 
     count = jnp.zeros((), jnp.int32)
-    mu, nu = jax.tree.map(zero_mu, params), jax.tree.map(zero_nu, params)
+    mu, nu = jax.tree_util.tree_map_with_path(zero_mu, params), jax.tree.map(zero_nu, params)
     if hp.max_of is None:
         return optax.ScaleByAdamState(count, mu, nu)
     return optax.ScaleByAmsgradState(count, mu, nu, jax.tree.map(zero_nu, params))

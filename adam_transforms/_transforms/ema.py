@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
-from adam_transforms._core import arguments, dtypes, trees
+from adam_transforms._core import arguments, dtypes, state_layout, trees
+from adam_transforms._core.sparse_rows import DeferredRows, SparseRows
 from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.state_layout import Role, register
 from adam_transforms._core.types import P, Params, Path, State, Updates
@@ -17,7 +20,13 @@ from adam_transforms._transforms import numerics
 from adam_transforms._transforms.apply_updates import apply_update
 
 
-@register(count=Role.SCALAR, weight=Role.SCALAR, ema=Role.AVERAGE)
+@register(
+    count=Role.SCALAR,
+    weight=Role.SCALAR,
+    ema=Role.AVERAGE,
+    last_step=Role.AVERAGED_STEP,
+    log_decay=Role.SCALAR,
+)
 class ParamsEmaState(NamedTuple):
     """State of `params_ema`.
 
@@ -25,17 +34,23 @@ class ParamsEmaState(NamedTuple):
       count: int32 (), the number of steps.
       weight: float32 (), the sum of the weights in `ema`: 1, or with ``debias`` 1 - decay^count.
       ema: like the parameters, in `ema_dtype`; `ema_params` divides it by `weight`.
+      last_step: for each parameter int32, of shape (V,) if it has rows and else (): the last step
+        that the average of each row includes. None if the average takes no row updates.
+      log_decay: float32 (), the logarithm of the decay; None likewise.
     """
 
     count: jax.Array
     weight: jax.Array
     ema: Params
+    last_step: Any = None
+    log_decay: jax.Array | None = None
 
 
 def params_ema(
     decay: optax.ScalarOrSchedule = 0.99,
     *,
     overwrite_every: int | None = None,
+    initial: Literal["first", "params"] = "first",
     debias: bool = False,
     ema_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -47,9 +62,15 @@ def params_ema(
     parameters to the average (Keras's use_ema and ema_overwrite_frequency). The average itself and
     the states of earlier transformations in the chain are not reset.
 
+    In `lazy`, and after it, a step with a row update takes time and memory for the rows touched.
+    An idle row, the value of which stays, is averaged when it is next touched or read: over n
+    steps, ``a`` moves to ``p + d^n (a - p)``.
+
     Args:
-      decay: d in [0, 1), or a schedule ``count -> value``.
-      overwrite_every: None for never, or a static int >= 1.
+      decay: d in [0, 1), or a schedule ``count -> value``. Row updates need a Python number.
+      overwrite_every: None for never, or a static int >= 1. Row updates need None.
+      initial: "first" for a_1 = p_1, as in Keras and PyTorch; "params" for a_0 = p_0, as in
+        flax.nnx.EMA and tf.train.ExponentialMovingAverage.
       debias: start from zero instead; `ema_params` then divides by ``1 - d^t`` (for a schedule, by
         one minus the running product).
       ema_dtype: dtype of the average; None for the parameter's, but at least float32.
@@ -60,7 +81,9 @@ def params_ema(
       change; its current value is averaged, and it is not overwritten.
 
     Raises:
-      ValueError: an argument is out of range, or update was called without `params`.
+      ValueError: an argument is out of range; update was called without `params`, or with a row
+        update that the average cannot take.
+      TypeError: a row update is of `deferred_adam`, which moves idle rows.
 
     >>> import jax.numpy as jnp
     >>> tx = params_ema(decay=0.5)
@@ -73,25 +96,31 @@ def params_ema(
     ([5.0], [4.0])
     """
     decay = arguments.decay_rate("decay", decay)
+    options = {"initial": initial, "debias": debias, "ema_dtype": ema_dtype}
     if overwrite_every is None:
-        return track_params_ema(decay, None, debias=debias, ema_dtype=ema_dtype)
+        return track_params_ema(decay, None, **options)
     every = arguments.positive_int("overwrite_every", overwrite_every)
-    return track_params_ema(
-        decay, lambda count: (count + 1) % every == 0, debias=debias, ema_dtype=ema_dtype
-    )
+    return track_params_ema(decay, lambda count: (count + 1) % every == 0, **options)
 
 
 def track_params_ema(
     decay: optax.ScalarOrSchedule,
     overwrite_when: Callable[[jax.Array], jax.Array] | None,
     *,
+    initial: Literal["first", "params"] = "first",
     debias: bool = False,
     ema_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`params_ema` that overwrites the parameters if ``overwrite_when(count)`` is true, where
     `count` is the number of steps before this one."""
+    arguments.choice("initial", initial, ("first", "params"))
     debias = arguments.flag("debias", debias)
+    if debias and initial == "params":
+        raise ValueError('debias starts from zero: it excludes initial="params"')
     ema_dtype = arguments.float_dtype("ema_dtype", ema_dtype)
+    copies_first = initial == "first" and not debias
+    takes_rows = isinstance(decay, float) and overwrite_when is None
+    log_decay = _log(decay) if takes_rows else None
 
     def init(params: Params) -> ParamsEmaState:
         def start(keys: Any, p: Any) -> jax.Array:
@@ -100,10 +129,16 @@ def track_params_ema(
                 return jnp.zeros_like(p, dtype=dtype)
             return dtypes.store(trees.path_str(keys), jnp.array(p, copy=True), dtype)
 
-        return ParamsEmaState(
+        state = ParamsEmaState(
             count=jnp.zeros((), jnp.int32),
             weight=jnp.zeros((), jnp.float32) if debias else jnp.ones((), jnp.float32),
             ema=jax.tree_util.tree_map_with_path(start, params),
+        )
+        if not takes_rows:
+            return state
+        return state._replace(
+            last_step=jax.tree.map(lambda p: trees.zeros_per_row(p, jnp.int32), params),
+            log_decay=jnp.float32(log_decay),
         )
 
     def update(
@@ -115,112 +150,242 @@ def track_params_ema(
             raise wrong_state(init, updates, state, params)
         decay_now = numerics.at_count(decay, state.count)
         is_first = state.count == 0
+        count = numerics.increment(state.count)
 
         def average(ema: jax.Array, p: jax.Array) -> jax.Array:
             new = numerics.moving_average(ema, p, decay_now)
-            return new if debias else jnp.where(is_first, p, new)
+            return jnp.where(is_first, p, new) if copies_first else new
 
         weight = average(state.weight, jnp.ones_like(state.weight))
         overwrite = None if overwrite_when is None else overwrite_when(state.count)
 
-        def update_leaf(path: Path, p: Any, u: Any, ema: Any) -> tuple[Any, Any]:
-            if p is None:
-                return u, ema
-            p = jnp.asarray(p)
-            u = None if u is None else trees.as_gradient(path, u)
+        def average_leaf(path: Path, p: jax.Array, u: Any, ema: jax.Array, last: Any) -> Any:
+            """The new average and last step of a parameter, or of some of its rows."""
             dtype = dtypes.compute_dtype(p.dtype, ema.dtype)
             new_p = apply_update(path, p, u).astype(dtype)
             if jnp.issubdtype(p.dtype, jnp.floating):
                 new_p = dtypes.round_to(new_p, p.dtype)  # as it will be stored
-            new_ema = average(ema.astype(dtype), new_p)
+            ema = ema.astype(dtype)
+            if last is not None:
+                ema = _caught_up(ema, p, log_decay, state.count - last)
+                last = jnp.maximum(last, count)
+            return average(ema, new_p), last
+
+        def update_leaf(path: Path, p: Any, u: Any, ema: Any, last: Any) -> tuple[Any, Any, Any]:
+            if p is None:
+                return u, ema, last
+            p = jnp.asarray(p)
+            if isinstance(u, SparseRows):
+                _check_rows(path, u, last)
+                rows = u.sum_duplicates()
+                some_p, some_ema, some_last = rows.gather_each([p, ema, last])
+                new = average_leaf(path, some_p, rows.values, some_ema, some_last)
+                return u.after_read(some_p), *rows.scatter_each([ema, last], new)
+            u = None if u is None else trees.as_gradient(path, u)
+            new_ema, last = average_leaf(path, p, u, ema, last)
             if u is not None and overwrite is not None:
-                to_average = _debias(new_ema, weight) - p.astype(dtype)
+                to_average = _debias(new_ema, weight) - p.astype(new_ema.dtype)
                 u = jnp.where(overwrite, to_average.astype(u.dtype), u)
-            return u, dtypes.store(path, new_ema, ema.dtype)
+            return u, dtypes.store(path, new_ema, ema.dtype), last
 
         aligned, treedef = trees.align(
             params, updates, state.ema, names=("the parameters", "the updates", "the average")
         )
-        updates, ema = trees.unzip([update_leaf(*leaf) for leaf in aligned], treedef, outputs=2)
-        count = numerics.increment(state.count)
-        return updates, ParamsEmaState(count, weight, ema)
+        keeps_steps = state.last_step is not None
+        last = treedef.flatten_up_to(state.last_step) if keeps_steps else [None] * len(aligned)
+        results = [update_leaf(*leaf, step) for leaf, step in zip(aligned, last, strict=True)]
+        updates, ema, last_step = trees.unzip(results, treedef, outputs=3)
+        state = ParamsEmaState(count, weight, ema)
+        if keeps_steps:
+            state = state._replace(last_step=last_step, log_decay=jnp.float32(log_decay))
+        return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def ema_params(state: State) -> Params:
+def ema_params(state: State, params: Params | None = None) -> Params:
     """The averaged parameters in an optimizer state, in the dtype of the average.
 
     Args:
       state: an optimizer state with one `params_ema` at any depth.
+      params: the trained parameters. They are needed after row updates: the average of an idle row
+        moves towards its value.
 
     Returns:
-      A tree like the parameters. With ``debias`` it is zero before the first step.
+      A tree like the parameters. With ``debias`` it is zero before the first step. While tracing,
+      and without `params`, rows that need them are NaN.
 
     Raises:
-      ValueError: the state has no average or several (`finalize` accepts several).
+      ValueError: the state has no average or several (`finalize` accepts several); the average of
+        some rows needs `params`, got None.
 
     >>> import jax.numpy as jnp, optax
     >>> tx = optax.chain(optax.scale(-1.0), params_ema(0.9))
     >>> ema_params(tx.init(jnp.ones(2))).tolist()
     [1.0, 1.0]
     """
-    states = trees.find_states(state, ParamsEmaState)
-    if len(states) != 1:
-        raise ValueError(f"state must hold one state of params_ema, found {len(states)}")
-    return jax.tree.map(lambda ema: _debias(ema, states[0].weight), states[0].ema)
+    averages = _averages(state)
+    if len(averages) != 1:
+        raise ValueError(
+            f"state must hold one state of params_ema, found {len(averages)}: "
+            "finalize(params, state, which=...) chooses one"
+        )
+    (found,) = averages.values()
+    leaves, treedef = trees.flatten_with_paths(found.ema)
+    last_steps, values = _by_path(found.last_step), _by_path(params)
+
+    def average(path: Path, ema: Any) -> Any:
+        if ema is None:
+            return None
+        last, p = last_steps.get(path), values.get(path)
+        if last is not None and p is None:
+            ema = _idle_as_nan(path, ema, found.count - last)
+        return _read(path, found, ema, last, p)
+
+    return treedef.unflatten([average(*leaf) for leaf in leaves])
 
 
-def finalize(params: P, state: State) -> P:
+def finalize(params: P, state: State, *, which: int | str | None = None) -> P:
     """The averaged parameters, for evaluation or export (Keras's finalize_variable_values).
 
     Args:
       params: the trained parameters.
-      state: an optimizer state with `params_ema` at any depth, or several for disjoint groups of
-        parameters (`by_path`, `optax.masked`).
+      state: an optimizer state with `params_ema` at any depth, or several.
+      which: where a parameter has several averages, the one to take: its position among them, in
+        the order of the chain, or a key on the path to its state, as `optax.named_chain` gives it.
 
     Returns:
       A tree like `params`, in its dtypes. Parameters without an average are unchanged; before the
       first step all are.
 
     Raises:
-      ValueError: the state has no average, or its structure differs from that of `params`.
+      ValueError: the state has no average, or its structure differs from that of `params`; a
+        parameter has several averages or none that `which` names.
 
-    >>> import jax.numpy as jnp
-    >>> tx = params_ema(decay=0.5)
+    >>> import jax.numpy as jnp, optax
+    >>> tx = optax.chain(params_ema(decay=0.5), params_ema(decay=0.75))
     >>> params = jnp.array([1.0])
-    >>> _, state = tx.update(jnp.array([1.0]), tx.init(params), params)
-    >>> finalize(params, state).tolist()
-    [2.0]
+    >>> state = tx.init(params)
+    >>> for _ in range(2):
+    ...     updates, state = tx.update(jnp.array([4.0]), state, params)
+    ...     params = params + updates
+    >>> finalize(params, state, which=0).tolist(), finalize(params, state, which=-1).tolist()
+    ([7.0], [6.0])
     """
-    states = trees.find_states(state, ParamsEmaState)
-    if not states:
-        raise ValueError("state must hold a state of params_ema, found none")
-
-    averages: dict[Path, tuple[Any, ParamsEmaState]] = {}
-    for found in states:
-        for path, ema in trees.flatten_with_paths(found.ema)[0]:
-            if averages.setdefault(path, (ema, found))[1] is not found:
-                raise ValueError(f"state holds two averages of {path!r}")
+    averages = _averages(state)
+    if which is not None and (isinstance(which, bool) or not isinstance(which, int | str)):
+        raise TypeError(f"which must be an integer, a string or None, got {which!r}")
+    if isinstance(which, str):
+        named = {place: x for place, x in averages.items() if which in place.split("/")}
+        if not named:
+            raise ValueError(f"which={which!r} is on the path of no average: {list(averages)}")
+        averages = named
+    found: dict[Path, list[tuple[ParamsEmaState, Any, Any]]] = {}
+    for average in averages.values():
+        last_steps = _by_path(average.last_step)
+        for path, ema in trees.non_none(average.ema):
+            found.setdefault(path, []).append((average, ema, last_steps.get(path)))
     leaves, treedef = trees.flatten_with_paths(params)
-    unknown = averages.keys() - {path for path, _ in leaves}
+    unknown = found.keys() - {path for path, _ in leaves}
     if unknown:
         raise ValueError(f"params lack {min(unknown)!r}, but the state has an average of it")
 
-    def average(path: Path, p: Any) -> Any:
-        ema, found = averages.get(path, (None, None))
-        if p is None or ema is None or found is None:
+    def choose(path: Path) -> tuple[ParamsEmaState, Any, Any]:
+        several = found[path]
+        if isinstance(which, int):
+            if not -len(several) <= which < len(several):
+                raise ValueError(
+                    f"which={which} is no position among the averages of {path!r}: it has "
+                    f"{len(several)}"
+                )
+            return several[which]
+        if len(several) > 1:
+            raise ValueError(
+                f"state holds two averages of {path!r}: choose one by its position, which=0 or "
+                f"which=-1, or by a key on its path: {list(averages)}"
+            )
+        return several[0]
+
+    def average_of(path: Path, p: Any) -> Any:
+        if p is None or path not in found:
             return p
+        average, ema, last = choose(path)
+        p = jnp.asarray(p)
+        averaged = dtypes.store(path, _read(path, average, ema, last, p), p.dtype)
+        return jnp.where(average.count == 0, p, averaged)
+
+    # Matched by path: a module may wrap its parameters in other containers than the state does.
+    return treedef.unflatten([average_of(*leaf) for leaf in leaves])
+
+
+def _averages(state: State) -> dict[str, ParamsEmaState]:
+    """{path: state} of each average, in order."""
+    nodes = state_layout.walk(state, stop=lambda place, node: isinstance(node, ParamsEmaState))
+    averages = {str(place): node for place, node in nodes if isinstance(node, ParamsEmaState)}
+    if not averages:
+        raise ValueError(
+            "state must hold a state of params_ema, found none: pass ema=... to adam, adamw or "
+            "lazy_adam, or put params_ema last in the chain"
+        )
+    return averages
+
+
+def _by_path(tree: Any) -> dict[Path, Any]:
+    return dict(trees.non_none(tree))
+
+
+def _read(path: Path, state: ParamsEmaState, ema: Any, last: Any, p: Any) -> jax.Array:
+    """The average of a parameter after all steps; without `p`, of rows that have not been idle."""
+    if p is not None:
         p = jnp.asarray(p)
         if p.shape != ema.shape:
             raise ValueError(
                 f"{path!r} has shape {list(p.shape)} in params, but its average {list(ema.shape)}"
             )
-        averaged = dtypes.store(path, _debias(ema, found.weight), p.dtype)
-        return jnp.where(found.count == 0, p, averaged)
+        if last is not None:
+            ema = _caught_up(ema, p, state.log_decay, state.count - last)
+    return _debias(ema, state.weight)
 
-    # Matched by path: a module may wrap its parameters in other containers than the state does.
-    return treedef.unflatten([average(*leaf) for leaf in leaves])
+
+def _caught_up(ema: Any, p: jax.Array, log_decay: Any, steps: jax.Array) -> jax.Array:
+    """The average of each row after it has had the value p for so many steps."""
+    dtype = dtypes.compute_dtype(p.dtype, ema.dtype)
+    caught_up = numerics.moving_average_of_constant(
+        ema.astype(dtype), p.astype(dtype), log_decay, steps
+    )
+    return caught_up.astype(ema.dtype)
+
+
+def _idle_as_nan(path: Path, ema: Any, steps: jax.Array) -> Any:
+    """`ema` with NaN for idle rows; a ValueError if the steps are known and there are some."""
+    if isinstance(steps, Tracer):
+        nan = jnp.full_like(ema, jnp.nan)
+        return numerics.moving_average_of_constant(ema, nan, 0.0, steps)
+    if jnp.any(steps != 0):
+        raise ValueError(
+            f"the average of {path!r} has idle rows, which move towards their values: "
+            "ema_params needs params, ema_params(state, params), got None"
+        )
+    return ema
+
+
+def _check_rows(path: Path, u: SparseRows, last: Any) -> None:
+    """Refuses a row update that would leave the average of idle rows inexact."""
+    if isinstance(u, DeferredRows):
+        raise TypeError(
+            f"{path!r} has a row gradient of deferred_adam, which moves idle rows too: params_ema "
+            "cannot average them; mask it to the other parameters (optax.masked), or use lazy_adam"
+        )
+    if last is None:
+        raise TypeError(
+            f"{path!r} has a row gradient, and params_ema averages idle rows only if decay is a "
+            "Python number (under optax.inject_hyperparams, in static_args) and overwrite_every "
+            "is None; or mask it to the other parameters (optax.masked)"
+        )
+
+
+def _log(decay: float) -> float:
+    return math.log(decay) if decay else -math.inf
 
 
 def _debias(ema: jax.Array, weight: jax.Array) -> jax.Array:

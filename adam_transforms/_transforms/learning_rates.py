@@ -12,7 +12,7 @@ import optax
 from adam_transforms._core import arguments, dtypes, state_layout, trees
 from adam_transforms._core.patterns import Patterns, Rules, compile_patterns, parse_rules
 from adam_transforms._core.state_check import wrong_state
-from adam_transforms._core.state_layout import Role, register
+from adam_transforms._core.state_layout import Field, Role, register
 from adam_transforms._core.types import Params, Path, State, Updates
 from adam_transforms._transforms import numerics
 
@@ -83,6 +83,68 @@ def by_path(
         return grouped.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(grouped.init, update)
+
+
+@register(inner_state=Role.INNER, rate=Field(Role.SCALAR, metric="learning_rate"))
+class ScaleByLearningRateState(NamedTuple):
+    """State of `scale_by_learning_rate` with a schedule.
+
+    Attributes:
+      inner_state: `optax.ScaleByScheduleState`.
+      rate: a scalar of the widest float, the learning rate of the last step (before the first step,
+        of the first step). No step reads it.
+    """
+
+    inner_state: Any
+    rate: jax.Array
+
+
+def scale_by_learning_rate(
+    learning_rate: optax.ScalarOrSchedule,
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_learning_rate`; the rate of a schedule is in the state, for `metrics`.
+
+    Args:
+      learning_rate: a number, a scalar array, or a schedule ``count -> value`` of the number of
+        steps before this one.
+
+    Returns:
+      A transformation that flips the sign. With a schedule its state is `ScaleByLearningRateState`;
+      otherwise it is Optax's own.
+
+    Raises:
+      TypeError: the learning rate has another type.
+      ValueError: in update, the state is of another learning rate: a number, not a schedule, say.
+
+    >>> import jax.numpy as jnp
+    >>> from adam_transforms import metrics
+    >>> tx = scale_by_learning_rate(lambda count: 0.5 / (count + 1))
+    >>> state = tx.init(jnp.ones(1))
+    >>> for _ in range(2):
+    ...     updates, state = tx.update(jnp.ones(1), state)
+    >>> updates.tolist(), float(metrics(updates, state)["learning_rate"])
+    ([-0.25], 0.25)
+    """
+    schedule = arguments.scalar_or_schedule("learning_rate", learning_rate)
+    if not callable(schedule):
+        return optax.with_extra_args_support(optax.scale_by_learning_rate(schedule))
+
+    def init(params: Params) -> State:
+        inner_state = optax.scale_by_learning_rate(schedule).init(params)
+        rate = jnp.array(schedule(jnp.zeros((), jnp.int32)), dtypes.scalar_dtype())
+        return ScaleByLearningRateState(inner_state, rate)
+
+    def update(
+        updates: Updates, state: State, params: Params | None = None, **_: Any
+    ) -> tuple[Updates, State]:
+        if type(state) is not ScaleByLearningRateState:
+            raise wrong_state(init, updates, state, params)
+        rate = schedule(state.inner_state.count)
+        scale = optax.scale_by_learning_rate(lambda _: rate)
+        updates, inner_state = scale.update(updates, state.inner_state, params)
+        return updates, ScaleByLearningRateState(inner_state, jnp.array(rate, state.rate.dtype))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 @register(count=Role.SCALAR, rates=Role.SCALAR)

@@ -78,6 +78,26 @@ def _decay_and_add(average: jax.Array, finite: jax.Array, x: Any, decay: Any) ->
     return jnp.where(decay < 0.5, textbook(), unbiased())
 
 
+def moving_average_of_constant(
+    average: jax.Array, x: jax.Array, log_decay: Any, steps: jax.Array
+) -> jax.Array:
+    """`moving_average` with the same `x`, `steps` times: ``x + decay**steps * (average - x)``.
+
+    Args:
+      average, x: (V, D...), or scalars.
+      log_decay: the logarithm of the decay.
+      steps: int32 (V,), for each row, or a scalar.
+    """
+    dtype = real_dtype(average.dtype)
+    steps = jnp.reshape(steps, (*steps.shape, *[1] * (average.ndim - steps.ndim)))
+    log_remainder = steps.astype(dtype) * as_scalar(log_decay, dtype)
+    weight, remainder = -jnp.expm1(log_remainder), jnp.exp(log_remainder)
+    from_average = average + scale(x - average, weight)
+    from_x = x + scale(average - x, remainder)
+    moved = jnp.where(remainder > 0.5, from_average, from_x)
+    return jnp.where(steps == 0, average, moved)
+
+
 def at_count(value: Any, count: jax.Array) -> Any:
     """The value of a hyperparameter, possibly a schedule, after `count` steps."""
     return value(count) if callable(value) else value

@@ -10,9 +10,10 @@ import optax
 from adam_transforms._core import arguments
 from adam_transforms._core.patterns import Rules, compile_patterns
 from adam_transforms._core.types import State
-from adam_transforms._transforms import learning_rates
+from adam_transforms._transforms import clipping, learning_rates
+from adam_transforms._transforms.adam import scale_by_adam, scale_by_amsgrad
 from adam_transforms.compat import keras
-from adam_transforms.compat._optimizer import current_value
+from adam_transforms.compat._optimizer import current_value, densify
 from adam_transforms.compat.keras import _adam_config, _config, _dataclass
 from adam_transforms.compat.keras._surface import KerasOptimizer
 
@@ -89,13 +90,25 @@ class AdamMultilr(KerasOptimizer):
         rates = [
             current_value(rate) for rate in (*(rate for _, rate in groups), self.learning_rate)
         ]
+        adam = self.adam
         if self.decay:
-            decayed = [dataclasses.replace(self.adam, learning_rate=rate) for rate in rates]
-            rates = [adam.learning_rate_at for adam in decayed]
-        # The direction without the minus sign, which scale_by_chosen_rate adds.
-        direction = dataclasses.replace(self.adam, learning_rate=-1.0, decay=0.0).transform()
+            decayed = [dataclasses.replace(adam, learning_rate=rate) for rate in rates]
+            rates = [with_rate.learning_rate_at for with_rate in decayed]
+        clips = [
+            clip(limit)
+            for clip, limit in (
+                (clipping.clip_by_value, adam.clipvalue),
+                (clipping.clip_by_norm, adam.clipnorm),
+            )
+            if limit
+        ]
+        b1, b2, eps = map(current_value, (adam.beta_1, adam.beta_2, adam.epsilon))
+        if adam.amsgrad:
+            moments = scale_by_amsgrad(b1, b2, eps, max_of="raw", eps_hat=True)
+        else:
+            moments = scale_by_adam(b1, b2, eps, eps_hat=True)
         scale = learning_rates.scale_by_chosen_rate(lambda path: rules.index(f"{path}:0"), rates)
-        return optax.chain(direction, scale)
+        return densify(optax.chain(*clips, moments, scale))
 
     def scaled_loss(self, loss: Any, state: State) -> Any:
         """The loss to differentiate: `loss` itself."""

@@ -44,6 +44,7 @@ from adam_transforms._transforms.adam import (
     scale_by_adam,
     update_leaves,
 )
+from adam_transforms._transforms.learning_rates import scale_by_learning_rate
 from adam_transforms.compat import _optimizer
 from adam_transforms.compat._optimizer import Variable, current_value
 from adam_transforms.interop import _slots
@@ -214,7 +215,7 @@ class _Adam(_optimizer.Optimizer):
         b1, b2 = current_value(self.beta1), current_value(self.beta2)
         if not (callable(self.beta1) or callable(self.beta2)):
             return adam(rate, b1, b2, eps, eps_hat=True)
-        return optax.chain(_scale_by_powers(b1, b2, eps), optax.scale_by_learning_rate(rate))
+        return optax.chain(_scale_by_powers(b1, b2, eps), scale_by_learning_rate(rate))
 
     def _powers(self, state: State) -> list[jax.Array]:
         """The powers of beta1 and beta2 at the next step."""

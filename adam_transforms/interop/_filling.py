@@ -131,9 +131,13 @@ def _fill_average(x: ParamsEmaState, contents: Contents, count: int | None) -> P
     paths = [path for path, leaf in trees.flatten_with_paths(x.ema)[0] if leaf is not None]
     if not all("ema" in contents.slots.get(path, {}) for path in paths):
         return x
-    weight = _cast_like(1.0, x.weight)
-    ema = _fill_slot(x.ema, contents.slots, "ema")
-    return ParamsEmaState(_cast_like(_known(count), x.count), weight, ema)
+    count = _known(count)
+    return x._replace(
+        count=_cast_like(count, x.count),
+        weight=_cast_like(1.0, x.weight),
+        ema=_fill_slot(x.ema, contents.slots, "ema"),
+        last_step=jax.tree.map(lambda last: jnp.full_like(last, count), x.last_step),
+    )
 
 
 def _fill_wrapper(x: Any, contents: Contents) -> Any:

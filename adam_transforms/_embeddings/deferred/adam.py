@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_transforms._core import arguments, dtypes, patterns, trees
-from adam_transforms._core.sparse_rows import SparseRows, is_rows, sum_with_run
+from adam_transforms._core.sparse_rows import DeferredRows, SparseRows, is_rows, sum_with_run
 from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.types import Params, Path, State, Updates
 from adam_transforms._embeddings.deferred.chebyshev import Rule, make_rule
@@ -177,7 +177,8 @@ def deferred_adam(
             idle, idle_decayed = idle_groups(rule, params)
         slots = init_state(hp, params)
         nu_max = slots.nu_max if amsgrad else None
-        return DeferredAdamState(slots.count, slots.mu, slots.nu, nu_max, idle, idle_decayed)
+        rate = jnp.array(numerics.at_count(learning_rate, slots.count), dtypes.scalar_dtype())
+        return DeferredAdamState(slots.count, slots.mu, slots.nu, nu_max, idle, idle_decayed, rate)
 
     def idle_groups(rule: Rule, params: Params) -> list[IdleRows | None]:
         """The idle rows of the tables without weight decay, and of those with it."""
@@ -263,6 +264,8 @@ def deferred_adam(
 
         state = with_last_steps(with_slots(state, new_slots), last_steps)
         state = state._replace(count=count_after)
+        if state.rate is not None:
+            state = state._replace(rate=jnp.array(rate, state.rate.dtype))
         return updates, map_idle(advanced, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -324,7 +327,7 @@ def _step_table(
         u, now, reads = at_once(rows, table)
     else:
         u, now, reads = by_platform(functools.partial(in_blocks, length), at_once, rows, table)
-    return _TableStep(rows.with_values(u), TableRows(table.values, *now), reads)
+    return _TableStep(DeferredRows.of(rows.with_values(u)), TableRows(table.values, *now), reads)
 
 
 # The update of some rows, the table's slots and last steps after it, and a token of what was read.

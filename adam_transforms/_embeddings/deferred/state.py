@@ -11,7 +11,7 @@ from jax.core import Tracer
 from adam_transforms._core import dtypes, state_layout, trees
 from adam_transforms._core.sparse_rows import SparseRows
 from adam_transforms._core.state_check import has_shapes_of
-from adam_transforms._core.state_layout import COUNT, Role
+from adam_transforms._core.state_layout import COUNT, Field, Role
 from adam_transforms._core.types import Params, Path, State
 from adam_transforms._embeddings.deferred.chebyshev import Rule, Scalars
 from adam_transforms._embeddings.deferred.missed_updates import (
@@ -44,6 +44,7 @@ class IdleRows(NamedTuple):
     nu_max=Role.SLOT,
     idle=Role.INNER,
     idle_decayed=Role.INNER,
+    rate=Field(Role.SCALAR, metric="learning_rate"),
 )
 class DeferredAdamState(NamedTuple):
     """State of `deferred_adam`.
@@ -55,6 +56,8 @@ class DeferredAdamState(NamedTuple):
       nu_max: AMSGrad's maximum of nu, likewise; None without AMSGrad.
       idle: of the tables without weight decay; None if there are none.
       idle_decayed: of the tables with weight decay; None if there are none.
+      rate: the learning rate of the last step, as in `ScaleByLearningRateState`; None in a state of
+        a version that did not keep it.
     """
 
     count: jax.Array
@@ -63,6 +66,7 @@ class DeferredAdamState(NamedTuple):
     nu_max: Any
     idle: IdleRows | None
     idle_decayed: IdleRows | None
+    rate: jax.Array | None = None
 
 
 class IdleTable(NamedTuple):
@@ -128,7 +132,9 @@ def with_numbers(rule: Rule, dtype: Any, state: DeferredAdamState) -> DeferredAd
 
 def is_like(expected: DeferredAdamState, state: DeferredAdamState) -> bool:
     """Whether a state has the structure, the shapes and, where they are known, the numbers of
-    another one. A state without settings is compared without them."""
+    another one. A state without settings or learning rate is compared without them."""
+    if state.rate is None:
+        state = state._replace(rate=expected.rate)
     settings = {field: group.ring.settings for field, group in _groups(expected)}
 
     def with_settings(field: str, group: IdleRows) -> IdleRows:
