@@ -47,6 +47,8 @@ SUBJECTS = {
 
 # scale_by_rms against scale_by_adam(b1=0), to 1e-6: asks for the rounding error of Optax's own
 # bias correction, which both of its own have and ours has not.
+# Two tests outside these modules ask for the like: contrib's test_schedule_free_adamw, for the same
+# correction, and test_mu_dtype_controls_moment_dtype, for a nu in bfloat16.
 EXCEPTED = "test_rms_match_adam"
 
 # What must have run for a subject: itself, unless named here.
