@@ -517,9 +517,12 @@ def test_what_is_no_floating_array_passes_through() -> None:
     grads = {"w": jnp.ones(3), "steps": None, "nothing": None}
     inner = Adam(0.1, weight_decay=0.1, use_ema=True, ema_overwrite_frequency=1)
     for optimizer in (inner, LossScaleOptimizer(inner)):
-        after, _ = stepper(optimizer)(grads, params, optimizer.init(params))
+        after, state = stepper(optimizer)(grads, params, optimizer.init(params))
         assert int(after["steps"]) == 4 and after["nothing"] is None
         assert np.all(np.asarray(after["w"]) < 1.0)
+        again = optimizer.set_weights(optimizer.get_weights(state), after)
+        assert_bits_equal(again, state)
+        assert optimizer.finalize_variable_values(after, state)["steps"] is after["steps"]
 
 
 @IGNORE_ABSENT

@@ -267,6 +267,16 @@ def test_a_variable_without_a_gradient_stays_with_its_slots(deferred: bool) -> N
     assert np.all(after["dense"]["bias"] != params["dense"]["bias"])
 
 
+@BOTH
+def test_what_is_no_floating_array_stays_and_has_no_slots(kind: Any) -> None:
+    opt, params = kind(0.1), {"w": jnp.ones(2), "steps": jnp.int32(4), "nothing": None}
+    after, state = opt.minimize(lambda p: jnp.sum(p["w"] ** 2), params, opt.init(params))
+    assert after["steps"] is params["steps"] and after["nothing"] is None
+    assert np.all(after["w"] < 1.0)
+    paths = [variable.path for variable in opt.variables(state)]
+    assert paths == ["beta1_power", "beta2_power", "w/Adam", "w/Adam_1"]
+
+
 # Values that change
 
 

@@ -36,8 +36,8 @@ class Optimizer:
         raise NotImplementedError
 
     def init(self, params: Params) -> State:
-        """The state before the first step."""
-        return self.transform().init(params)
+        """The state before the first step; it has slots for the floating parameters."""
+        return self.transform().init(trained(params))
 
     def apply(self, grads: Updates, params: Params, state: State) -> tuple[Params, State]:
         """One step.
@@ -56,7 +56,7 @@ class Optimizer:
         leaves, _ = trees.flatten_with_paths(grads)
         if all(g is None for _, g in leaves):
             raise _no_gradients([path for path, _ in leaves])
-        updates, state = self.transform().update(grads, state, params)
+        updates, state = self.transform().update(grads, state, trained(params))
         return apply_updates(params, updates), state
 
     def get_slot(self, state: State, var: Any, name: str) -> Any:
@@ -77,6 +77,11 @@ class Optimizer:
     def get_slot_names(self) -> list[str]:
         """The names that `get_slot` accepts."""
         return sorted(self.slot_fields)
+
+
+def trained(params: Params) -> Params:
+    """`params` with None for what no loss has a gradient by, such as integers."""
+    return jax.tree.map(lambda p: p if is_differentiable(p) else None, params)
 
 
 def current_value(value: Any) -> Any:

@@ -206,6 +206,7 @@ class _Adam(_optimizer.Optimizer):
                 found += [
                     Variable(f"{path}/{self.name}{SLOT_SUFFIXES[field.name]}", slot)
                     for path, slot in trees.flatten_with_paths(field.value)[0]
+                    if slot is not None
                 ]
         return sorted(found, key=lambda variable: variable.path)
 

@@ -309,8 +309,8 @@ def _warn_of_absent(paths: Sequence[Path], params: Params) -> None:
     if not paths:
         return
     leaves, _ = trees.flatten_with_paths(params)
-    trained = {path for path, p in leaves if _optimizer.is_differentiable(p)}
-    absent = [path for path in paths if path in trained]
+    floating = {path for path, p in leaves if _optimizer.is_differentiable(p)}
+    absent = [path for path in paths if path in floating]
     if absent:
         warnings.warn(
             f"Gradients do not exist for variables {absent} when minimizing the loss: "

@@ -10,7 +10,7 @@ import numpy as np
 from adam_transforms._core import trees
 from adam_transforms._core.types import Params, Path, State
 from adam_transforms._transforms.accumulation import AccumulateState
-from adam_transforms.compat._optimizer import Variable
+from adam_transforms.compat._optimizer import Variable, trained
 from adam_transforms.interop import _slots, keras as interop
 
 _LEGACY_NAMES = {"mu": "m", "nu": "v", "nu_max": "vhat"}
@@ -114,7 +114,7 @@ def load_state(
             "expected a result of save_own_variables or get_weights, got "
             f"{store!r:.80}; to read a file, use interop.keras.state_from(path, params, optimizer)"
         )
-    adam = optimizer.adam
+    adam, params = optimizer.adam, trained(params)
     if names is None:
         names = [path for path, leaf in trees.flatten_with_paths(params)[0] if leaf is not None]
     count_with_vhat = 3 * len(names) + 1
