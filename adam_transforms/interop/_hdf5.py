@@ -63,10 +63,9 @@ def opened(path: str) -> Iterator[Any]:
     with open(path, "rb") as start:
         is_archive = start.read(len(_ARCHIVE_SIGNATURE)) == _ARCHIVE_SIGNATURE
     try:
-        with contextlib.ExitStack() as stack:
-            with errors_as_malformed():
-                source = _unpacked(path) if is_archive else path
-                file = stack.enter_context(h5py.File(source, "r"))
+        with errors_as_malformed():
+            file = h5py.File(_unpacked(path) if is_archive else path, "r")
+        with file:
             yield file
     except MalformedError as error:
         raise ValueError(f"{path}: {error}") from error
