@@ -17,8 +17,8 @@ from adam_transforms._transforms import conditional_update, numerics
 
 _SCALE = Field(Role.SCALAR, metric="loss_scale")
 _SKIPPED = Field(Role.SCALAR, metric="skipped_steps")
-# Gradients are multiplied by the reciprocal of the scale; a compiled division is one too. That
-# of 2^127 is subnormal: it becomes zero, and all gradients with it.
+# Gradients are multiplied by the reciprocal of the scale; compiled code divides in this way too.
+# That of 2^127 is subnormal: it is flushed to zero, and all gradients with it.
 MAX_SCALE = 2.0**126
 
 
