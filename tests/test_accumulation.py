@@ -530,13 +530,11 @@ def test_a_wrong_argument_of_update_is_refused_by_name(weighted, given, error, m
 
 def test_a_state_of_other_options_and_a_schedule_for_rows_are_refused():
     plain, weighted = identity(every=2), identity(every=2, weighted=True)
-    with pytest.raises(ValueError, match="is VariableAccumulateState, expected AccumulateState"):
+    with pytest.raises(ValueError, match="'weight' is float32.*, expected nothing"):
         plain.update(GRADIENTS[0], weighted.init(PARAMS), PARAMS)
     scheduled = identity(every=lambda cycles: 2)
-    with pytest.raises(ValueError, match="is AccumulateState, expected VariableAccumulateState"):
+    with pytest.raises(ValueError, match="'cycles' is missing, expected int32"):
         scheduled.update(GRADIENTS[0], plain.init(PARAMS), PARAMS)
-    with pytest.raises(ValueError, match="'weight' is float32.*expected nothing"):
-        scheduled.update(GRADIENTS[0], weighted.init(PARAMS), PARAMS)
     rows = at.SparseRows(jnp.zeros(1, int), jnp.zeros((1, 3)), 4)
     with pytest.raises(ValueError, match="'w' has row gradients .* every must be an integer"):
         identity(every=lambda cycles: 2, like={**PARAMS, "w": rows}).init(PARAMS)

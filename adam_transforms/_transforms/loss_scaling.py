@@ -244,6 +244,7 @@ def skip_nonfinite(
     inner = arguments.transformation("inner", inner)
     if max_consecutive is not None:
         max_consecutive = arguments.positive_int("max_consecutive", max_consecutive)
+    own = SkipNonfiniteState if max_consecutive is None else LimitedSkipNonfiniteState
 
     def init(params: Params) -> State:
         state = SkipNonfiniteState(jnp.zeros((), jnp.int32), inner.init(params))
@@ -254,18 +255,12 @@ def skip_nonfinite(
     def update(
         updates: Updates, state: State, params: Params | None = None, **extra_args: Any
     ) -> tuple[Updates, State]:
-        if type(state) is not SkipNonfiniteState:
+        if type(state) is not own:
             raise wrong_state(init, updates, state, params)
 
         def step(gradients: Updates, inner_state: State) -> tuple[Updates, State]:
             return inner.update(gradients, inner_state, params, **extra_args)
 
-        if hasattr(state, "consecutive") != (max_consecutive is not None):
-            made, used = ("with", "without") if max_consecutive is None else ("without", "with")
-            raise ValueError(
-                f"the state was made by skip_nonfinite {made} max_consecutive, and is used {used}: "
-                "make a new one with init, and copy its skipped and inner_state"
-            )
         gradients = trees.as_gradients(updates)
         accept = finite = numerics.all_finite(gradients)
         if max_consecutive is not None:
