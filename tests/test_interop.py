@@ -299,6 +299,28 @@ def test_a_cycle_under_way_is_not_for_optax_multi_steps():
     assert int(keras.state_from(store, params, tx).gradient_step) == 5
 
 
+def test_a_cycle_of_weighted_gradients_goes_on_from_one_without_weights():
+    params = [jnp.zeros(2)]
+    plain = at.accumulate(at.adam(0.1), 3)
+    weighted = at.accumulate(at.adam(0.1), 4, weighted=True)
+    scheduled = at.accumulate(at.adam(0.1), lambda cycles: 3)
+    state = plain.init(params)
+    for _ in range(5):
+        _, state = plain.update([jnp.ones(2)], state, params)
+    store = keras.state_to(state, params, every=3)
+    filled: Any = keras.state_from(store, params, weighted, every=3)
+    assert (int(filled.mini_step), float(filled.weight), filled.acc[0].tolist()) == (
+        2,
+        2.0,
+        [2.0] * 2,
+    )
+    filled = keras.state_from(store, params, scheduled, every=3)
+    assert (int(filled.mini_step), int(filled.cycles)) == (2, 1)
+    _, state = weighted.update([jnp.ones(2)], weighted.init(params), params, weight=2.0)
+    with pytest.raises(ValueError, match="a cycle of accumulate with weights is under way"):
+        keras.state_to(state, params, every=4)
+
+
 def test_steps_counted_outside_of_an_accumulation_are_not_guessed():
     tx = optax.chain(at.accumulate(at.scale_by_adam(), 3), optax.scale_by_learning_rate(schedule))
     with pytest.raises(ValueError, match="tx counts steps outside of its accumulation"):
