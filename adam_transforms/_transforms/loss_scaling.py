@@ -244,7 +244,7 @@ def skip_nonfinite(
     inner = arguments.transformation("inner", inner)
     if max_consecutive is not None:
         max_consecutive = arguments.positive_int("max_consecutive", max_consecutive)
-    own = SkipNonfiniteState if max_consecutive is None else LimitedSkipNonfiniteState
+    own: type = SkipNonfiniteState if max_consecutive is None else LimitedSkipNonfiniteState
 
     def init(params: Params) -> State:
         state = SkipNonfiniteState(jnp.zeros((), jnp.int32), inner.init(params))
