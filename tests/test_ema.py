@@ -1,6 +1,7 @@
 # Optax's types leave open what a tree is, and wrong arguments are passed on purpose.
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -222,7 +223,8 @@ def test_a_row_update_of_the_average_takes_no_memory_of_the_size_of_the_table():
             return table + rows, state
 
         compiled = jax.jit(step, donate_argnums=(0, 1)).lower(table, state, rows).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        memory: Any = compiled.memory_analysis()
+        return memory.temp_size_in_bytes
 
     assert temporaries(100_000) == temporaries(1000)
 
@@ -246,7 +248,8 @@ def test_reading_idle_rows_needs_the_parameters():
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(
-    "options", [dict(decay=lambda count: 0.9), dict(overwrite_every=2), dict(decay=jnp.array(0.9))]
+    "options",
+    [dict(decay=lambda count: 0.9), dict(overwrite_every=2), dict(decay=jnp.float32(0.9))],
 )
 def test_an_average_that_cannot_take_rows_exactly_refuses_them(place, options):
     tx = PLACES[place](at.params_ema(**options))

@@ -109,19 +109,19 @@ class Scalar(NamedTuple):
 def scalars_of(state: State) -> list[Scalar]:
     """The scalars of an optimizer state without Flax NNX variables, sorted by name."""
     found = []
-    injections = []
+    injections = []  # where learning rates are injected
 
     def add(name: str, owner: state_layout.Place, value: Any, *keys: Any) -> None:
         place = owner._replace(keys=(*owner.keys, *keys))
         found.append(Scalar(name, place, owner, value))
 
     for owner, node in state_layout.walk(state):
+        is_injected = any(owner.keys[: len(keys)] == keys for keys in injections)
         for field, (_, metric) in state_layout.fields_of(type(node)).items():
-            value = getattr(node, field) if metric is not None else None
-            injected = metric == "learning_rate" and any(
-                owner.keys[: len(keys)] == keys for keys in injections
-            )
-            if value is not None and not injected:
+            if metric is None or (metric == "learning_rate" and is_injected):
+                continue
+            value = getattr(node, field)
+            if value is not None:  # in a state of a version that did not keep it
                 add(metric, owner, value, GetAttrKey(field))
         for name, value in _injected(node):
             add(name, owner, value, GetAttrKey("hyperparams"), DictKey(name))

@@ -67,7 +67,8 @@ def params_ema(
     steps, ``a`` moves to ``p + d^n (a - p)``.
 
     Args:
-      decay: d in [0, 1), or a schedule ``count -> value``. Row updates need a Python number.
+      decay: d in [0, 1), or a schedule ``count -> value``. Row updates need a Python number; a row
+        that is idle while it is changed is averaged with the new one.
       overwrite_every: None for never, or a static int >= 1. Row updates need None.
       initial: "first" for a_1 = p_1, as in Keras and PyTorch; "params" for a_0 = p_0, as in
         flax.nnx.EMA and tf.train.ExponentialMovingAverage.
@@ -96,11 +97,16 @@ def params_ema(
     ([5.0], [4.0])
     """
     decay = arguments.decay_rate("decay", decay)
-    options = {"initial": initial, "debias": debias, "ema_dtype": ema_dtype}
-    if overwrite_every is None:
-        return track_params_ema(decay, None, **options)
-    every = arguments.positive_int("overwrite_every", overwrite_every)
-    return track_params_ema(decay, lambda count: (count + 1) % every == 0, **options)
+    every = overwrite_every
+    if every is not None:
+        every = arguments.positive_int("overwrite_every", every)
+    return track_params_ema(
+        decay,
+        None if every is None else lambda count: (count + 1) % every == 0,
+        initial=initial,
+        debias=debias,
+        ema_dtype=ema_dtype,
+    )
 
 
 def track_params_ema(
@@ -119,10 +125,11 @@ def track_params_ema(
         raise ValueError('debias starts from zero: it excludes initial="params"')
     ema_dtype = arguments.float_dtype("ema_dtype", ema_dtype)
     copies_first = initial == "first" and not debias
-    takes_rows = isinstance(decay, float) and overwrite_when is None
-    log_decay = _log(decay) if takes_rows else None
+    log_decay = None  # unless the average takes row updates
+    if isinstance(decay, float) and overwrite_when is None:
+        log_decay = math.log(decay) if decay else -math.inf
 
-    def init(params: Params) -> ParamsEmaState:
+    def init(params: Params) -> State:
         def start(keys: Any, p: Any) -> jax.Array:
             dtype = ema_dtype or dtypes.compute_dtype(jnp.result_type(p))
             if debias or isinstance(p, jax.ShapeDtypeStruct):
@@ -134,10 +141,13 @@ def track_params_ema(
             weight=jnp.zeros((), jnp.float32) if debias else jnp.ones((), jnp.float32),
             ema=jax.tree_util.tree_map_with_path(start, params),
         )
-        if not takes_rows:
+        if log_decay is None:
             return state
+        last_step: Any = jnp.zeros((), jnp.int32)  # for `optax.tree.map_params`, no parameters
+        if not trees.is_placeholder(params):
+            last_step = jax.tree.map(lambda p: trees.zeros_per_row(p, jnp.int32), params)
         return state._replace(
-            last_step=jax.tree.map(lambda p: trees.zeros_per_row(p, jnp.int32), params),
+            last_step=last_step,
             log_decay=jnp.float32(log_decay),
         )
 
@@ -146,7 +156,8 @@ def track_params_ema(
     ) -> tuple[Updates, State]:
         if params is None:
             raise ValueError("params_ema averages the parameters: update needs params, got None")
-        if type(state) is not ParamsEmaState:
+        keeps_steps = type(state) is ParamsEmaState and state.last_step is not None
+        if type(state) is not ParamsEmaState or (keeps_steps and log_decay is None):
             raise wrong_state(init, updates, state, params)
         decay_now = numerics.at_count(decay, state.count)
         is_first = state.count == 0
@@ -180,7 +191,8 @@ def track_params_ema(
                 rows = u.sum_duplicates()
                 some_p, some_ema, some_last = rows.gather_each([p, ema, last])
                 new = average_leaf(path, some_p, rows.values, some_ema, some_last)
-                return u.after_read(some_p), *rows.scatter_each([ema, last], new)
+                ema, last = rows.scatter_each([ema, last], new)
+                return u.after_read(some_p), ema, last
             u = None if u is None else trees.as_gradient(path, u)
             new_ema, last = average_leaf(path, p, u, ema, last)
             if u is not None and overwrite is not None:
@@ -191,14 +203,19 @@ def track_params_ema(
         aligned, treedef = trees.align(
             params, updates, state.ema, names=("the parameters", "the updates", "the average")
         )
-        keeps_steps = state.last_step is not None
-        last = treedef.flatten_up_to(state.last_step) if keeps_steps else [None] * len(aligned)
-        results = [update_leaf(*leaf, step) for leaf, step in zip(aligned, last, strict=True)]
-        updates, ema, last_step = trees.unzip(results, treedef, outputs=3)
-        state = ParamsEmaState(count, weight, ema)
+        new_state = ParamsEmaState(count, weight, state.ema)
+        last_steps = [None] * len(aligned)
         if keeps_steps:
-            state = state._replace(last_step=last_step, log_decay=jnp.float32(log_decay))
-        return updates, state
+            last_steps = treedef.flatten_up_to(state.last_step)
+            new_state = new_state._replace(log_decay=jnp.float32(log_decay))
+        results = [
+            update_leaf(path, p, u, ema, last)
+            for (path, p, u, ema), last in zip(aligned, last_steps, strict=True)
+        ]
+        updates, ema, last_step = trees.unzip(results, treedef, outputs=3)
+        if keeps_steps:
+            new_state = new_state._replace(last_step=last_step)
+        return updates, new_state._replace(ema=ema)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -382,10 +399,6 @@ def _check_rows(path: Path, u: SparseRows, last: Any) -> None:
             "Python number (under optax.inject_hyperparams, in static_args) and overwrite_every "
             "is None; or mask it to the other parameters (optax.masked)"
         )
-
-
-def _log(decay: float) -> float:
-    return math.log(decay) if decay else -math.inf
 
 
 def _debias(ema: jax.Array, weight: jax.Array) -> jax.Array:
