@@ -18,6 +18,7 @@ from adam_transforms._optimizers import adam, adamw, lazy_adam
 from adam_transforms._tools.checkpoint import check_state
 from adam_transforms._tools.metrics import metrics
 from adam_transforms._tools.summary import summary
+from adam_transforms._tools.transfer import TransferReport, transfer_state
 from adam_transforms._transforms.accumulation import (
     AccumulateState,
     VariableAccumulateState,
@@ -68,6 +69,7 @@ __all__ = [
     "SkipNonfiniteState",
     "SparseRows",
     "StaticLossScaleState",
+    "TransferReport",
     "VariableAccumulateState",
     "accumulate",
     "adam",
@@ -113,6 +115,7 @@ __all__ = [
     "static_loss_scale",
     "summary",
     "to_dense",
+    "transfer_state",
     "value_and_grad",
 ]
 

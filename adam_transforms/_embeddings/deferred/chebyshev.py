@@ -152,11 +152,10 @@ def _chebyshev_zeros(n: int) -> np.ndarray:
     return np.cos(np.pi * (np.arange(n) + 0.5) / n)
 
 
-def nodes_of(rule: Rule, s: Any, xp: Any) -> Any:
-    """X_1(s) to X_Q(s) of steps (m,); (m, Q)."""
-    scalars = rule.scalars
+def nodes_of(scalars: Scalars, nodes: int, s: Any, xp: Any) -> Any:
+    """X_1(s) to X_Q(s), Q = `nodes`, of steps (m,); (m, Q)."""
     low, high = (_log_x(scalars, s, j, xp)[:, None] for j in (1.0, scalars.window))
-    fractions = xp.asarray(0.5 + 0.5 * _chebyshev_zeros(rule.nodes)[None], dtype=low.dtype)
+    fractions = xp.asarray(0.5 + 0.5 * _chebyshev_zeros(nodes)[None], dtype=low.dtype)
     return scalars.eps * xp.exp(low + fractions * (high - low))
 
 
@@ -204,5 +203,5 @@ def _error(rule: Rule) -> float:
     exact = np.cumsum(term[..., None] / (q + x[..., None]), axis=1)[:, gaps]
     basis = lagrange_polynomials(rule, s, j, np)
     weights = np.cumsum(term[..., None] * basis, axis=1)[:, gaps]
-    nodes = nodes_of(rule, s[:, 0], np)
+    nodes = nodes_of(rule.scalars, rule.nodes, s[:, 0], np)
     return float(np.max(np.abs(weights @ (1.0 / (q + nodes[..., None])) / exact - 1.0)))

@@ -140,9 +140,23 @@ def empty_history(rule: Rule, *, decays: bool = True) -> UpdateHistory:
     size, dtype = rule.max_idle + 1, dtypes.scalar_dtype()
     scalars = Scalars(*(jnp.asarray(x, dtype) for x in rule.scalars))
     log_decay = jnp.zeros((size, 2), dtype) if decays else None
-    first = nodes_of(rule, jnp.zeros((1,), dtype), jnp)
+    first = nodes_of(rule.scalars, rule.nodes, jnp.zeros((1,), dtype), jnp)
     nodes = jnp.broadcast_to(first, (size, rule.nodes))
     return UpdateHistory(jnp.zeros_like(nodes), nodes, log_decay, scalars, rule.settings)
+
+
+def restarted(history: UpdateHistory, count: jax.Array) -> UpdateHistory:
+    """The history after `count` steps, for rows that are synchronized after all of them."""
+    history = _as_arrays(history)
+    size, num_nodes = history.nodes.shape
+    s = count.astype(history.nodes.dtype)[None]
+    first = nodes_of(history.scalars, num_nodes, s, jnp)
+    log_decay = history.log_decay
+    return history._replace(
+        weights=jnp.zeros_like(history.weights),
+        nodes=history.nodes.at[jnp.mod(count, size)].set(first[0]),
+        log_decay=None if log_decay is None else jnp.zeros_like(log_decay),
+    )
 
 
 def advance(
@@ -181,7 +195,7 @@ def advance(
         log_decay = at.set(now, mode="promise_in_bounds")
     after = jnp.where(((j > 0) & (s >= 0))[:, None], before + change, 0.0)
     weights = history.weights.at[entries].set(after, mode="promise_in_bounds", unique_indices=True)
-    first = nodes_of(rule, count.astype(dtype)[None], jnp)
+    first = nodes_of(rule.scalars, rule.nodes, count.astype(dtype)[None], jnp)
     nodes = history.nodes.at[entries[:1]].set(first, mode="promise_in_bounds")
     return history._replace(weights=weights, nodes=nodes, log_decay=log_decay)
 

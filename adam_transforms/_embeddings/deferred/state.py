@@ -20,6 +20,7 @@ from adam_transforms._embeddings.deferred.missed_updates import (
     UpdateHistory,
     gather_history,
     pending_update,
+    restarted,
 )
 
 
@@ -150,6 +151,16 @@ def is_like(expected: DeferredAdamState, state: DeferredAdamState) -> bool:
         isinstance(x, Tracer) or np.asarray(x) == y
         for x, y in zip(numbers, expected_numbers, strict=True)
     )
+
+
+def synchronized_at(state: DeferredAdamState, count: jax.Array) -> DeferredAdamState:
+    """`state` after `count` steps, with all rows synchronized."""
+
+    def after_all(_: str, group: IdleRows) -> IdleRows:
+        last_step = jax.tree.map(lambda x: jnp.full_like(x, count), group.last_step)
+        return IdleRows(last_step, restarted(group.ring, count))
+
+    return map_idle(after_all, state._replace(count=count))
 
 
 def deferred_states(state: State) -> list[DeferredAdamState]:
