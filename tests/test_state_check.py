@@ -47,6 +47,7 @@ TRANSFORMATIONS: dict[str, Any] = {
     "static_loss_scale": at.static_loss_scale(at.adam(), 2.0),
     "dynamic_loss_scale": at.dynamic_loss_scale(at.adam()),
     "skip_nonfinite": at.skip_nonfinite(at.adam()),
+    "skip_nonfinite, limited": at.skip_nonfinite(at.adam(), max_consecutive=2),
     "master_weights": at.master_weights(at.adam()),
     "lazy": at.lazy_adam(),
     "lazy, AMSGrad": at.lazy_adam(amsgrad=True),
@@ -191,3 +192,10 @@ def test_a_preset_of_flax_nnx_refuses_too() -> None:
     new.opt_state = old.opt_state
     with pytest.raises(ValueError, match="'0/nu_max' is missing"):
         new.update(model, gradients)
+
+
+def test_what_keeps_no_state_takes_none() -> None:
+    for tx in (at.clip_by_value(1.0), at.clip_by_global_norm(1.0), at.max_row_norm(1.0)):
+        for state in (PARAMS, at.scale_by_adam().init(PARAMS), None):
+            with pytest.raises(ValueError, match=HEADING):
+                tx.update(DENSE, state, PARAMS)

@@ -8,6 +8,7 @@ import optax
 
 from adam_transforms._core import arguments, dtypes, patterns, trees
 from adam_transforms._core.sparse_rows import DeferredRows, SparseRows
+from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.types import Params, Path, State, Updates
 from adam_transforms._transforms.apply_updates import apply_update
 
@@ -60,6 +61,8 @@ def max_row_norm(
     ) -> tuple[Updates, State]:
         if params is None:
             raise ValueError("max_row_norm limits rows of params: update needs params, got None")
+        if type(state) is not optax.EmptyState:
+            raise wrong_state(init, updates, state, params)
         names = ("the updates", "the parameters")
         aligned, treedef = trees.align(updates, params, names=names)
         has_rows = [isinstance(u, SparseRows) for _, u, _ in aligned]
