@@ -271,6 +271,16 @@ def test_rows_of_deferred_adam_are_refused(wrap):
         jax.eval_shape(tx.update, {"t": rows}, tx.init(params), params)
 
 
+def test_map_params_takes_the_average_for_parameters_and_not_the_last_steps():
+    tx = at.params_ema(0.9)
+    names = {"w": "w", "b": "b"}
+    mapped = optax.tree.map_params(
+        tx, lambda x, name: name, tx.init(PARAMS), names, transform_non_params=lambda x: "other"
+    )
+    assert mapped.ema == names
+    assert {mapped.count, mapped.weight, mapped.last_step, mapped.log_decay} == {"other"}
+
+
 def test_a_state_without_last_steps_still_averages_dense_updates():
     """Of a version that did not keep them."""
     tx = at.params_ema(0.9)
@@ -341,6 +351,12 @@ def test_a_parameter_without_an_update_is_averaged_as_it_is_and_not_overwritten(
     assert params["b"].tolist() == [2.0]
     # 1 + 4, averaged with 5 + 4.
     assert (at.ema_params(state)["a"].tolist(), params["a"].tolist()) == ([7.0], [7.0])
+
+
+def test_python_numbers_are_averaged():
+    tx = at.params_ema(0.5)
+    _, state = tx.update({"a": jnp.ones(())}, tx.init({"a": 1.0}), {"a": 1.0})
+    assert float(at.finalize({"a": 1.0}, state)["a"]) == 2.0
 
 
 def test_none_parameters_stay_none():
@@ -455,7 +471,7 @@ def test_which_chooses_among_several_averages():
     for _ in range(2):
         u, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
         params = at.apply_updates(params, u)
-    for choices, a, b in (((0, -2, "fast"), 2.0, 1.5), ((1, -1, "slow"), 1.25, 1.25)):
+    for choices, a, b in (((np.int64(0), -2, "fast"), 2.0, 1.5), ((1, -1, "slow"), 1.25, 1.25)):
         for which in choices:
             final = at.finalize(params, state, which=which)
             assert (float(final["a"][0]), float(final["b"][0])) == (a, b)

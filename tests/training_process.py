@@ -53,7 +53,7 @@ def make_transformation(params: Any) -> optax.GradientTransformationExtraArgs:
     rows = at.SparseRows(jnp.zeros(BATCH, jnp.int32), jnp.zeros((BATCH, WIDTH)), USERS)
     like = {**params, "user": rows, "item": at.SparseRows(rows.indices, rows.values, ITEMS)}
     accumulated = at.accumulate(inner, every=3, like=like)
-    return at.dynamic_loss_scale(accumulated, 2.0**127, growth_interval=5)
+    return at.dynamic_loss_scale(accumulated, 2.0**126, growth_interval=5, max_scale=2.0**126)
 
 
 def make_step(tx: Any) -> Any:

@@ -315,7 +315,7 @@ def in_update_dtype(updates: Updates, gradients: Updates, params: Params | None 
 
 def zeros_per_row(table: Any, dtype: Any) -> jax.Array:
     """Zeros (V,) for a table (V, D...), sharded like the rows of the table."""
-    return _zeros_beside(table, table.shape[:1], dtype, lambda spec: spec[:1])
+    return _zeros_beside(table, shape_of(table)[:1], dtype, lambda spec: spec[:1])
 
 
 def zero_rows(table: Any, number: int, dtype: Any) -> jax.Array:

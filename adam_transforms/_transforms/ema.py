@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -290,6 +291,8 @@ def finalize(params: P, state: State, *, which: int | str | None = None) -> P:
     ([7.0], [6.0])
     """
     averages = _averages(state)
+    if isinstance(which, np.integer):
+        which = int(which)
     if which is not None and (isinstance(which, bool) or not isinstance(which, int | str)):
         raise TypeError(f"which must be an integer, a string or None, got {which!r}")
     if isinstance(which, str):

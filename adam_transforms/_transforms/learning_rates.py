@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -109,12 +109,13 @@ def scale_by_learning_rate(
         steps before this one.
 
     Returns:
-      A transformation that flips the sign. With a schedule its state is `ScaleByLearningRateState`;
-      otherwise it is Optax's own.
+      A transformation that flips the sign; with a schedule its state is `ScaleByLearningRateState`,
+      with a number it is Optax's transformation.
 
     Raises:
-      TypeError: the learning rate has another type.
-      ValueError: in update, the state is of another learning rate: a number, not a schedule, say.
+      TypeError: the learning rate has another type; an update is not a dense, floating or complex
+        array.
+      ValueError: the state is of another transformation.
 
     >>> import jax.numpy as jnp
     >>> from adam_transforms import metrics
@@ -125,14 +126,15 @@ def scale_by_learning_rate(
     >>> updates.tolist(), float(metrics(updates, state)["learning_rate"])
     ([-0.25], 0.25)
     """
-    schedule = arguments.scalar_or_schedule("learning_rate", learning_rate)
-    if not callable(schedule):
-        return optax.with_extra_args_support(optax.scale_by_learning_rate(schedule))
+    rate = arguments.scalar_or_schedule("learning_rate", learning_rate)
+    if not callable(rate):
+        return optax.with_extra_args_support(optax.scale_by_learning_rate(rate))
+    schedule = cast(optax.Schedule, rate)
 
     def init(params: Params) -> State:
-        inner_state = optax.scale_by_learning_rate(schedule).init(params)
+        state = optax.scale_by_learning_rate(schedule).init(params)
         rate = jnp.array(schedule(jnp.zeros((), jnp.int32)), dtypes.scalar_dtype())
-        return ScaleByLearningRateState(inner_state, rate)
+        return ScaleByLearningRateState(state, rate)
 
     def update(
         updates: Updates, state: State, params: Params | None = None, **_: Any
@@ -141,7 +143,8 @@ def scale_by_learning_rate(
             raise wrong_state(init, updates, state, params)
         rate = schedule(state.inner_state.count)
         scale = optax.scale_by_learning_rate(lambda _: rate)
-        updates, inner_state = scale.update(updates, state.inner_state, params)
+        updates = trees.map_leaves(lambda path, g: g, updates)  # refuses row gradients
+        updates, inner_state = scale.update(updates, state.inner_state)
         return updates, ScaleByLearningRateState(inner_state, jnp.array(rate, state.rate.dtype))
 
     return optax.GradientTransformationExtraArgs(init, update)

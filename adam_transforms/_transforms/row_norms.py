@@ -42,11 +42,11 @@ def max_row_norm(
 
     >>> import jax.numpy as jnp
     >>> tx = max_row_norm(1.0)
-    >>> params = jnp.array([[0.0, 0.5], [3.0, 0.0]])
+    >>> params = jnp.array([[0.0, 0.5], [2.0, 0.0]])
     >>> updates = SparseRows(jnp.array([0]), jnp.array([[3.0, 3.5]]), num_rows=2)
     >>> updates, _ = tx.update(updates, tx.init(params), params)
     >>> (params + updates).round(3).tolist()
-    [[0.6..., 0.8...], [3.0, 0.0]]
+    [[0.6..., 0.8...], [2.0, 0.0]]
     """
     limit = arguments.scalar("limit", limit, above=0.0)
     select = None if tables is None else patterns.selector("tables", tables)
