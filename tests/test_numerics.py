@@ -220,8 +220,11 @@ def test_all_finite_sees_both_parts_of_a_complex_value(bad):
     assert not numerics.all_finite([jnp.array([1 + 2j, bad], jnp.complex64)])
 
 
-def test_all_finite_takes_the_largest_float_for_finite():
-    assert numerics.all_finite([jnp.array([jnp.finfo(jnp.float32).max])])
+@pytest.mark.parametrize("shape", [(), (1, 1), (2,), (5, 3)], ids=str)
+def test_all_finite_takes_the_largest_float_for_finite(shape):
+    largest = jnp.full(shape, jnp.finfo(jnp.float32).max)
+    assert jax.jit(numerics.all_finite)([largest])
+    assert jax.jit(numerics.all_finite)([jax.lax.complex(largest, -largest)])
 
 
 @pytest.mark.parametrize("tree", [{}, {"a": None}, {"a": jnp.zeros(0), "b": jnp.zeros((3, 0))}])
