@@ -95,7 +95,10 @@ def freeze_rows(
         updates: Updates, state: State, params: Params | None = None, **extra_args: Any
     ) -> tuple[Updates, State]:
         if params is None:
-            raise ValueError("freeze_rows keeps rows of params: update needs params, got None")
+            raise ValueError(
+                "freeze_rows keeps rows of params: update needs params, got None: "
+                "call update(grads, state, params)"
+            )
         if type(state) is not FreezeRowsState:
             raise wrong_state(init, updates, state, params)
         names = ("the updates", "the parameters")

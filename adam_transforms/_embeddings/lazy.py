@@ -109,7 +109,8 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
             return updates, LazyState(inner_state)
         if params is None:
             raise ValueError(
-                "lazy takes the touched rows out of params: update needs them, got None"
+                "lazy takes the touched rows out of params: update needs params, got None: "
+                "call update(grads, state, params)"
             )
         aligned, treedef = trees.align(updates, params, names=("the updates", "the parameters"))
         rows = {i: g.sum_duplicates() for i, g in enumerate(gradients) if isinstance(g, SparseRows)}

@@ -156,7 +156,10 @@ def track_params_ema(
         updates: Updates, state: State, params: Params | None = None, **_: Any
     ) -> tuple[Updates, State]:
         if params is None:
-            raise ValueError("params_ema averages the parameters: update needs params, got None")
+            raise ValueError(
+                "params_ema averages the parameters: update needs params, got None: "
+                "call update(grads, state, params)"
+            )
         keeps_steps = type(state) is ParamsEmaState and state.last_step is not None
         if type(state) is not ParamsEmaState or (keeps_steps and log_decay is None):
             raise wrong_state(init, updates, state, params)

@@ -98,7 +98,7 @@ def master_weights(
         if params is None:
             raise ValueError(
                 "master_weights returns updates relative to the parameters: update needs params, "
-                "got None"
+                "got None: call update(grads, state, params)"
             )
         if type(state) is not MasterWeightsState:
             raise wrong_state(init, updates, state, params)

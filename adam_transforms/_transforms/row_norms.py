@@ -60,7 +60,10 @@ def max_row_norm(
         updates: Updates, state: State, params: Params | None = None, **_: Any
     ) -> tuple[Updates, State]:
         if params is None:
-            raise ValueError("max_row_norm limits rows of params: update needs params, got None")
+            raise ValueError(
+                "max_row_norm limits rows of params: update needs params, got None: "
+                "call update(grads, state, params)"
+            )
         if type(state) is not optax.EmptyState:
             raise wrong_state(init, updates, state, params)
         names = ("the updates", "the parameters")

@@ -211,7 +211,10 @@ def deferred_adam(
         updates: Updates, state: State, params: Params | None = None, **_: Any
     ) -> tuple[Updates, State]:
         if params is None:
-            raise ValueError("deferred_adam moves parameters: update needs params, got None")
+            raise ValueError(
+                "deferred_adam moves parameters: update needs params, got None: "
+                "call update(grads, state, params)"
+            )
         if type(state) is not DeferredAdamState:
             raise wrong_state(init, updates, state, params)
         old_slots = slot_trees(state)

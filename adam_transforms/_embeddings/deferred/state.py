@@ -166,7 +166,10 @@ def synchronized_at(state: DeferredAdamState, count: jax.Array) -> DeferredAdamS
 def deferred_states(state: State) -> list[DeferredAdamState]:
     found = trees.find_states(state, DeferredAdamState)
     if not found:
-        raise ValueError("the optimizer state has no DeferredAdamState in it")
+        raise ValueError(
+            f"{type(state).__name__} has no DeferredAdamState in it: rows_from=, catch_up, owed "
+            "and flush(params, state) take the state of deferred_adam"
+        )
     return found
 
 
