@@ -255,8 +255,8 @@ def test_presets_drop_in_for_optaxs():
         (at.adamw(*arguments, None, *decay), optax.adamw(*arguments, None, *decay)),
     ):
         assert_close(run(ours)[-1][0], run(theirs)[-1][0], rtol=2e-5)
-    (adam_state, *_) = at.adam(*arguments, "bfloat16").init(PARAMS)
-    assert adam_state.mu["bias"].dtype == jnp.bfloat16
+    state: Any = at.adam(*arguments, "bfloat16").init(PARAMS)
+    assert state[0].mu["bias"].dtype == jnp.bfloat16
 
 
 def test_both_names_of_the_mask_are_not_taken_together():

@@ -300,7 +300,9 @@ def test_groups_keep_their_own_state():
     )
     params = {"a": jnp.ones(2), "b": jnp.ones(3)}
     state = tx.init(params)
-    assert sorted(x.shape for x in jax.tree.leaves(state) if x.ndim) == [(2,), (2,), (2,), (3,)]
+    # mu, nu, the average and its last steps; the trace.
+    shapes = sorted(x.shape for x in jax.tree.leaves(state) if x.ndim)
+    assert shapes == [(2,), (2,), (2,), (2,), (3,)]
     updates, _ = tx.update(params, state, params)
     np.testing.assert_allclose(updates["a"], 1.0, rtol=1e-6)
     assert updates["b"].tolist() == [1.0, 1.0, 1.0]

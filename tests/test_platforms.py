@@ -74,7 +74,8 @@ def test_a_dense_step_is_the_same_program_everywhere(platform: str) -> None:
 
     program = form(platform)
     assert program == form("cpu")
-    assert loops(program) == bit_tricks(program) == program.count("stablehlo.case") == 0
+    assert loops(program) == bit_tricks(program) == 0
+    assert program.count("stablehlo.case") == 1  # the norm of gradients whose squares overflow
 
 
 def test_a_step_placed_on_a_cpu_is_lowered_for_it() -> None:
