@@ -401,7 +401,7 @@ OURS = {
     "clip_by_value": lambda: at.clip_by_value(0.1),
     "clip_by_norm": lambda: at.clip_by_norm(0.1),
     "clip_by_global_norm": lambda: at.clip_by_global_norm(0.1),
-    "params_ema": lambda: at.params_ema(0.9),
+    "scale_by_learning_rate": lambda: at.scale_by_learning_rate(lambda count: 0.1),
     "scale_by_path_learning_rate": lambda: at.scale_by_path_learning_rate([("t", 0.1)], 0.1),
     "by_path": lambda: at.by_path([("t", at.adam(0.1))], at.adam(0.1)),
     "skip_nonfinite": lambda: at.skip_nonfinite(at.adam(0.1)),
