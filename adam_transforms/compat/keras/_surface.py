@@ -70,22 +70,11 @@ class KerasOptimizer(_optimizer.Optimizer):
     # The step.
 
     def apply(self, grads: Updates, params: Params, state: State) -> tuple[Params, State]:
-        """One step.
-
-        Args:
-          grads: a tree like `params`; a leaf is an array, a `SparseRows` (duplicates are summed) or
-            None, which leaves the parameter and its slots unchanged.
-          params, state: the current parameters and state.
-
-        Returns:
-          The new (params, state).
+        """One step, as `Optimizer.apply` makes it.
 
         Warns:
           UserWarning: names the floating parameters whose gradient is None, as Keras does; under
             `jax.jit` when the step is traced.
-
-        Raises:
-          ValueError: every gradient is None, or a structure or shape differs.
         """
         leaves, _ = trees.flatten_with_paths(grads)
         absent = [path for path, g in leaves if g is None]
