@@ -141,7 +141,7 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
             return [*treedef.flatten_up_to(updates), *new]
 
         table_of = [*(i if i in rows else None for i in range(k)), *(s.table for s in leaves)]
-        row_update = _RowUpdate(update_leaves, rows, table_of)
+        row_update = _RowUpdate(update_leaves, rows, table_of, bool(averages))
         new_updates, new_state = row_update.run(values, [*param_leaves], state_leaves)
         for i, of_table in rows.items():
             new_updates[i] = of_table.with_values(new_updates[i])
@@ -161,11 +161,13 @@ class _RowUpdate(NamedTuple):
       update: from all leaves of gradients, parameters and state to those of updates and state.
       rows: {position of a table among the parameters: its touched rows}.
       table_of: for each gradient and each leaf of the state the table it belongs to, or None.
+      averages: whether parameters are averaged, and thus read beside the updates.
     """
 
     update: Callable[..., list[Any]]
     rows: dict[int, SparseRows]
     table_of: list[int | None]
+    averages: bool
 
     def run(
         self, gradients: _Leaves, params: _Leaves, state: _Leaves
@@ -197,6 +199,8 @@ class _RowUpdate(NamedTuple):
         scattered = [False] * k + by_row[k:]
         outputs = materialize_outputs(self.update, [*gradients, *small], scattered)
         for table, rows in self.rows.items():
+            if self.averages:
+                outputs[table] = rows.with_values(outputs[table]).after_read(small[table]).values
             slots = places[table][1:]
             new = [outputs[i] for i in slots]
             for i, x in zip(slots, rows.scatter_each([arrays[i] for i in slots], new), strict=True):
