@@ -210,7 +210,7 @@ def test_an_empty_tree_is_no_error(name):
 
 # Norms whose squares are not representable
 
-EXTREME = [[3e30, 4e30], [3e-30, -4e-30], [1e-30] * 9, [2e19, 1.0], [3.3e38, 1e38], [1e-37, 0.0]]
+EXTREME = [[3e30, 4e30], [3e-30, -4e-30], [1e-30] * 9, [2e19, 1.0], [3e38, 1e38], [1e-37, 0.0]]
 MAX_NORMS = [1.0, 1e-8, 1e33]
 
 
