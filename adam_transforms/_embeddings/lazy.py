@@ -112,8 +112,8 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
                 "lazy takes the touched rows out of params: update needs params, got None: "
                 "call update(grads, state, params)"
             )
-        aligned, treedef = trees.align(updates, params, names=("the updates", "the parameters"))
         rows = {i: g.sum_duplicates() for i, g in enumerate(gradients) if isinstance(g, SparseRows)}
+        aligned, treedef = trees.align(updates, params, names=("the updates", "the parameters"))
         _, _, param_leaves = zip(*aligned, strict=True)
         for i in rows:
             if param_leaves[i] is None:
