@@ -185,6 +185,17 @@ def test_average_of_a_frozen_row_is_the_row_and_overwrites_nothing(
         assert_bits_equal(table[np.array(FROZEN)], start()["table"][np.array(FROZEN)])
 
 
+@pytest.mark.parametrize("overwrite_every", [None, 2])
+def test_debiased_average_of_a_frozen_row_is_the_row(overwrite_every: int | None) -> None:
+    ema = at.params_ema(0.5, debias=True, overwrite_every=overwrite_every)
+    tx = freeze_rows(optax.chain(optax.add_decayed_weights(-0.1), ema), ROWS)
+    params, state = train(tx, start(), [gradient(i, "dense") for i in range(4)])
+    final = at.finalize(params, state)["table"]
+    rows = np.array(FROZEN)
+    assert_close(final[rows], start()["table"][rows])
+    assert np.abs(final - start()["table"])[FREE].max() > 1e-3
+
+
 @pytest.mark.parametrize(
     "selected", [5, [0, 5], np.array([5, 0, 5]), range(3, 9), jnp.arange(V) > 4]
 )

@@ -10,13 +10,15 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from adam_transforms._core import arguments, patterns, state_layout, trees
+from adam_transforms._core import arguments, dtypes, patterns, state_layout, trees
 from adam_transforms._core.slots import find_slots
 from adam_transforms._core.sparse_rows import SparseRows
 from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.state_layout import Role
 from adam_transforms._core.types import Params, Path, State, Updates
 from adam_transforms._embeddings.deferred.state import DeferredAdamState, idle_tables
+from adam_transforms._transforms import numerics
+from adam_transforms._transforms.ema import ParamsEmaState
 
 
 @state_layout.register(frozen=Role.ROW_MASK, inner_state=Role.INNER)
@@ -140,7 +142,8 @@ def freeze_rows(
                 probe_columns=False,
             )
             slots = state_def.unflatten(slots)
-            inner_state = _keep_frozen_rows(dense, slots, state.inner_state, inner_state)
+            tables = {i: (mask, jnp.asarray(moved[i][1])) for i, mask in dense.items()}
+            inner_state = _keep_frozen_rows(tables, slots, state.inner_state, inner_state)
         return treedef.unflatten(kept), FreezeRowsState(state.frozen, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -216,29 +219,51 @@ def _refuse_decayed(state: State, frozen: set[Path]) -> None:
             )
 
 
-def _keep_frozen_rows(masks: Mapping[int, jax.Array], leaves: Any, old: State, new: State) -> State:
+def _keep_frozen_rows(
+    tables: Mapping[int, tuple[jax.Array, jax.Array]], leaves: Any, old: State, new: State
+) -> State:
     """`new` with the frozen rows of all slots as in `old`.
 
     Args:
-      masks: for each table its frozen rows.
+      tables: for each table its frozen rows and its values.
       leaves: in the structure of the state, the `StateLeaf` of each leaf.
     """
 
     def is_special(x: Any) -> bool:
+        if isinstance(x, ParamsEmaState):
+            return x.last_step is None
         return isinstance(x, DeferredAdamState) or state_layout.is_accumulation(x)
+
+    def keep_average(new: ParamsEmaState, old: ParamsEmaState, leaf: Any) -> ParamsEmaState:
+        """With one more step of the constant value of each frozen row."""
+        # 1 - weight is the product of the decays of a debiased average, and else zero.
+        rest = 1.0 - old.weight
+        decay = jnp.where(rest > 0, (1.0 - new.weight) / rest, 1.0)
+
+        def one_more(new: Any, old: Any, leaf: Any) -> Any:
+            if leaf.table is None:
+                return new
+            mask, p = tables[leaf.table]
+            dtype = dtypes.compute_dtype(p.dtype, old.dtype)
+            ema = numerics.moving_average(old.astype(dtype), p.astype(dtype), decay)
+            return jnp.where(_column(mask, new), ema.astype(new.dtype), new)
+
+        return new._replace(ema=jax.tree.map(one_more, new.ema, old.ema, leaf.ema))
 
     def keep(new: Any, old: Any, leaf: Any) -> Any:
         if isinstance(new, DeferredAdamState):
             return new  # a frozen row has no pending updates
+        if isinstance(new, ParamsEmaState):
+            return keep_average(new, old, leaf)
         if is_special(new):  # the buffer has zeros there
             inner = {
-                name: _keep_frozen_rows(masks, getattr(leaf, name), getattr(old, name), value)
+                name: _keep_frozen_rows(tables, getattr(leaf, name), getattr(old, name), value)
                 for name, value in new._asdict().items()
                 if state_layout.fields_of(type(new))[name].role is Role.INNER
             }
             return new._replace(**inner)
         if leaf.table is None:
             return new
-        return jnp.where(_column(masks[leaf.table], new), old, new)
+        return jnp.where(_column(tables[leaf.table][0], new), old, new)
 
     return jax.tree.map(keep, new, old, leaves, is_leaf=is_special)
