@@ -36,7 +36,9 @@ CASES = 4
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "fuzz" not in config.option.markexpr:
+        items[:] = [item for item in items if item.get_closest_marker("fuzz") is None]
     cases_of: dict[Any, list[pytest.Item]] = {}
     for item in items:
         marked = any(item.get_closest_marker(name) for name in ("slow", "every_case"))

@@ -1,12 +1,14 @@
 """The rules this package promises, in plain float64 NumPy: readable, slow, and independent of JAX.
 
-Trees are flat dictionaries from a parameter's name to its array. A number that may be scheduled is
-either a number or a function of the count of steps taken before this one.
+Trees are flat dictionaries from a parameter's name to its array, which may be `Bounded`: then the
+results are. A number that may be scheduled is either a number or a function of the count of steps
+taken before this one.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
+from bounds import Bounded, overflowing
 
 Tree = dict[str, np.ndarray]
 Scheduled = float | Callable[[int], float]
@@ -18,7 +20,10 @@ def value_at(value: Scheduled, count: int) -> float:
 
 def as_float64(tree: Mapping[str, np.ndarray]) -> Tree:
     """A copy in float64, or in complex128 where the array is complex."""
-    return {k: np.array(x, np.result_type(x, np.float64)) for k, x in tree.items()}
+    return {
+        k: x if isinstance(x, Bounded) else np.array(x, np.result_type(x, np.float64))
+        for k, x in tree.items()
+    }
 
 
 # Adam
@@ -38,7 +43,7 @@ class Adam:
         b1: Scheduled = 0.9,
         b2: Scheduled = 0.999,
         eps: Scheduled = 1e-8,
-        eps_root: float = 0.0,
+        eps_root: Scheduled = 0.0,
         *,
         eps_hat: bool = False,
         nesterov: bool = False,
@@ -56,7 +61,8 @@ class Adam:
         self.nu_max: Tree = {}
 
     def direction(self, grads: Mapping[str, np.ndarray]) -> Tree:
-        b1, b2, eps = (value_at(x, self.count) for x in (self.b1, self.b2, self.eps))
+        numbers = (self.b1, self.b2, self.eps, self.eps_root)
+        b1, b2, eps, eps_root = (value_at(x, self.count) for x in numbers)
         self.count += 1
         b1_next = value_at(self.b1, self.count)
         self.b1_product *= b1
@@ -65,9 +71,10 @@ class Adam:
         correction_2 = 1.0 - self.b2_product if self.bias_correction_nu else 1.0
         result = {}
         for name, g in as_float64(grads).items():
-            squared = np.abs(g) ** 2
+            squared = np.square(np.abs(g))
             m = b1 * self.mu.get(name, np.zeros_like(g)) + (1 - b1) * g
             v = b2 * self.nu.get(name, np.zeros_like(squared)) + (1 - b2) * squared
+            v = overflowing(v)
             self.mu[name], self.nu[name] = m, v
             if self.nesterov:
                 look_ahead = b1_next * m / (1.0 - self.b1_product * b1_next)
@@ -75,16 +82,16 @@ class Adam:
             else:
                 m_hat = m / correction_1
             if self.max_of == "corrected":
-                v = v / correction_2
+                v = overflowing(v / correction_2)
             if self.max_of is not None:
                 v = np.maximum(self.nu_max.get(name, np.zeros_like(v)), v)
                 self.nu_max[name] = v
             if self.max_of == "corrected":
-                root = np.sqrt(v + self.eps_root) + eps
+                root = np.sqrt(v + eps_root) + eps
             elif self.eps_hat:
-                root = (np.sqrt(v + self.eps_root) + eps) / np.sqrt(correction_2)
+                root = (np.sqrt(v + eps_root) + eps) / np.sqrt(correction_2)
             else:
-                root = np.sqrt(v / correction_2 + self.eps_root) + eps
+                root = np.sqrt(v / correction_2 + eps_root) + eps
             result[name] = m_hat / root
         return result
 
@@ -93,11 +100,18 @@ class Adam:
 
 
 def global_norm(tree: Mapping[str, np.ndarray]) -> float:
-    return float(np.sqrt(sum(np.sum(np.abs(x) ** 2) for x in as_float64(tree).values())))
+    return np.sqrt(sum(np.sum(np.square(np.abs(x))) for x in as_float64(tree).values()))
 
 
 def clip_by_value(grads: Mapping[str, np.ndarray], limit: float) -> Tree:
-    return {k: np.clip(g, -limit, limit) for k, g in as_float64(grads).items()}
+    """The real and the imaginary part each on its own."""
+
+    def clip(g: np.ndarray) -> np.ndarray:
+        if np.iscomplexobj(g):
+            return clip(np.real(g)) + 1j * clip(np.imag(g))
+        return np.clip(g, -limit, limit)
+
+    return {k: clip(g) for k, g in as_float64(grads).items()}
 
 
 def clip_by_norm(grads: Mapping[str, np.ndarray], max_norm: float) -> Tree:
@@ -106,50 +120,73 @@ def clip_by_norm(grads: Mapping[str, np.ndarray], max_norm: float) -> Tree:
 
 
 def clip_by_global_norm(grads: Mapping[str, np.ndarray], max_norm: float) -> Tree:
-    norm = global_norm(grads)
-    factor = max_norm / norm if norm > max_norm else 1.0
+    factor = max_norm / np.maximum(global_norm(grads), max_norm)
     return {k: g * factor for k, g in as_float64(grads).items()}
 
 
 class Accumulation:
-    """Collects `every` gradients; `add` gives their mean (or sum) on the last, else None."""
+    """Collects `every` gradients; `add` gives their mean (or sum) on the last, else None.
 
-    def __init__(self, every: int, *, average: bool = True):
+    A name that lacks a gradient adds nothing to its sum; on the last, it has no mean either. A
+    gradient of weight zero counts for nothing, and a cycle of them gives none. `every` may be
+    scheduled by the number of cycles.
+    """
+
+    def __init__(self, every: Scheduled, *, average: bool = True):
         self.every, self.average = every, average
-        self.mini_step = 0
+        self.mini_step = self.cycles = 0
+        self.weight = 0.0
         self.total: Tree = {}
 
-    def add(self, grads: Mapping[str, np.ndarray]) -> Tree | None:
+    def add(
+        self, grads: Mapping[str, np.ndarray], weight: float = 1.0, emit: bool = False
+    ) -> Tree | None:
         if self.mini_step == 0:
-            self.total = as_float64(grads)
-        else:
-            self.total = {k: self.total[k] + g for k, g in as_float64(grads).items()}
-        self.mini_step = (self.mini_step + 1) % self.every
-        if self.mini_step:
+            self.total, self.weight = {}, 0.0
+        for name, g in as_float64(grads).items():
+            weighed = g * weight if weight else np.zeros_like(g)
+            self.total[name] = self.total[name] + weighed if name in self.total else weighed
+        self.weight += weight
+        self.mini_step += 1
+        if self.mini_step < value_at(self.every, self.cycles) and not emit:
             return None
-        return {k: x / self.every if self.average else x for k, x in self.total.items()}
+        return self.end(grads)
+
+    def end(self, names: Collection[str]) -> Tree | None:
+        """The mean of the cycle so far, for these names."""
+        self.mini_step = 0
+        if not self.weight:
+            return None
+        self.cycles += 1
+        return {k: self.total[k] / (self.weight if self.average else 1.0) for k in names}
 
 
 class LossScale:
     """Keras's dynamic loss scale; `unscale` gives None for a step that is to be skipped."""
 
     def __init__(
-        self, scale: float, growth_interval: int, factor: float = 2.0, min_scale: float = 1.0
+        self,
+        scale: float,
+        growth_interval: int,
+        factor: float = 2.0,
+        min_scale: float = 1.0,
+        max_scale: float = np.inf,
     ):
-        self.scale, self.growth_interval = float(scale), growth_interval
-        self.factor, self.min_scale = factor, min_scale
+        self.scale, self.growth_interval = scale, growth_interval
+        self.factor, self.min_scale, self.max_scale = factor, min_scale, max_scale
         self.finite_steps = self.skipped = 0
 
     def unscale(self, grads: Mapping[str, np.ndarray]) -> Tree | None:
         used = self.scale
         if not all(np.all(np.isfinite(g)) for g in grads.values()):
-            self.scale = max(self.scale / self.factor, self.min_scale)
+            lower_bound = np.minimum(self.scale, self.min_scale)
+            self.scale = np.maximum(self.scale / self.factor, lower_bound)
             self.finite_steps = 0
             self.skipped += 1
             return None
         self.finite_steps += 1
         if self.finite_steps == self.growth_interval:
-            self.scale *= self.factor
+            self.scale = np.minimum(self.scale * self.factor, self.max_scale)
             self.finite_steps = 0
         return {k: g / used for k, g in as_float64(grads).items()}
 

@@ -71,10 +71,6 @@ def named(tree: Any) -> dict[str, np.ndarray]:
     return {str(i): as_numpy(x) for i, x in enumerate(jax.tree.leaves(tree))}
 
 
-def in_float32(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
-
-
 def tolerance(x: jax.Array) -> float:
     """How far rounding may take a value of the size of one."""
     return max(4 * float(jnp.finfo(x.dtype).eps), 4e-6)
@@ -84,21 +80,6 @@ def assert_near(actual: Any, expected: dict[str, np.ndarray], scale: float = 1.0
     for x, e in zip(jax.tree.leaves(actual), expected.values(), strict=True):
         tol = tolerance(x)
         np.testing.assert_allclose(as_numpy(x), e, rtol=tol, atol=tol * scale)
-
-
-@few(max_examples=40)
-@given(trees(), seeds, st.sampled_from([{}, {"nesterov": True}, {"eps_hat": True, "eps": 1e-3}]))
-def test_an_adam_step_is_the_references_at_every_leaf(tree, seed, options):
-    tx = at.scale_by_adam(**options)
-    params = fill(tree, seed)
-    state, adam = tx.init(params), reference.Adam(**options)
-    # The reference does not round mu either.
-    state = state._replace(mu=jax.tree.map(in_float32, state.mu))
-    for step in range(2):
-        gradients = fill(tree, seed + 1 + step)
-        updates, state = tx.update(gradients, state, params)
-        assert jax.tree.structure(updates) == jax.tree.structure(params)
-        assert_near(updates, adam.direction(named(gradients)))
 
 
 @few(max_examples=40)
@@ -144,29 +125,6 @@ def test_the_global_norm_is_the_references(tree, seed):
     np.testing.assert_allclose(
         at.global_norm(values), reference.global_norm(named(values)), rtol=2e-6
     )
-
-
-@few(max_examples=15)
-@given(trees(dtypes=("float32", "bfloat16")), seeds, st.integers(1, 3))
-def test_accumulating_is_one_step_of_the_mean(tree, seed, every):
-    params = fill(tree, seed)
-    tx = at.accumulate(at.scale_by_adam(), every)
-    step = jax.jit(tx.update)
-    state, adam, total = tx.init(params), reference.Adam(), reference.Accumulation(every)
-    updates, mean = None, None
-    for i in range(every):
-        assert mean is None
-        gradients = fill(tree, seed + 1 + i)
-        updates, state = step(gradients, state, params)
-        mean = total.add(named(gradients))
-    assert mean is not None
-    # Where the mean all but vanishes beside its terms, so does its relative accuracy.
-    for x, e, g in zip(
-        jax.tree.leaves(updates), adam.direction(mean).values(), mean.values(), strict=True
-    ):
-        sizable = np.abs(g) > 1e-2 * np.max(np.abs(g), initial=0)
-        tol = max(float(jnp.finfo(x.dtype).eps), 1e-4)
-        np.testing.assert_allclose(as_numpy(x)[sizable], e[sizable], rtol=tol, atol=tol)
 
 
 @few(max_examples=40)
