@@ -541,7 +541,7 @@ def test_random_programs_follow_the_formulas(start: int) -> None:
     try_programs(range(start, start + 20))
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @parts(FIRST_TIER, SECOND_TIER, 40)
 def test_more_random_programs_follow_the_formulas(start: int) -> None:
     try_programs(range(start, start + 40))
