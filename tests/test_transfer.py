@@ -105,6 +105,24 @@ def test_amsgrad_a_schedule_accumulation_and_an_average_are_added() -> None:
     assert np.isfinite(train(new, params, moved, range(6, 10))[0]["table"]).all()
 
 
+def test_the_schedule_of_a_cycles_length_goes_on() -> None:
+    params = jnp.ones(2)
+
+    def accumulating(every: Any) -> Any:
+        return at.accumulate(at.scale_by_adam(), every)
+
+    scheduled = accumulating(lambda cycles: 1 + cycles)
+    state = scheduled.init(params)
+    for _ in range(3):  # one cycle of one, and one of two
+        _, state = scheduled.update(params, state, params)
+    state, _ = at.transfer_state(state, scheduled, scheduled, params)
+    assert int(state.cycles) == 2
+    fixed = accumulating(2)
+    state, _ = at.transfer_state(state, scheduled, fixed, params)
+    state, _ = at.transfer_state(state, fixed, scheduled, params)
+    assert int(state.cycles) == int(state.inner_state.count) == 2
+
+
 def test_unfrozen_parameters_start_afresh_beside_the_others() -> None:
     old = at.by_path([("table", optax.set_to_zero())], at.adam(0.05))
     new = at.by_path([("table", at.adam(0.01))], at.adam(0.05))

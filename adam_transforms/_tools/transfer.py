@@ -212,9 +212,9 @@ class _Leaves(NamedTuple):
         return {
             path
             for path, place in self.places.items()
-            if place.field == "count"
+            if place.field in ("count", "cycles")
             and path not in self.slots
-            and not any(field.role in MIRRORS for field in fields_of(_kind(place)).values())
+            and not _has_slots(_kind(place))
         }
 
 
@@ -230,6 +230,13 @@ def _kind(place: Place) -> type:
     """The class of the state that the field is of; all states with Adam's moments are one kind."""
     kind = place.states[-1] if place.states else type(None)
     return optax.ScaleByAdamState if "mu" in fields_of(kind) else kind
+
+
+def _has_slots(kind: type) -> bool:
+    """Whether states of a class mirror parameters; of accumulated gradients, of which only the
+    count of cycles may carry over, it does not matter."""
+    fields = fields_of(kind)
+    return "mini_step" not in fields and any(f.role in MIRRORS for f in fields.values())
 
 
 def _carried_slots(old: _Leaves, new: _Leaves) -> dict[Path, Path]:
@@ -276,11 +283,10 @@ def _carried_scalars(
     old_owners, old_fields = old.owners(), old.by_field()
     carried = {}
     for kind, owners in new.owners().items():
-        has_slots = any(field.role in MIRRORS for field in fields_of(kind).values())
         for i, owner in enumerate(owners):
             if owner in origins:
                 source = origins[owner].most_common(1)[0][0]
-            elif has_slots or i >= len(old_owners.get(kind, [])):
+            elif _has_slots(kind) or i >= len(old_owners.get(kind, [])):
                 continue
             else:
                 source = old_owners[kind][i]
