@@ -38,7 +38,9 @@ CASES = 4
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "fuzz" not in config.option.markexpr:
-        items[:] = [item for item in items if item.get_closest_marker("fuzz") is None]
+        by_hand = [item for item in items if item.get_closest_marker("fuzz") is not None]
+        config.hook.pytest_deselected(items=by_hand)
+        items[:] = [item for item in items if item not in by_hand]
     cases_of: dict[Any, list[pytest.Item]] = {}
     for item in items:
         marked = any(item.get_closest_marker(name) for name in ("slow", "every_case"))

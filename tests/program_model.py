@@ -71,7 +71,7 @@ class Model:
             functools.partial(self.program.number, "ema"),
             reference.never if every is None else reference.on_every(every),
             debias=options.get("debias", False),
-            start=self.params if options.get("initial") == "params" else None,
+            start=self._start_of_average() if options.get("initial") == "params" else None,
         )
 
     def loss_scale(self) -> float:
@@ -79,6 +79,16 @@ class Model:
         if self.scale is not None:
             return float(self.scale.scale.value)
         return self.program.number("loss_scale") if self.program.wrapper("static") else 1.0
+
+    def average(self, i: int, rows: Any) -> Bounded:
+        """These rows of the average of a leaf, as the state holds it."""
+        x = (self.ema.average or self._start_of_average())[i]
+        return Bounded(x.value[rows], x.error[rows])
+
+    def _start_of_average(self) -> Tree:
+        weight = 0.0 if self.program.ema.get("debias") else 1.0
+        dtype = self.program.ema.get("ema_dtype", jnp.float32)
+        return {i: rounded(Bounded(p.value * weight), dtype) for i, p in self.params.items()}
 
     # Dtypes
 

@@ -351,10 +351,13 @@ class Comparison:
         model = self.model
         if average is not None:
             self.same("steps averaged", average.count, model.ema.count)
-        # Of rows, the average of the idle ones is out of date: `finish` compares it.
-        if average is not None and model.ema.count and self.program.family == "dense":
-            for i, x in enumerate(jax.tree.leaves(average.ema)):
-                self.near(f"average of leaf {i}", x, model.ema.average[i])
+            current = jax.tree.map(lambda x: ..., average.ema)
+            if average.last_step is not None:  # the average of idle rows is out of date
+                current = jax.tree.map(lambda x: np.asarray(x) == average.count, average.last_step)
+            for i, (x, rows) in enumerate(
+                zip(*map(jax.tree.leaves, (average.ema, current)), strict=True)
+            ):
+                self.near(f"average of leaf {i}", as_numpy(x)[rows], model.average(i, rows))
         if masters is not None:
             found = iter(jax.tree.leaves(masters.master))
             for i in filter(model.is_mastered, range(len(self.ours.leaves))):
