@@ -376,6 +376,16 @@ def test_average_inside_is_of_the_masters_and_after_of_the_parameters(
     np.testing.assert_allclose(at.ema_params(state)["w"], average, rtol=1e-6)
 
 
+def test_a_flushed_cycle_reaches_the_rounded_master() -> None:
+    """By a step that moves the parameter by more than half: its update is not in bfloat16."""
+    params = jnp.asarray(normal(0, 50), jnp.bfloat16)
+    tx = master_weights(at.accumulate(optax.scale(-0.7), every=2))
+    gradients = jnp.asarray(normal(1, 50), jnp.bfloat16)
+    _, state = tx.update(gradients, tx.init(params), params)
+    updates, state = at.flush_accumulated(tx, state, params)
+    assert_bits_equal(at.apply_updates(params, updates), state.master.astype(jnp.bfloat16))
+
+
 def test_average_that_overwrites_moves_the_masters_onto_it(relaxed_promotion: None) -> None:
     inner = optax.chain(optax.sgd(0.1), at.params_ema(0.5, overwrite_every=2))
     params = tree(0, "bfloat16")

@@ -330,7 +330,8 @@ def flush_accumulated(
             "flush_accumulated cannot reach accumulate: a transformation around it does not pass "
             "the extra arguments of update on; make it an optax.GradientTransformationExtraArgs"
         )
-    return conditional_update.select(is_pending, carried, no_gradients, params), state
+    # Not in the parameters' dtypes: master_weights returns wider updates.
+    return conditional_update.select(is_pending, carried, carried, None), state
 
 
 def has_updated(state: State) -> jax.Array:
