@@ -531,27 +531,17 @@ def describe(error: Exception) -> str:
 
 # The tests
 
-FIRST_TIER, SECOND_TIER, ALL = 200, 1000, 5000
-
-
-def parts(start: int, stop: int, size: int) -> Any:
-    return pytest.mark.parametrize("start", range(start, stop, size))
+FIRST_TIER, ALL = 200, 5000
 
 
 @pytest.mark.every_case
-@parts(0, FIRST_TIER, 20)
+@pytest.mark.parametrize("start", range(0, FIRST_TIER, 20))
 def test_random_programs_follow_the_formulas(start: int) -> None:
     try_programs(range(start, start + 20))
 
 
 @pytest.mark.fuzz
-@parts(FIRST_TIER, SECOND_TIER, 40)
-def test_more_random_programs_follow_the_formulas(start: int) -> None:
-    try_programs(range(start, start + 40))
-
-
-@pytest.mark.fuzz
-@parts(SECOND_TIER, ALL, 40)
+@pytest.mark.parametrize("start", range(FIRST_TIER, ALL, 40))
 def test_many_random_programs_follow_the_formulas(start: int) -> None:
     try_programs(range(start, start + 40))
 
