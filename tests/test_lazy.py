@@ -509,7 +509,7 @@ def test_the_slots_of_many_tables_are_told_apart() -> None:
 def test_update_without_parameters_and_foreign_states_are_refused() -> None:
     params, gradients = params_and_rows()
     tx = at.lazy(at.adam(0.1))
-    with pytest.raises(ValueError, match="needs them"):
+    with pytest.raises(ValueError, match="needs params, got None"):
         tx.update(gradients, tx.init(params))
     with pytest.raises(ValueError, match="init"):
         tx.update(gradients, at.LazyState(()), params)
