@@ -10,6 +10,7 @@ from adam_transforms._embeddings.collectives import all_reduce_rows
 from adam_transforms._embeddings.deferred.adam import deferred_adam
 from adam_transforms._embeddings.deferred.state import DeferredAdamState
 from adam_transforms._embeddings.deferred.sync import Owed, catch_up, dense_equivalent, flush, owed
+from adam_transforms._embeddings.explain import explain
 from adam_transforms._embeddings.freeze_rows import FreezeRowsState, freeze_rows
 from adam_transforms._embeddings.lazy import LazyState, lazy
 from adam_transforms._embeddings.resize import resize
@@ -87,6 +88,7 @@ __all__ = [
     "dense_equivalent",
     "dynamic_loss_scale",
     "ema_params",
+    "explain",
     "finalize",
     "flush",
     "flush_accumulated",

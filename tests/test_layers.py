@@ -49,8 +49,10 @@ KNOWN_TO = {
         "_core/key_type.py",
         "_xla/jaxprs.py",
         "_xla/row_independence.py",
-        "_embeddings/lookups.py",
-        "_embeddings/taps.py",
+        *(f"_embeddings/reads/{name}.py" for name in ("program", "following", "rows", "direct")),
+        *(f"_embeddings/reads/{name}.py" for name in ("control_flow", "running", "choosing")),
+        *(f"_embeddings/reads/{name}.py" for name in ("layouts", "row_functions", "custom_rules")),
+        "_embeddings/tracing.py",
         "_embeddings/value_and_grad.py",
         "_xla/dependence.py",
     ),
@@ -69,8 +71,10 @@ USE_XLA = (
     "_transforms/numerics.py",
     "_transforms/conditional_update.py",
     "_embeddings/lazy.py",
-    "_embeddings/lookups.py",
-    "_embeddings/taps.py",
+    "_embeddings/tracing.py",
+    "_embeddings/explain.py",
+    *(f"_embeddings/reads/{name}.py" for name in ("program", "following", "rows", "running")),
+    *(f"_embeddings/reads/{name}.py" for name in ("control_flow", "custom_rules")),
     "_embeddings/deferred/adam.py",
     "_embeddings/deferred/missed_updates.py",
     "_embeddings/deferred/sync.py",
@@ -83,8 +87,8 @@ PUBLIC_NAMES = """
     ScaleByPathLearningRateState ScheduledDecayState SkipNonfiniteState SparseRows
     StaticLossScaleState TransferReport VariableAccumulateState accumulate adam adamw
     all_reduce_rows apply_updates by_path catch_up check_state clip_by_global_norm clip_by_norm
-    clip_by_value compat deferred_adam dense_equivalent dynamic_loss_scale ema_params finalize flax
-    flush flush_accumulated freeze_rows global_norm grad has_updated interop lazy lazy_adam
+    clip_by_value compat deferred_adam dense_equivalent dynamic_loss_scale ema_params explain
+    finalize flax flush flush_accumulated freeze_rows global_norm grad has_updated interop lazy lazy_adam
     master_weights max_row_norm metrics owed params_ema path_mask path_str resize scale_by_adam
     scale_by_amsgrad scale_by_learning_rate scale_by_path_learning_rate scale_loss shard_slots
     skip_nonfinite static_loss_scale summary to_dense transfer_state value_and_grad

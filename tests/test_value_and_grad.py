@@ -13,8 +13,8 @@ import pytest
 from adam_transforms._core.sparse_rows import SparseRows, is_rows, to_dense
 from adam_transforms._embeddings.value_and_grad import grad, value_and_grad
 
-ROWS, WIDTH = 11, 3
-IDS = np.array([[1, 5, 5], [10, 0, 1]], np.int32)
+ROWS, WIDTH = 31, 3
+IDS = np.array([[1, 5, 5], [30, 0, 1]], np.int32)
 
 
 def integers(seed: int, *shape: int) -> jax.Array:
@@ -369,16 +369,14 @@ def test_a_negative_zero_in_a_table_stays_one():
 
 
 def use(kind: str, table: Any) -> Any:
-    """Ways to use a table other than to read rows of it."""
+    """Ways to use a table as a whole, by the operation that does."""
     return {
         "dot_general": lambda: jnp.sum(jnp.ones((2, ROWS)) @ table),
         "mul": lambda: jnp.sum(table * table),
-        "reduce_sum": lambda: jnp.sum(table),
-        "transpose": lambda: jnp.sum(table.T[0]),
-        "slice": lambda: jnp.sum(table[2:5]),
-        "gather": lambda: jnp.sum(table[jnp.array([1, 2]), jnp.array([0, 1])]),
-        "scan": lambda: jax.lax.scan(lambda c, i: (c + table[i][0], None), 0.0, jnp.arange(3))[0],
-        "cond": lambda: jax.lax.cond(True, lambda: table[1][0], lambda: table[2][0]),
+        "reduce_sum": lambda: jnp.sum(table.T),
+        "slice": lambda: jnp.sum(table.T[0]),
+        "cumsum": lambda: jnp.sum(jnp.cumsum(table, axis=0)),
+        "sort": lambda: jnp.sum(jnp.sort(table, axis=0)),
         "while": lambda: jax.lax.while_loop(lambda c: c < 3.0, lambda c: c + table[1][0] * c, 1.0),
         "custom_vjp_call": lambda: jnp.sum(custom(table)),
         "scatter": lambda: jnp.sum(table.at[1].set(0.0)),
@@ -399,11 +397,9 @@ USES = [
     "dot_general",
     "mul",
     "reduce_sum",
-    "transpose",
     "slice",
-    "gather",
-    "scan",
-    "cond",
+    "cumsum",
+    "sort",
     "custom_vjp_call",
     "scatter",
     "concatenate",
@@ -631,7 +627,7 @@ def test_in_bfloat16_it_is_at_least_as_close_to_float64_as_the_dense_gradient(ta
     exact = np.zeros((ROWS, WIDTH))
     np.add.at(exact, ids, helpers.as_numpy(w))
     table = TABLE.astype(table_dtype)
-    (_, rows), (_, by_rows), (_, dense) = ours_and_jaxs(loss, table)
+    (_, rows), (_, by_rows), (_, dense) = ours_and_jaxs(loss, table, tables="")
     assert rows.dtype == table_dtype
     error = np.abs(helpers.as_numpy(by_rows) - exact)
     assert error.max() <= np.abs(helpers.as_numpy(dense) - exact).max()

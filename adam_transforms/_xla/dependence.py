@@ -22,8 +22,8 @@ def depends_on(fun: Callable[[Any], Any], argument: Any) -> list[bool]:
     return _inputs_of(jaxpr, [True] * len(jaxpr.outvars))
 
 
-def _inputs_of(jaxpr: Any, wanted: Sequence[bool]) -> list[bool]:
-    """The inputs that the `wanted` outputs depend on."""
+def needed_variables(jaxpr: Any, wanted: Sequence[bool]) -> set[Any]:
+    """The variables of a jaxpr that its `wanted` outputs depend on differentiably."""
     needed: set[Any] = set()
 
     def need(atoms: Sequence[Any], flags: Sequence[bool]) -> None:
@@ -36,6 +36,12 @@ def _inputs_of(jaxpr: Any, wanted: Sequence[bool]) -> list[bool]:
         outputs = [out in needed for out in eqn.outvars]
         if any(outputs):
             need(eqn.invars, _operands_of(eqn, outputs))
+    return needed
+
+
+def _inputs_of(jaxpr: Any, wanted: Sequence[bool]) -> list[bool]:
+    """The inputs that the `wanted` outputs depend on."""
+    needed = needed_variables(jaxpr, wanted)
     return [x in needed for x in jaxpr.invars]
 
 
@@ -69,15 +75,22 @@ def _operands_of(eqn: Any, wanted: Sequence[bool]) -> list[bool]:
 
 def _of_loop(body: Any, consts: int, carries: int, wanted: Sequence[bool]) -> list[bool]:
     """The operands (constants, carries, sequences) of a loop with this body."""
-    wanted = list(wanted)
-    while True:
-        inputs = _inputs_of(body, wanted)
-        carried = inputs[consts : consts + carries]
-        grown = [was or now for was, now in zip(wanted, carried, strict=False)]
-        grown += wanted[carries:]
-        if grown == wanted:
-            break
-        wanted = grown
+    wanted = needed_of_body(body, consts, carries, wanted)
+    inputs = _inputs_of(body, wanted)
+    carried = inputs[consts : consts + carries]
     # A carry goes in and, if the loop makes no trip, out again.
     through = [a or b for a, b in zip(carried, wanted[:carries], strict=True)]
     return [*inputs[:consts], *through, *inputs[consts + carries :]]
+
+
+def needed_of_body(body: Any, consts: int, carries: int, wanted: Sequence[bool]) -> list[bool]:
+    """The outputs of a loop's body that the `wanted` outputs of the loop depend on: those, and what
+    later steps make of a carry."""
+    wanted = list(wanted)
+    while True:
+        carried = _inputs_of(body, wanted)[consts : consts + carries]
+        grown = [was or now for was, now in zip(wanted, carried, strict=False)]
+        grown += wanted[carries:]
+        if grown == wanted:
+            return wanted
+        wanted = grown

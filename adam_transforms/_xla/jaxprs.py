@@ -1,16 +1,22 @@
 """How JAX represents programs, as far as the analyses of them need to know."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 
 # Equations that call a jaxpr, which is their parameter "jaxpr".
 CALLS = {"jit", "pjit", "closed_call", "core_call"}
 CHECKPOINTS = {"checkpoint", "remat", "remat2"}
 
 Literal = jex.Literal
+
+_PACKAGE = str(Path(__file__).parents[1])
+_JAX = (str(Path(jax.__file__).parent), _PACKAGE, "<")
+_LIBRARIES = {"site-packages", "dist-packages"}
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
@@ -21,6 +27,31 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 def trace(fun: Callable[..., Any], *args: Any) -> tuple[Any, Sequence[Any]]:
     """The bare jaxpr of ``fun(*args)`` and its constants."""
     return open_jaxpr(jax.make_jaxpr(fun)(*args))
+
+
+def as_array(literal: Any) -> jax.Array:
+    """The value of a literal, in its dtype."""
+    return jnp.asarray(literal.val, literal.aval.dtype)
+
+
+def location(eqns: Sequence[Any]) -> str | None:
+    """file:line of the first of the equations that has one in code that is no library's.
+
+    Args:
+      eqns: an equation, and the calls around it from the inside: the body of a library's function
+        is traced once, and knows no caller.
+    """
+    frames = [
+        frame
+        for eqn in eqns
+        if eqn.source_info.traceback is not None
+        for frame in eqn.source_info.traceback.frames
+        if not frame.file_name.startswith(_JAX)
+    ]
+    own = [frame for frame in frames if not _LIBRARIES.intersection(Path(frame.file_name).parts)]
+    for frame in own or frames:
+        return f"{frame.file_name}:{frame.line_num}"
+    return None
 
 
 def run_equations(jaxpr: Any, eqns: Sequence[Any], read: Callable[[Any], Any]) -> dict[Any, Any]:

@@ -15,7 +15,7 @@ import jax.extend.core as jex
 from adam_transforms._xla.jaxprs import CALLS, open_jaxpr, run_equation
 
 # Element i of the result depends on element i of the operands; axes of size one broadcast.
-_ELEMENTWISE = {
+ELEMENTWISE = {
     *("abs", "add", "and", "atan2", "bitcast_convert_type", "cbrt", "ceil", "clamp", "complex"),
     *("conj", "convert_element_type", "copy", "copy_p", "cos", "cosh", "div", "eq", "erf", "exp"),
     *("exp2", "expm1", "floor", "ge", "gt", "imag", "integer_pow", "is_finite", "le", "log"),
@@ -24,7 +24,7 @@ _ELEMENTWISE = {
     *("shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square"),
     *("stop_gradient", "sub", "tan", "tanh", "xor"),
 }
-_REDUCTIONS = {"argmax", "argmin", "reduce_max", "reduce_min", "reduce_prod", "reduce_sum"}
+REDUCTIONS = {"argmax", "argmin", "reduce_max", "reduce_min", "reduce_prod", "reduce_sum"}
 
 # Kinds of values that belong to no table: SHARED is not indexed by row; UNIFORM has a row axis
 # along which it is constant.
@@ -218,18 +218,18 @@ def _keeps_rows_apart(eqn: Any, inputs: Sequence[_Value]) -> bool:
 
     def fits(x: Any, kind: Any) -> bool:
         if kind == _SHARED:
-            return name not in _ELEMENTWISE or x.aval.shape[:1] in repeats
+            return name not in ELEMENTWISE or x.aval.shape[:1] in repeats
         return x.aval.shape[:1] == rows or (kind == _UNIFORM and x.aval.shape[:1] in repeats)
 
     if any(x.aval.shape[:1] != rows for x in eqn.outvars):
         return False
     if not all(fits(x, value.kind) for x, value in zip(eqn.invars, inputs, strict=True)):
         return False
-    if name in _ELEMENTWISE:
+    if name in ELEMENTWISE:
         return True
     if name == "broadcast_in_dim":
         return params["broadcast_dimensions"][0] == 0
-    if name in _REDUCTIONS:
+    if name in REDUCTIONS:
         return 0 not in params["axes"]
     if name == "squeeze":
         return 0 not in params["dimensions"]

@@ -1,0 +1,80 @@
+"""Chooses which of the inputs of a program are tables."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from adam_transforms._embeddings.reads.direct import Read, reads_all
+from adam_transforms._embeddings.reads.following import Plan, Use
+from adam_transforms._embeddings.reads.program import Program, Scope, Value
+from adam_transforms._embeddings.reads.tables import choose_row_axes
+
+
+class Choice(NamedTuple):
+    """The tables among the inputs of a program.
+
+    Attributes:
+      plan, program: with these tables.
+      tables: their positions.
+      row_shapes: {table: the sizes of the leading axes that number its rows}.
+      reads: {input: its reads by row}, also of inputs that are no tables.
+      uses: {input: its first use that reads no rows}.
+    """
+
+    plan: Plan
+    program: Program
+    tables: set[int]
+    row_shapes: dict[int, tuple[Any, ...]]
+    reads: dict[int, list[Read]]
+    uses: dict[int, Use]
+
+
+def choose(
+    jaxpr: Any,
+    consts: Sequence[Any],
+    outputs: Sequence[bool],
+    candidates: set[int],
+    *,
+    by_reads: bool,
+    one_row_axis: set[int],
+) -> Choice:
+    """The tables among `candidates`, positions of inputs of `jaxpr`.
+
+    Args:
+      outputs: which outputs are differentiated.
+      by_reads: whether a table is only an input of which fewer rows are read than it has, and not
+        only rows that the program itself names.
+      one_row_axis: candidates whose rows the first axis numbers.
+    """
+    tables = {i for i in candidates if jaxpr.invars[i].aval.shape}
+    row_axes = dict.fromkeys(one_row_axis & tables, 1)
+    reads: dict[int, list[Read]] = {}
+    uses: dict[int, Use] = {}
+    while True:
+        plan = Plan(row_axes)
+        scope = Scope(jaxpr, consts, outputs, [False] * len(outputs))
+        plan.table_of.update({Value(scope, jaxpr.invars[i]): i for i in tables})
+        program = plan.program(scope)
+        shapes = {i: jaxpr.invars[i].aval.shape for i in tables}
+        found = {i: [read for read in program.reads if read.table == i] for i in tables}
+        uses = plan.uses | uses
+        reads |= found
+        kept = tables - set(plan.uses)
+        axes = {
+            i: 1 if i in one_row_axis else choose_row_axes(plan.singles.get(i, []), len(shapes[i]))
+            for i in kept
+        }
+        row_shapes = {i: shapes[i][: axes[i]] for i in kept}
+        if by_reads and axes == {i: row_axes.get(i, 1) for i in kept}:
+            kept = {i for i in kept if reads_few(found[i], row_shapes[i])}
+        if (kept, axes) == (tables, {i: row_axes.get(i, 1) for i in kept}):
+            return Choice(plan, program, tables, row_shapes, reads, uses)
+        tables, row_axes = kept, {i: axes[i] for i in kept}
+
+
+def reads_few(reads: Sequence[Read], row_shape: Sequence[Any]) -> bool:
+    """Whether fewer rows are read than there are, at positions that the data say."""
+    return not is_static(reads) and not reads_all(reads, row_shape)
+
+
+def is_static(reads: Sequence[Read]) -> bool:
+    return all(read.is_static for read in reads)

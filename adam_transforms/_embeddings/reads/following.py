@@ -1,0 +1,400 @@
+"""Follows the tables of a program to the reads of their rows.
+
+What an equation computes from a table row by row is left *pending* as long as every use of it reads
+a part of it. Where one does not, the value is computed from the rows that it needs, if it is a part
+of the table itself; or else the table is used as a whole.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adam_transforms._embeddings.reads import control_flow, custom_rules  # noqa: F401
+from adam_transforms._embeddings.reads.direct import (
+    Read,
+    as_values,
+    reads_all,
+    rows_of_table,
+    zeros_like,
+)
+from adam_transforms._embeddings.reads.program import (
+    DirectRead,
+    Plain,
+    Program,
+    RowRead,
+    Scope,
+    Value,
+)
+from adam_transforms._embeddings.reads.rows import KEEP, SELECT, Equation, Rows, has_rule
+from adam_transforms._embeddings.reads.selection import AllRows, NotByRow, Selection
+from adam_transforms._embeddings.reads.tables import (
+    choose_row_axes,
+    gather_rows,
+    is_single,
+    read_table,
+)
+from adam_transforms._xla.jaxprs import CALLS, CHECKPOINTS, Literal, open_jaxpr
+from adam_transforms._xla.row_independence import ELEMENTWISE
+
+
+class Pending(NamedTuple):
+    """A value that is computed from tables by rows.
+
+    Attributes:
+      tables: which tables.
+      is_part: whether it may have fewer rows than the tables.
+      is_needed: whether the differentiated output depends on it.
+    """
+
+    tables: frozenset[int]
+    is_part: bool
+    is_needed: bool
+
+
+class Use(NamedTuple):
+    """A use of a table that reads no rows of it.
+
+    Attributes:
+      site: the equation, and the calls around it.
+      why: it reads no rows.
+      is_inherent: whether it uses all rows; if not, reads by row in it are not followed.
+    """
+
+    site: tuple[Any, ...]
+    why: str
+    is_inherent: bool
+
+    @property
+    def name(self) -> str:
+        return self.site[0].primitive.name
+
+
+class Plan:
+    """What is known of the values of a program.
+
+    Args:
+      row_axes: {table: how many leading axes number its rows}; each read decides for itself
+        where this says nothing.
+
+    Attributes:
+      table_of: {value: table}, of the inputs that are tables.
+      pending: the values computed from tables by rows, which are not computed themselves.
+      elements: {input of a loop's body: (the stack that it is an element of, which element)}.
+      uses: {table: its first use that reads no rows}.
+      singles: {table: for each read, whether it reads single positions along each axis}.
+    """
+
+    def __init__(self, row_axes: dict[int, int]) -> None:
+        self.row_axes = row_axes
+        self.table_of: dict[Value, int] = {}
+        self.pending: dict[Value, Pending] = {}
+        self.elements: dict[Value, tuple[Value, Any]] = {}
+        self.uses: dict[int, Use] = {}
+        self.singles: dict[int, list[tuple[bool, ...]]] = {}
+        self._inside: dict[tuple[Scope, int], Scope] = {}
+
+    # ---- steps ----------------------------------------------------------------------------------
+
+    def program(self, scope: Scope) -> Program:
+        """The steps of a jaxpr."""
+        program = Program(scope)
+        self._extend(program, scope)
+        return program
+
+    def _extend(self, program: Program, scope: Scope) -> None:
+        for eqn in scope.jaxpr.eqns:
+            found = [self.state_of(scope.value(x)) for x in eqn.invars]
+            pending = [x for x in found if x is not None]
+            if not pending:
+                program.steps.append(Plain(scope, eqn, waits=False))
+            elif any(x.is_needed for x in pending) and _carries_gradient(scope, eqn):
+                self._follow(program, scope, eqn, pending)
+            elif (
+                has_rule(eqn)
+                and not is_part(eqn)
+                and not any(x.is_part for x in pending)
+                and not any(
+                    state is None and not isinstance(x, Literal) and x in scope.needed
+                    for x, state in zip(eqn.invars, found, strict=True)
+                )
+            ):
+                self._leave(scope, eqn, pending, is_needed=False)
+            else:
+                program.steps.append(Plain(scope, eqn, waits=True))
+
+    def state_of(self, value: Any) -> Pending | None:
+        if isinstance(value, Literal):
+            return None
+        table = self.table_of.get(value)
+        if table is None:
+            return self.pending.get(value)
+        return Pending(frozenset([table]), is_part=False, is_needed=True)
+
+    def _leave(
+        self, scope: Scope, eqn: Any, pending: Sequence[Pending], *, is_needed: bool
+    ) -> None:
+        """Leaves the outputs of an equation pending."""
+        tables = frozenset[int]().union(*(x.tables for x in pending))
+        part = is_part(eqn) or any(x.is_part for x in pending)
+        for x in eqn.outvars:
+            self.pending[scope.value(x)] = Pending(tables, part, is_needed and x in scope.needed)
+
+    def _follow(self, program: Program, scope: Scope, eqn: Any, pending: Sequence[Pending]) -> None:
+        """An equation through which a gradient reaches a table."""
+        name = eqn.primitive.name
+        if name in CALLS or (name in CHECKPOINTS and not scope.selected.isdisjoint(eqn.outvars)):
+            inner = self.inside(scope, eqn)
+            self._extend(program, inner)
+            scope.bind(eqn.outvars, [inner.value(x) for x in inner.jaxpr.outvars])
+        elif name in control_flow.BODIES:
+            try:
+                program.steps.append(control_flow.BODIES[name](self, scope, eqn))
+            except NotByRow as reason:
+                self._use_whole(program, scope, eqn, pending, reason)
+        elif (step := self._direct_read(scope, eqn)) is not None:
+            program.steps.append(step)
+        elif not has_rule(eqn):
+            reason = NotByRow("it takes the whole array, and reads in it are not followed")
+            self._use_whole(program, scope, eqn, pending, reason)
+        else:
+            self._leave(scope, eqn, pending, is_needed=True)
+            part = is_part(eqn) or any(x.is_part for x in pending)
+            part = part or self.one_hot(Equation(scope, eqn)) is not None
+            for x in eqn.outvars:
+                if x in scope.needed and x not in scope.selected:
+                    del self.pending[scope.value(x)]
+                    self._read_now(program, scope, eqn, scope.value(x), pending, part)
+
+    def _read_now(
+        self,
+        program: Program,
+        scope: Scope,
+        eqn: Any,
+        value: Value,
+        pending: Sequence[Pending],
+        part: bool,
+    ) -> None:
+        try:
+            if not part:
+                raise AllRows()
+            program.steps.append(RowRead(value, self._reads_of(value, scope.site(eqn))))
+        except NotByRow as reason:
+            self._use_whole(program, scope, eqn, pending, reason)
+
+    def _use_whole(
+        self,
+        program: Program,
+        scope: Scope,
+        eqn: Any,
+        pending: Sequence[Pending],
+        reason: NotByRow,
+    ) -> None:
+        site = scope.site(_first_mixing(scope, eqn))
+        use = Use(site, str(reason), isinstance(reason, AllRows))
+        for table in sorted(frozenset[int]().union(*(x.tables for x in pending))):
+            self.uses.setdefault(table, use)
+        program.steps.append(Plain(scope, eqn, waits=True))
+
+    # ---- reads ----------------------------------------------------------------------------------
+
+    def _direct_read(self, scope: Scope, eqn: Any) -> DirectRead | None:
+        """The equation as a read of whole rows of a table, which is at most cast before."""
+        how = rows_of_table(eqn)
+        if how is None:
+            return None
+        value = scope.value(eqn.invars[0])
+        cast = self.cast_of_table(value)
+        if cast is None or self.row_axes.get(cast, 1) != 1:
+            return None
+        read = how.read(scope.site(eqn), cast)
+        if not scope.selected.isdisjoint(eqn.outvars):
+            # Rows are read of what is read here: a table of a stack, or all rows in another order.
+            num_rows, *row_shape = value.aval.shape
+            if len(row_shape) > 1 or reads_all([read], [num_rows]):
+                return None
+        self.singles.setdefault(cast, []).append((True, *[False] * (len(value.aval.shape) - 1)))
+        return DirectRead(scope, eqn, value, how, [read])
+
+    def cast_of_table(self, value: Value) -> int | None:
+        """The table that a value is, apart from casts."""
+        while (table := self.table_of.get(value)) is None:
+            state = self.pending.get(value)
+            if state is None or not state.is_needed or value in self.elements:
+                return None
+            scope, eqn, out = self.producer(value)
+            if eqn.primitive.name not in KEEP | {"convert_element_type"}:
+                return None
+            value = scope.value(eqn.invars[out])
+        return table
+
+    def _reads_of(self, value: Value, site: tuple[Any, ...]) -> list[Read]:
+        """The reads of tables that a value is computed from."""
+        reads: list[Read] = []
+
+        def read(value: Value, table: int, selection: Selection) -> jax.Array:
+            aval, singles = value.aval, tuple(map(is_single, selection.axes))
+            self.singles.setdefault(table, []).append(singles)
+            row_axes = self.row_axes.get(table) or choose_row_axes([singles], len(aval.shape))
+
+            def read_rows(index: jax.Array) -> jax.Array:
+                rows = gather_rows(zeros_like(aval), index, row_axes)
+                reads.append(
+                    Read(
+                        table,
+                        site,
+                        jax.typeof(rows),
+                        index.size,
+                        lambda x, columns, dtype: as_values(x, dtype),
+                        is_static=not selection.has_positions,
+                    )
+                )
+                return rows
+
+            return read_table(selection, aval.shape, row_axes, read_rows)
+
+        def compute() -> jax.Array:
+            rows = Rows(self, lambda value: zeros_like(value.aval), read)
+            return rows.compute(value, Selection.whole(value.aval.shape))
+
+        jax.eval_shape(compute)
+        if not reads:
+            raise NotByRow("it reads no table")
+        return reads
+
+    def add_element(self, value: Value, stack: Value, counter: Any) -> None:
+        """Makes an input of a loop's body an element of a stack of tables."""
+        state = self.state_of(stack)
+        assert state is not None
+        self.elements[value] = (stack, counter)
+        self.pending[value] = state._replace(is_part=True)
+
+    # ---- where values come from -----------------------------------------------------------------
+
+    def inside(self, scope: Scope, eqn: Any) -> Scope:
+        """The scope of the body of a call."""
+        key = (scope, id(eqn))
+        if key not in self._inside:
+            body, consts = open_jaxpr(eqn.params["jaxpr"])
+            outputs = [x in scope.needed for x in eqn.outvars]
+            selected = [x in scope.selected for x in eqn.outvars]
+            inner = Scope(body, consts, outputs, selected, scope.site(eqn))
+            inner.bind(body.invars, [scope.value(x) for x in eqn.invars])
+            self._inside[key] = inner
+        return self._inside[key]
+
+    def producer(self, value: Value) -> tuple[Scope, Any, int]:
+        """The equation that computes a value, in its scope, and which output of it."""
+        scope, variable = value
+        eqn, out = scope.producers[variable]
+        return scope, eqn, out
+
+    def origin(self, value: Any) -> tuple[Scope, Any, int] | None:
+        """As `producer`, but inside calls; None of an input or a literal."""
+        while not isinstance(value, Literal) and value.variable in value.scope.producers:
+            scope, eqn, out = self.producer(value)
+            if eqn.primitive.name not in CALLS:
+                return scope, eqn, out
+            inner = self.inside(scope, eqn)
+            value = inner.value(inner.jaxpr.outvars[out])
+        return None
+
+    def is_made_of_indices(self, value: Any) -> bool:
+        """Whether a value is computed from constants and positions alone, element by element."""
+        if isinstance(value, Literal) or not value.aval.shape:
+            return True
+        origin = self.origin(value)
+        if origin is None:
+            return False
+        scope, eqn, _ = origin
+        name = eqn.primitive.name
+        if name in ("iota", "broadcast_in_dim"):
+            return True
+        operands = [scope.value(x) for x in eqn.invars]
+        return name in ELEMENTWISE and all(map(self.is_made_of_indices, operands))
+
+    def one_hot(self, eqn: Equation) -> tuple[int, Value, int] | None:
+        """(which operand of a product is one-hot, its ids, its axis of classes)."""
+        if eqn.name != "dot_general":
+            return None
+        contract, batch = eqn.params["dimension_numbers"]
+        if batch[0] or len(contract[0]) != 1:
+            return None
+        for side in (0, 1):
+            axis = contract[side][0]
+            value, other = eqn.operands[side], eqn.operands[1 - side]
+            if self.state_of(other) is not None and self.state_of(value) is None:
+                ids = self._ids_of_one_hot(value, axis)
+                if ids is not None:
+                    return side, ids, axis
+        return None
+
+    def _ids_of_one_hot(self, value: Any, axis: int) -> Value | None:
+        """The ids of ``ids == positions along the axis``."""
+        while (origin := self.origin(value)) is not None:
+            scope, eqn, _ = origin
+            if eqn.primitive.name == "eq":
+                a, b = (scope.value(x) for x in eqn.invars)
+                for ids, positions in ((a, b), (b, a)):
+                    if self._is_constant(ids, axis) and self._are_positions(positions, axis):
+                        return ids
+            if eqn.primitive.name != "convert_element_type":
+                return None
+            value = scope.value(eqn.invars[0])
+        return None
+
+    def _is_constant(self, value: Any, axis: int) -> bool:
+        """Whether integers are constant along an axis."""
+        if isinstance(value, Literal) or not jnp.issubdtype(value.aval.dtype, jnp.integer):
+            return False
+        if value.aval.shape[axis] == 1:
+            return True
+        origin = self.origin(value)
+        if origin is None or origin[1].primitive.name != "broadcast_in_dim":
+            return False
+        [operand], dims = origin[1].invars[:1], origin[1].params["broadcast_dimensions"]
+        return axis not in dims or operand.aval.shape[dims.index(axis)] == 1
+
+    def _are_positions(self, value: Any, axis: int) -> bool:
+        """Whether a value has at each place the position along an axis."""
+        origin = self.origin(value)
+        if origin is None:
+            return False
+        scope, eqn, _ = origin
+        name = eqn.primitive.name
+        if name == "iota":
+            return eqn.params["dimension"] == axis
+        if name == "broadcast_in_dim":
+            dims = eqn.params["broadcast_dimensions"]
+            if axis not in dims or eqn.invars[0].aval.shape[dims.index(axis)] == 1:
+                return False
+            return self._are_positions(scope.value(eqn.invars[0]), dims.index(axis))
+        if name == "convert_element_type" and jnp.issubdtype(value.aval.dtype, jnp.integer):
+            return self._are_positions(scope.value(eqn.invars[0]), axis)
+        return False
+
+
+def _carries_gradient(scope: Scope, eqn: Any) -> bool:
+    """Whether the differentiated output depends on an equation's operands by it."""
+    return eqn.primitive.name != "stop_gradient" and not scope.needed.isdisjoint(eqn.outvars)
+
+
+# Operations that only move elements or cast them.
+_MOVES = {*KEEP, "broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose"}
+
+
+def _first_mixing(scope: Scope, eqn: Any) -> Any:
+    """The equation that uses what an equation moves, or itself if it does not only move it."""
+    while eqn.primitive.name in _MOVES:
+        users = scope.users.get(eqn.outvars[0], [])
+        users = [user for user in users if _carries_gradient(scope, user)]
+        if not users:
+            break
+        eqn = users[0]
+    return eqn
+
+
+def is_part(eqn: Any) -> bool:
+    """Whether the output has part of the elements of the first operand."""
+    return eqn.primitive.name in SELECT

@@ -1,0 +1,199 @@
+"""A program that reads tables: its variables where they are computed, and its steps."""
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from adam_transforms._embeddings.reads.direct import Read, RowsOfTable
+from adam_transforms._embeddings.reads.rows import SELECT, has_rule
+from adam_transforms._xla.dependence import needed_variables
+from adam_transforms._xla.jaxprs import CALLS, CHECKPOINTS, Literal, open_jaxpr
+
+# Whether every use of a variable reads a part of it; None if nothing uses it.
+_Flag = bool | None
+
+
+class Value(NamedTuple):
+    """A variable of a jaxpr, where the jaxpr is called."""
+
+    scope: "Scope"
+    variable: Any
+
+    @property
+    def aval(self) -> Any:
+        return self.variable.aval
+
+
+class Scope:
+    """A jaxpr where it is called.
+
+    Args:
+      outputs: which outputs the differentiated output depends on.
+      selected: which outputs are used by reading parts of them only; None for one that is not used.
+      call: the equation that calls the jaxpr, and the calls around that.
+
+    Attributes:
+      needed: the variables that the differentiated output depends on, with a gradient.
+      selected: the variables of which every use that carries a gradient reads a part.
+    """
+
+    def __init__(
+        self,
+        jaxpr: Any,
+        consts: Sequence[Any],
+        outputs: Sequence[bool],
+        selected: Sequence[_Flag],
+        call: tuple[Any, ...] = (),
+    ) -> None:
+        self.jaxpr = jaxpr
+        self.consts = dict(zip(jaxpr.constvars, consts, strict=True))
+        self.needed = needed_variables(jaxpr, outputs)
+        self.selected = _selected_variables(jaxpr, self.needed, selected)
+        self.call = call
+        self._bound: dict[Any, Any] = {}
+
+    def site(self, eqn: Any) -> tuple[Any, ...]:
+        """The equation, and the calls around it."""
+        return (eqn, *self.call)
+
+    def value(self, atom: Any) -> Any:
+        """The `Value` of a variable, where it is computed; a literal is one itself."""
+        if isinstance(atom, Literal):
+            return atom
+        bound = self._bound.get(atom)
+        return Value(self, atom) if bound is None else bound
+
+    def bind(self, variables: Iterable[Any], values: Iterable[Any]) -> None:
+        """Makes variables names of values."""
+        self._bound.update(zip(variables, values, strict=True))
+
+    @functools.cached_property
+    def producers(self) -> dict[Any, tuple[Any, int]]:
+        """{variable: its equation, and which output of it}."""
+        return {x: (eqn, i) for eqn in self.jaxpr.eqns for i, x in enumerate(eqn.outvars)}
+
+    @functools.cached_property
+    def users(self) -> dict[Any, list[Any]]:
+        """{variable: the equations that use it}."""
+        found: dict[Any, list[Any]] = {}
+        for eqn in self.jaxpr.eqns:
+            for x in eqn.invars:
+                if not isinstance(x, Literal):
+                    found.setdefault(x, []).append(eqn)
+        return found
+
+
+# ---- steps: each has `reads` --------------------------------------------------------------------
+
+
+class Plain(NamedTuple):
+    """An equation that is run as it is; `waits` if it uses a value that is left pending."""
+
+    scope: Scope
+    eqn: Any
+    waits: bool
+    reads: Sequence[Read] = ()
+
+
+class DirectRead(NamedTuple):
+    """An equation that reads whole rows of a table itself: run as it is, with a tap added.
+
+    Attributes:
+      table: the table, cast.
+    """
+
+    scope: Scope
+    eqn: Any
+    table: Value
+    how: RowsOfTable
+    reads: list[Read]
+
+
+class RowRead(NamedTuple):
+    """A value that is computed from rows of tables, by the rules of `rows`."""
+
+    value: Value
+    reads: list[Read]
+
+
+class Program:
+    """The steps of a whole program, or of the body of a loop, with calls inlined."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+        self.steps: list[Any] = []
+
+    @functools.cached_property
+    def reads(self) -> list[Read]:
+        return [read for step in self.steps for read in step.reads]
+
+
+# ---- which variables are only read in parts -----------------------------------------------------
+
+
+def _both(a: _Flag, b: _Flag) -> _Flag:
+    """Whether two uses both read parts."""
+    return b if a is None else a if b is None else a and b
+
+
+def _selected_variables(jaxpr: Any, needed: set[Any], outputs: Sequence[_Flag]) -> set[Any]:
+    flags = _flags(jaxpr, needed, outputs)
+    return {x for x, flag in flags.items() if flag}
+
+
+def _flags(jaxpr: Any, needed: set[Any], outputs: Sequence[_Flag]) -> dict[Any, _Flag]:
+    """{needed variable: whether every use of it reads a part}."""
+    flags: dict[Any, _Flag] = {}
+
+    def use(atoms: Sequence[Any], uses: Sequence[_Flag]) -> None:
+        for x, flag in zip(atoms, uses, strict=True):
+            if not isinstance(x, Literal) and x in needed:
+                flags[x] = _both(flags.get(x), flag)
+
+    use(jaxpr.outvars, outputs)
+    for eqn in reversed(jaxpr.eqns):
+        if not needed.isdisjoint(eqn.outvars):
+            outs = [flags.get(x) if x in needed else None for x in eqn.outvars]
+            use(eqn.invars, _uses(eqn, outs, [x in needed for x in eqn.outvars]))
+    return flags
+
+
+def _uses(eqn: Any, outs: Sequence[_Flag], wanted: Sequence[bool]) -> list[_Flag]:
+    """How an equation whose outputs are so used uses each of its operands."""
+    name, params, num = eqn.primitive.name, eqn.params, len(eqn.invars)
+    if name in SELECT and not _is_all(eqn):
+        return [True, *[False] * (num - 1)]
+    if name in CALLS | CHECKPOINTS:
+        return _of_body(params["jaxpr"], wanted, outs)
+    if name == "cond":
+        bodies = [_of_body(body, wanted, [False] * len(outs)) for body in params["branches"]]
+        return [False, *(_all(flags) for flags in zip(*bodies, strict=True))]
+    if name == "scan":
+        body = open_jaxpr(params["jaxpr"])[0]
+        consts, carries = params["num_consts"], params["num_carry"]
+        carried = body.invars[consts : consts + carries]
+        # A carry that the body hands on unchanged is not used by that.
+        handed_on = [
+            None if k < carries and x is carried[k] else False for k, x in enumerate(body.outvars)
+        ]
+        return _of_body(params["jaxpr"], [True] * len(body.outvars), handed_on)
+    if name == "shard_map":
+        return _of_body(params["jaxpr"], wanted, [False] * len(outs))
+    if has_rule(eqn):
+        return [_all(outs)] * num
+    return [False] * num
+
+
+def _of_body(body: Any, wanted: Sequence[bool], outs: Sequence[_Flag]) -> list[_Flag]:
+    jaxpr = open_jaxpr(body)[0]
+    flags = _flags(jaxpr, needed_variables(jaxpr, wanted), outs)
+    return [flags.get(x) for x in jaxpr.invars]
+
+
+def _all(flags: Iterable[_Flag]) -> _Flag:
+    return functools.reduce(_both, flags, None)
+
+
+def _is_all(eqn: Any) -> bool:
+    """Whether a selecting equation has one output with all elements of its operand."""
+    return eqn.primitive.name != "gather" and eqn.outvars[0].aval.size == eqn.invars[0].aval.size

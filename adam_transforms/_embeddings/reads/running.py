@@ -1,0 +1,192 @@
+"""Runs a program with a zero array, a *tap*, added to every read of a table's rows.
+
+The gradient of a tap is the gradient of the rows read there.
+"""
+
+import collections
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._embeddings.reads.direct import in_mesh_of
+from adam_transforms._embeddings.reads.following import Plan
+from adam_transforms._embeddings.reads.program import DirectRead, Plain, Program, RowRead, Value
+from adam_transforms._embeddings.reads.rows import KEEP, Rows
+from adam_transforms._embeddings.reads.selection import Selection
+from adam_transforms._embeddings.reads.tables import gather_rows, read_table
+from adam_transforms._xla.jaxprs import Literal, as_array, run_equation, run_equations
+
+
+class Table(NamedTuple):
+    """A table of the program.
+
+    Attributes:
+      array: the table.
+      read_now: of a deferred table, the function of `current_rows`; None of any other.
+    """
+
+    array: Any
+    read_now: Any = None
+
+    def whole(self) -> jax.Array:
+        """All of the table, synchronized."""
+        return self.array if self.read_now is None else self.read_now(self.array, None)
+
+    def synchronized(self, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(n, D...), these rows with all pending updates applied, and whether they exist."""
+        rows = SparseRows(indices, jnp.zeros((indices.size, 0)), self.array.shape[0])
+        now = jax.tree.map(_in_this_mesh, self.read_now)(self.array, rows)
+        exists = jnp.reshape(rows.is_valid, (-1, *[1] * (now.ndim - 1)))
+        return now, jnp.broadcast_to(exists, now.shape)
+
+
+class Runner:
+    """Runs the steps of a program.
+
+    Args:
+      plan: of `following`.
+      tables: {table: its array}.
+      values: {value: array}, of the inputs that are no tables.
+    """
+
+    def __init__(self, plan: Plan, tables: dict[int, Table], values: Any) -> None:
+        self._plan, self._tables, self._values = plan, tables, values
+
+    def inside(self) -> "Runner":
+        """A runner of a body: it sees the values around it."""
+        return Runner(self._plan, self._tables, collections.ChainMap({}, self._values))
+
+    def set(self, value: Value, x: Any) -> None:
+        self._values[value] = x
+
+    def num_rows(self, table: int) -> int:
+        return math.prod(self._tables[table].array.shape[: self._plan.row_axes.get(table, 1)])
+
+    def plain(self, value: Any) -> Any:
+        """All of a value. One that is left pending is computed from whole tables."""
+        if isinstance(value, Literal):
+            return value.val
+        if value in self._values:
+            return self._values[value]
+        scope, variable = value
+        if variable in scope.consts:
+            return scope.consts[variable]
+        if (table := self._plan.table_of.get(value)) is not None:
+            x = self._tables[table].whole()
+        elif (element := self._plan.elements.get(value)) is not None:
+            x = self.plain(element[0])[self.plain(element[1])]
+        else:
+            scope, eqn, out = self._plan.producer(value)
+            inputs = [self.plain(scope.value(x)) for x in eqn.invars]
+            x = run_equation(scope.jaxpr, eqn, inputs)[out]
+        self.set(value, x)
+        return x
+
+    def run(self, program: Program, taps: Sequence[jax.Array]) -> tuple[list[Any], list[jax.Array]]:
+        """Its outputs, and the indices of each of its reads."""
+        indices: list[jax.Array] = []
+        for key, group in itertools.groupby(program.steps, _group):
+            steps = [*group]
+            if key is not None:
+                scope = steps[0].scope
+                values = run_equations(
+                    scope.jaxpr,
+                    [step.eqn for step in steps],
+                    lambda x, scope=scope: self.plain(scope.value(x)),
+                )
+                for x, value in values.items():
+                    self.set(scope.value(x), value)
+                continue
+            for step in steps:
+                its_taps = taps[len(indices) : len(indices) + len(step.reads)]
+                outputs, found = self._step(step, its_taps)
+                for value, x in outputs:
+                    self.set(value, x)
+                indices += found
+        scope = program.scope
+        return [self._output(scope, x) for x in scope.jaxpr.outvars], indices
+
+    def _output(self, scope: Any, x: Any) -> Any:
+        if isinstance(x, Literal):
+            return as_array(x)
+        return self.plain(scope.value(x))
+
+    def _step(self, step: Any, taps: Sequence[jax.Array]) -> Any:
+        if isinstance(step, Plain):
+            inputs = [self.plain(step.scope.value(x)) for x in step.eqn.invars]
+            outputs = run_equation(step.scope.jaxpr, step.eqn, inputs)
+            return [*zip(map(step.scope.value, step.eqn.outvars), outputs, strict=True)], []
+        if isinstance(step, DirectRead):
+            return self._direct_read(step, *taps)
+        if isinstance(step, RowRead):
+            return self._row_read(step, taps)
+        return step.run(self, taps)
+
+    def _direct_read(self, step: DirectRead, tap: jax.Array) -> Any:
+        [read], out = step.reads, step.eqn.outvars[0].aval
+        table = self._tables[read.table]
+        array, casts = self._without_casts(step.table, table)
+        inputs = [array, *(self.plain(step.scope.value(x)) for x in step.eqn.invars[1:])]
+        with in_mesh_of(out):
+            indices = step.how.indices(*inputs)
+            (x,) = run_equation(step.scope.jaxpr, step.eqn, inputs)
+            if table.read_now is not None:
+                now, exists = table.synchronized(indices)
+                x = jnp.where(step.how.placed(exists, out), step.how.placed(now, out), x)
+            for dtype in casts:
+                x = jax.lax.convert_element_type(x, dtype)
+            x = x + tap
+        return [(step.scope.value(step.eqn.outvars[0]), x)], [indices]
+
+    def _without_casts(self, value: Value, table: Table) -> tuple[Any, list[Any]]:
+        """A table on its way to a read, and the dtypes that it is cast to. The rows read are cast:
+        XLA would store the whole table once more, were it cast and then read twice."""
+        if value in self._plan.table_of:
+            return table.array, []
+        scope, eqn, out = self._plan.producer(value)
+        array, casts = self._without_casts(scope.value(eqn.invars[out]), table)
+        if eqn.primitive.name not in KEEP:
+            return array, [*casts, eqn.outvars[0].aval.dtype]
+        inputs = [
+            array if i == out else self.plain(scope.value(x)) for i, x in enumerate(eqn.invars)
+        ]
+        return run_equation(scope.jaxpr, eqn, inputs)[out], casts
+
+    def _row_read(self, step: RowRead, taps: Sequence[jax.Array]) -> Any:
+        rest, found = iter(taps), []
+
+        def read(value: Value, position: int, selection: Selection) -> jax.Array:
+            table, row_axes = self._tables[position], self._plan.row_axes.get(position, 1)
+
+            def read_rows(index: jax.Array) -> jax.Array:
+                found.append(index)
+                rows = gather_rows(table.array, index, row_axes)
+                if table.read_now is not None:
+                    now, exists = table.synchronized(index)
+                    rows = jnp.where(exists, now, rows)
+                return rows + next(rest)
+
+            return read_table(selection, value.aval.shape, row_axes, read_rows)
+
+        rows = Rows(self._plan, self.plain, read)
+        x = rows.compute(step.value, Selection.whole(step.value.aval.shape))
+        return [(step.value, x[0])], found
+
+
+def _group(step: Any) -> Any:
+    """Steps of one scope that can run together."""
+    return id(step.scope) if isinstance(step, Plain) and not step.waits else None
+
+
+def _in_this_mesh(x: jax.Array) -> jax.Array:
+    """`x` as an array of the context's mesh, which differs where part of a program leaves sharding
+    to XLA."""
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    if mesh.empty or getattr(jax.typeof(x).sharding, "mesh", mesh) == mesh:
+        return x
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))

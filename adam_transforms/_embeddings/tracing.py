@@ -1,0 +1,169 @@
+"""A function to differentiate: its arguments, its trace, and which of its arguments are tables."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adam_transforms._core import trees
+from adam_transforms._core.types import Path
+from adam_transforms._embeddings.deferred.sync import current_rows
+from adam_transforms._embeddings.reads.choosing import Choice, choose
+from adam_transforms._embeddings.reads.running import Table
+from adam_transforms._xla.jaxprs import location
+
+
+class Leaf(NamedTuple):
+    """A leaf of the argument at `position`."""
+
+    position: int
+    keys: tuple[Any, ...]
+    value: Any
+
+    @property
+    def path(self) -> Path:
+        return trees.path_str(self.keys)
+
+
+class Traced(NamedTuple):
+    """`fun` as a jaxpr of the differentiated leaves, with constants `consts`.
+
+    Attributes:
+      outputs: which outputs are those of the scalar to differentiate.
+      rebuild: makes the result of `fun` from the outputs.
+    """
+
+    jaxpr: Any
+    consts: Sequence[Any]
+    outputs: list[bool]
+    rebuild: Callable[[Sequence[Any]], Any]
+
+
+def are_differentiable(args: Sequence[Any], positions: Sequence[int]) -> bool:
+    """Whether the arguments exist and hold nothing but floating and complex arrays."""
+    if not all(-len(args) <= i < len(args) for i in positions):
+        return False
+    leaves = jax.tree.leaves([args[i] for i in positions])
+    return all(
+        isinstance(x, jax.Array | np.ndarray | np.generic | float | complex)
+        and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+        for x in leaves
+    )
+
+
+def leaves_of(args: Sequence[Any], positions: Sequence[int]) -> tuple[list[Leaf], Any]:
+    """The leaves of the arguments at `positions`, and the structure of the tuple of these."""
+    leaves = []
+    for i in positions:
+        found, _ = jax.tree_util.tree_flatten_with_path(args[i])
+        leaves += [Leaf(i, keys, x) for keys, x in found]
+    return leaves, jax.tree.structure(tuple(args[i] for i in positions))
+
+
+def _by_argument(leaves: Sequence[Leaf]) -> list[list[tuple[Path, Any]]]:
+    """The paths and values of the leaves of each argument: a path is that within its argument."""
+    groups = itertools.groupby(leaves, lambda leaf: leaf.position)
+    return [[(leaf.path, leaf.value) for leaf in group] for _, group in groups]
+
+
+def trace(fun: Any, has_aux: bool, args: Any, kwargs: Any, positions: Sequence[int]) -> Traced:
+    """Traces `fun` as a function of the arguments at `positions`; it closes over the others."""
+    inputs, treedef = jax.tree.flatten([args[i] for i in positions])
+    static: list[Any] = []
+
+    def flat(*inputs: Any) -> list[Any]:
+        all_args = list(args)
+        for i, x in zip(positions, treedef.unflatten(inputs), strict=True):
+            all_args[i] = x
+        result = fun(*all_args, **kwargs)
+        if has_aux and not (isinstance(result, tuple | list) and len(result) == 2):
+            raise TypeError(
+                "expected function with aux output to return a two-element tuple, "
+                f"but got type {type(result)} with value {result!r}"
+            )
+        outputs, out_tree = jax.tree.flatten(result)
+        num_scalars = len(jax.tree.leaves(result[0])) if has_aux else len(outputs)
+        traced = [isinstance(x, jax.Array) for x in outputs]
+        # Outputs that are no arrays, such as a string in the auxiliary output, bypass the jaxpr.
+        others = [None if is_array else x for x, is_array in zip(outputs, traced, strict=True)]
+        differentiated = [i < num_scalars for i, is_array in enumerate(traced) if is_array]
+        static[:] = [out_tree, traced, others, differentiated]
+        return [x for x, is_array in zip(outputs, traced, strict=True) if is_array]
+
+    closed = jax.make_jaxpr(flat)(*inputs)
+    out_tree, traced, others, differentiated = static
+
+    def rebuild(outputs: Sequence[Any]) -> Any:
+        rest = iter(outputs)
+        return out_tree.unflatten(
+            [next(rest) if t else x for t, x in zip(traced, others, strict=True)]
+        )
+
+    return Traced(closed.jaxpr, closed.consts, differentiated, rebuild)
+
+
+def deferred_leaves(state: Any, leaves: Sequence[Leaf]) -> dict[int, Table]:
+    """The leaves that are deferred tables, by position."""
+    if state is None:
+        return {}
+    deferred = {}
+    for path, read_now in current_rows(state).items():
+        found = [i for i, leaf in enumerate(leaves) if leaf.path == path]
+        if len(found) != 1:
+            paths = ", ".join(repr(leaf.path) for leaf in leaves)
+            raise ValueError(
+                f"rows_from has a table at {path!r}, which must be the path of one differentiated "
+                f"leaf; these are {paths}"
+            )
+        deferred[found[0]] = Table(leaves[found[0]].value, read_now)
+    return deferred
+
+
+def find_tables(
+    traced: Traced, leaves: Sequence[Leaf], select: Any, deferred: set[int]
+) -> tuple[Choice, set[int]]:
+    """The leaves that are tables, and those that could be.
+
+    Args:
+      select: of `patterns.selector`; None for "auto".
+      deferred: positions of deferred tables; "auto" then means these alone.
+    """
+    selected = set() if select is None else select(*_by_argument(leaves))
+    any_table = select is None and not deferred
+    candidates = set(range(len(leaves))) if any_table else selected | deferred
+    choice = choose(
+        traced.jaxpr,
+        traced.consts,
+        traced.outputs,
+        candidates,
+        by_reads=any_table,
+        one_row_axis=deferred,
+    )
+    return choice, candidates
+
+
+def choose_tables(
+    traced: Traced, leaves: Sequence[Leaf], select: Any, deferred: set[int]
+) -> Choice:
+    """As `find_tables`, where the selected leaves must be tables.
+
+    Raises:
+      ValueError: a selected leaf is no table.
+    """
+    choice, candidates = find_tables(traced, leaves, select, deferred)
+    if select is None:
+        return choice
+    for i in sorted(candidates - deferred - choice.tables):
+        path = repr(leaves[i].path) if leaves[i].path else "the argument"
+        use = choice.uses.get(i)
+        if use is None:
+            raise ValueError(f"{path} is selected by tables, but is a scalar, which has no rows")
+        raise ValueError(
+            f"{path} is selected by tables, but is not only read by row: {use.name!r} at "
+            f"{location(use.site)} reads no rows of it, {use.why}. Leave it out of tables for a "
+            "dense gradient; adam_transforms.explain tells how each leaf is used"
+        )
+    return choice
