@@ -86,6 +86,12 @@ def varying_like(aval: Any, x: jax.Array) -> jax.Array:
     return as_varying(x, axes) if axes else x
 
 
+def varying_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """The arrays with types that all vary over the same axes."""
+    axes = [axis for x in arrays for axis in varying_axes(jax.typeof(x))]
+    return [as_varying(x, [*dict.fromkeys(axes)]) for x in arrays]
+
+
 def as_varying(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     """`x` with a type that varies over `axes` too."""
     axes = tuple(axis for axis in axes if axis not in varying_axes(jax.typeof(x)))

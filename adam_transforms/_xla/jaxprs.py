@@ -90,6 +90,12 @@ def run_equation(jaxpr: Any, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return [*run_equations(jaxpr, [eqn], inputs.__getitem__).values()]
 
 
+def run_on_other_inputs(jaxpr: Any, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """As `run_equation`, with inputs of other types, also in place of literals."""
+    variables = [jex.Var(jax.typeof(x)) for x in values]
+    return run_equation(jaxpr, eqn.replace(invars=variables), values)
+
+
 def change_outputs(
     change: Callable[[jax.Array], jax.Array],
     fn: Callable[..., list[Any]],

@@ -50,7 +50,7 @@ def choose(
     reads: dict[int, list[Read]] = {}
     uses: dict[int, Use] = {}
     while True:
-        plan = Plan(row_axes)
+        plan = Plan(row_axes, one_row_axis)
         scope = Scope(jaxpr, consts, outputs, [False] * len(outputs))
         plan.table_of.update({Value(scope, jaxpr.invars[i]): i for i in tables})
         program = plan.program(scope)

@@ -12,40 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from adam_transforms._embeddings.reads.direct import Read
-from adam_transforms._embeddings.reads.program import Program, Scope, Value
+from adam_transforms._embeddings.reads.program import Program, Scope, Value, body_of
 from adam_transforms._embeddings.reads.selection import AllRows, NotByRow
+from adam_transforms._embeddings.reads.shards import shard_map
 from adam_transforms._xla.dependence import needed_of_body
 from adam_transforms._xla.jaxprs import CHECKPOINTS, Literal, open_jaxpr
 
 # What a step returns: its outputs, and the indices of each of its reads.
 Outputs = tuple[list[tuple[Value, Any]], list[jax.Array]]
-
-
-def _body(
-    plan: Any,
-    body: Any,
-    wanted: Sequence[bool],
-    handed_on: Sequence[bool | None],
-    site: tuple[Any, ...],
-    bind: Callable[[Scope], None],
-) -> Program:
-    """The steps of a body.
-
-    Args:
-      wanted: which outputs the differentiated output depends on.
-      handed_on: None for an output that is an input.
-      site: the equation with the body, and the calls around it.
-      bind: binds the inputs of the body.
-    """
-    jaxpr, consts = open_jaxpr(body)
-    scope = Scope(jaxpr, consts, wanted, handed_on, site)
-    bind(scope)
-    program = plan.program(scope)
-    for x, on in zip(jaxpr.outvars, handed_on, strict=True):
-        state = plan.state_of(scope.value(x))
-        if on is not None and state is not None and state.is_needed:
-            raise NotByRow("its body returns the array")
-    return program
 
 
 class Scan(NamedTuple):
@@ -137,7 +111,7 @@ def _scan(plan: Any, scope: Scope, eqn: Any) -> Scan:
             counters[:] = [Value(body, _Counter(jax.typeof(np.int32(0))))]
             plan.add_element(Value(body, jaxpr.invars[i]), values[i], counters[0])
 
-    program = _body(plan, params["jaxpr"], wanted, handed_on, scope.site(eqn), bind)
+    program = body_of(plan, params["jaxpr"], wanted, handed_on, scope.site(eqn), bind)
     reads = [read.in_loop(params["length"]) for read in program.reads]
     counter = counters[0] if counters else None
     return Scan(scope, eqn, program, carries, sequences, counter, reads)
@@ -186,7 +160,7 @@ def _cond(plan: Any, scope: Scope, eqn: Any) -> Cond:
     wanted = [x in scope.needed for x in eqn.outvars]
     values = [scope.value(x) for x in eqn.invars[1:]]
     programs = [
-        _body(
+        body_of(
             plan,
             body,
             wanted,
@@ -228,7 +202,7 @@ def _checkpoint(plan: Any, scope: Scope, eqn: Any) -> Checkpoint:
     handed_on = [
         None if not isinstance(x, Literal) and x in inputs else False for x in jaxpr.outvars
     ]
-    program = _body(
+    program = body_of(
         plan,
         eqn.params["jaxpr"],
         wanted,
@@ -245,5 +219,6 @@ def _checkpoint(plan: Any, scope: Scope, eqn: Any) -> Checkpoint:
 BODIES: dict[str, Callable[[Any, Scope, Any], Any]] = {
     "scan": _scan,
     "cond": _cond,
+    "shard_map": shard_map,
     **dict.fromkeys(CHECKPOINTS, _checkpoint),
 }

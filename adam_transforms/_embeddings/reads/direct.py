@@ -44,6 +44,11 @@ class Read(NamedTuple):
     def in_loop(self, length: Any) -> "Read":
         return self._replace(lengths=(length, *self.lengths))
 
+    def in_mesh(self, devices: list[int]) -> "Read":
+        """The read of all devices together, outside of their mesh."""
+        tap_type = jax.ShapeDtypeStruct(self.tap_type.shape, self.tap_type.dtype)
+        return self._replace(tap_type=tap_type, lengths=(*devices, *self.lengths))
+
     def tap(self) -> jax.Array:
         """Zeros to add to it. Negative ones: x + -0.0 is x, even if that is -0.0."""
         with in_mesh_of(self.tap_type):
@@ -71,6 +76,8 @@ def zeros_like(aval: Any) -> jax.Array:
     """Zeros of a type; negative ones if they have a sign."""
     zero = -0.0 if jnp.issubdtype(aval.dtype, jnp.inexact) else 0
     zeros = jax.lax.full(aval.shape, zero, aval.dtype, sharding=aval.sharding)
+    if aval.sharding is None:
+        return zeros
     inside = jax.sharding.get_abstract_mesh()
     return zeros if inside.empty else varying_like(aval, zeros)
 
@@ -78,8 +85,8 @@ def zeros_like(aval: Any) -> jax.Array:
 def in_mesh_of(aval: Any) -> Any:
     """The context of a type's mesh: ``.at[ids].get(out_sharding=...)`` reads under another one than
     it is called in."""
-    mesh = aval.sharding.mesh
-    if mesh == jax.sharding.get_abstract_mesh():
+    mesh = None if aval.sharding is None else aval.sharding.mesh
+    if mesh is None or mesh == jax.sharding.get_abstract_mesh():
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(mesh)
 

@@ -5,7 +5,9 @@ a part of it. Where one does not, the value is computed from the rows that it ne
 of the table itself; or else the table is used as a whole.
 """
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -77,6 +79,7 @@ class Plan:
     Args:
       row_axes: {table: how many leading axes number its rows}; each read decides for itself
         where this says nothing.
+      one_row_axis: the tables whose rows the first axis numbers: those with deferred updates.
 
     Attributes:
       table_of: {value: table}, of the inputs that are tables.
@@ -86,8 +89,9 @@ class Plan:
       singles: {table: for each read, whether it reads single positions along each axis}.
     """
 
-    def __init__(self, row_axes: dict[int, int]) -> None:
-        self.row_axes = row_axes
+    def __init__(self, row_axes: dict[int, int], one_row_axis: set[int]) -> None:
+        self.row_axes, self.one_row_axis = row_axes, one_row_axis
+        self._around: list[Callable[[Any], Any]] = []
         self.table_of: dict[Value, int] = {}
         self.pending: dict[Value, Pending] = {}
         self.elements: dict[Value, tuple[Value, Any]] = {}
@@ -258,7 +262,10 @@ class Plan:
             rows = Rows(self, lambda value: zeros_like(value.aval), read)
             return rows.compute(value, Selection.whole(value.aval.shape))
 
-        jax.eval_shape(compute)
+        run = compute
+        for around in reversed(self._around):
+            run = functools.partial(around, run)
+        jax.eval_shape(run)
         if not reads:
             raise NotByRow("it reads no table")
         return reads
@@ -269,6 +276,15 @@ class Plan:
         assert state is not None
         self.elements[value] = (stack, counter)
         self.pending[value] = state._replace(is_part=True)
+
+    @contextlib.contextmanager
+    def inside_of(self, around: Callable[[Any], Any]) -> Iterator[None]:
+        """Reads of values are tried inside of a function that calls what it is given."""
+        self._around.append(around)
+        try:
+            yield
+        finally:
+            self._around.pop()
 
     # ---- where values come from -----------------------------------------------------------------
 

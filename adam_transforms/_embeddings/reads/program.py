@@ -1,11 +1,12 @@
 """A program that reads tables: its variables where they are computed, and its steps."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from adam_transforms._embeddings.reads.direct import Read, RowsOfTable
 from adam_transforms._embeddings.reads.rows import SELECT, has_rule
+from adam_transforms._embeddings.reads.selection import NotByRow
 from adam_transforms._xla.dependence import needed_variables
 from adam_transforms._xla.jaxprs import CALLS, CHECKPOINTS, Literal, open_jaxpr
 
@@ -126,6 +127,33 @@ class Program:
     @functools.cached_property
     def reads(self) -> list[Read]:
         return [read for step in self.steps for read in step.reads]
+
+
+def body_of(
+    plan: Any,
+    body: Any,
+    wanted: Sequence[bool],
+    handed_on: Sequence[bool | None],
+    site: tuple[Any, ...],
+    bind: Callable[[Scope], None],
+) -> Program:
+    """The steps of a body.
+
+    Args:
+      wanted: which outputs the differentiated output depends on.
+      handed_on: None for an output that is an input.
+      site: the equation with the body, and the calls around it.
+      bind: binds the inputs of the body.
+    """
+    jaxpr, consts = open_jaxpr(body)
+    scope = Scope(jaxpr, consts, wanted, handed_on, site)
+    bind(scope)
+    program = plan.program(scope)
+    for x, on in zip(jaxpr.outvars, handed_on, strict=True):
+        state = plan.state_of(scope.value(x))
+        if on is not None and state is not None and state.is_needed:
+            raise NotByRow("its body returns the array")
+    return program
 
 
 # ---- which variables are only read in parts -----------------------------------------------------

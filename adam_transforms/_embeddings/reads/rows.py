@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from adam_transforms._embeddings.collectives import varying_alike
 from adam_transforms._embeddings.reads import layouts, row_functions
 from adam_transforms._embeddings.reads.selection import Selection, take
-from adam_transforms._xla.jaxprs import Literal, as_array, run_equation
+from adam_transforms._xla.jaxprs import Literal, as_array, run_on_other_inputs
 from adam_transforms._xla.row_independence import ELEMENTWISE, REDUCTIONS
 
 # Operations that return each operand unchanged.
@@ -160,8 +161,8 @@ class Rows:
 
     def run(self, eqn: Equation, inputs: list[jax.Array], **params: Any) -> list[jax.Array]:
         """The outputs of an equation for other inputs, and with some other parameters."""
-        changed = eqn.eqn.replace(params=eqn.eqn.params | params) if params else eqn.eqn
-        return run_equation(eqn.scope.jaxpr, changed, inputs)
+        changed = eqn.eqn.replace(params=eqn.eqn.params | params)
+        return run_on_other_inputs(eqn.scope.jaxpr, changed, varying_alike(inputs))
 
 
 def rule(name: str) -> Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]:

@@ -64,6 +64,17 @@ class Runner:
     def set(self, value: Value, x: Any) -> None:
         self._values[value] = x
 
+    def table(self, value: Value) -> int | None:
+        """Which table a value is."""
+        return self._plan.table_of.get(value)
+
+    def array(self, value: Any) -> Any:
+        """All of a value; a table as it is stored."""
+        table = None if isinstance(value, Literal) else self.table(value)
+        if table is None or value in self._values:
+            return self.plain(value)
+        return self._tables[table].array
+
     def num_rows(self, table: int) -> int:
         return math.prod(self._tables[table].array.shape[: self._plan.row_axes.get(table, 1)])
 
@@ -130,7 +141,7 @@ class Runner:
     def _direct_read(self, step: DirectRead, tap: jax.Array) -> Any:
         [read], out = step.reads, step.eqn.outvars[0].aval
         table = self._tables[read.table]
-        array, casts = self._without_casts(step.table, table)
+        array, casts = self._without_casts(step.table)
         inputs = [array, *(self.plain(step.scope.value(x)) for x in step.eqn.invars[1:])]
         with in_mesh_of(out):
             indices = step.how.indices(*inputs)
@@ -143,13 +154,13 @@ class Runner:
             x = x + tap
         return [(step.scope.value(step.eqn.outvars[0]), x)], [indices]
 
-    def _without_casts(self, value: Value, table: Table) -> tuple[Any, list[Any]]:
+    def _without_casts(self, value: Value) -> tuple[Any, list[Any]]:
         """A table on its way to a read, and the dtypes that it is cast to. The rows read are cast:
         XLA would store the whole table once more, were it cast and then read twice."""
         if value in self._plan.table_of:
-            return table.array, []
+            return self.array(value), []
         scope, eqn, out = self._plan.producer(value)
-        array, casts = self._without_casts(scope.value(eqn.invars[out]), table)
+        array, casts = self._without_casts(scope.value(eqn.invars[out]))
         if eqn.primitive.name not in KEEP:
             return array, [*casts, eqn.outvars[0].aval.dtype]
         inputs = [
@@ -165,7 +176,7 @@ class Runner:
 
             def read_rows(index: jax.Array) -> jax.Array:
                 found.append(index)
-                rows = gather_rows(table.array, index, row_axes)
+                rows = gather_rows(self.array(value), index, row_axes)
                 if table.read_now is not None:
                     now, exists = table.synchronized(index)
                     rows = jnp.where(exists, now, rows)
