@@ -88,10 +88,10 @@ PUBLIC_NAMES = """
     StaticLossScaleState TransferReport VariableAccumulateState accumulate adam adamw
     all_reduce_rows apply_updates by_path catch_up check_state clip_by_global_norm clip_by_norm
     clip_by_value compat deferred_adam dense_equivalent dynamic_loss_scale ema_params explain
-    finalize flax flush flush_accumulated freeze_rows global_norm grad has_updated interop lazy lazy_adam
-    master_weights max_row_norm metrics owed params_ema path_mask path_str resize scale_by_adam
-    scale_by_amsgrad scale_by_learning_rate scale_by_path_learning_rate scale_loss shard_slots
-    skip_nonfinite static_loss_scale summary to_dense transfer_state value_and_grad
+    finalize flax flush flush_accumulated freeze_rows global_norm grad has_updated interop lazy
+    lazy_adam master_weights max_row_norm metrics owed params_ema path_mask path_str resize
+    scale_by_adam scale_by_amsgrad scale_by_learning_rate scale_by_path_learning_rate scale_loss
+    shard_slots skip_nonfinite static_loss_scale summary to_dense transfer_state value_and_grad
 """.split()
 
 

@@ -41,6 +41,11 @@ from adam_transforms._xla.jaxprs import CALLS, CHECKPOINTS, Literal, open_jaxpr
 from adam_transforms._xla.row_independence import ELEMENTWISE
 
 
+# The most equations between a table and a read of it. A whole network may compute each example
+# apart; what is meant here is what a model makes of a table before it is read.
+_MAX_DEPTH = 64
+
+
 class Pending(NamedTuple):
     """A value that is computed from tables by rows.
 
@@ -48,25 +53,33 @@ class Pending(NamedTuple):
       tables: which tables.
       is_part: whether it may have fewer rows than the tables.
       is_needed: whether the differentiated output depends on it.
+      depth: the number of equations between it and the tables.
     """
 
     tables: frozenset[int]
     is_part: bool
     is_needed: bool
+    depth: int = 0
 
 
 class Use(NamedTuple):
     """A use of a table that reads no rows of it.
 
     Attributes:
-      site: the equation, and the calls around it.
+      scope, eqn: the first equation that makes it one.
       why: it reads no rows.
       is_inherent: whether it uses all rows; if not, reads by row in it are not followed.
     """
 
-    site: tuple[Any, ...]
+    scope: Scope
+    eqn: Any
     why: str
     is_inherent: bool
+
+    @property
+    def site(self) -> tuple[Any, ...]:
+        """The equation that computes with the table, and the calls around it."""
+        return self.scope.site(_first_mixing(self.scope, self.eqn))
 
     @property
     def name(self) -> str:
@@ -142,8 +155,10 @@ class Plan:
         """Leaves the outputs of an equation pending."""
         tables = frozenset[int]().union(*(x.tables for x in pending))
         part = is_part(eqn) or any(x.is_part for x in pending)
+        depth = 1 + max(x.depth for x in pending)
         for x in eqn.outvars:
-            self.pending[scope.value(x)] = Pending(tables, part, is_needed and x in scope.needed)
+            needed = is_needed and x in scope.needed
+            self.pending[scope.value(x)] = Pending(tables, part, needed, depth)
 
     def _follow(self, program: Program, scope: Scope, eqn: Any, pending: Sequence[Pending]) -> None:
         """An equation through which a gradient reaches a table."""
@@ -159,6 +174,9 @@ class Plan:
                 self._use_whole(program, scope, eqn, pending, reason)
         elif (step := self._direct_read(scope, eqn)) is not None:
             program.steps.append(step)
+        elif max(x.depth for x in pending) >= _MAX_DEPTH:
+            reason = NotByRow(f"more than {_MAX_DEPTH} operations before it are by row")
+            self._use_whole(program, scope, eqn, pending, reason)
         elif not has_rule(eqn):
             reason = NotByRow("it takes the whole array, and reads in it are not followed")
             self._use_whole(program, scope, eqn, pending, reason)
@@ -195,8 +213,7 @@ class Plan:
         pending: Sequence[Pending],
         reason: NotByRow,
     ) -> None:
-        site = scope.site(_first_mixing(scope, eqn))
-        use = Use(site, str(reason), isinstance(reason, AllRows))
+        use = Use(scope, eqn, str(reason), isinstance(reason, AllRows))
         for table in sorted(frozenset[int]().union(*(x.tables for x in pending))):
             self.uses.setdefault(table, use)
         program.steps.append(Plain(scope, eqn, waits=True))
