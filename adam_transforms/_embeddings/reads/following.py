@@ -40,7 +40,6 @@ from adam_transforms._embeddings.reads.tables import (
 from adam_transforms._xla.jaxprs import CALLS, CHECKPOINTS, Literal, open_jaxpr
 from adam_transforms._xla.row_independence import ELEMENTWISE
 
-
 # The most equations between a table and a read of it. A whole network may compute each example
 # apart; what is meant here is what a model makes of a table before it is read.
 _MAX_DEPTH = 64
