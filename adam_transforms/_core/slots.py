@@ -5,7 +5,7 @@ for the state of tables with more rows. Tools that get a finished state find the
 (`match`), with the table of state classes (`state_layout`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +40,7 @@ def find_slots(
     init: Callable[[Params], State],
     treedef: Any,
     params: Sequence[Any],
-    tables: Sequence[int],
+    tables: Mapping[int, int],
     *,
     caller: str,
     probe_columns: bool = True,
@@ -48,13 +48,14 @@ def find_slots(
     """(all leaves of ``init(params)``, each with the table whose rows it is kept by; structure).
 
     `init` is evaluated abstractly twice: for the given parameters, and for larger tables. The k-th
-    table has 2 k more rows and, with `probe_columns`, one more column. A leaf is kept by the rows
-    of the k-th table if its first axis grows by 2 k, and every other axis by at most one.
+    table has 2 k more rows, along each of its leading axes, and, with `probe_columns`, one more
+    column. A leaf is kept by the rows of the k-th table if it has the leading axes, these grow by
+    2 k, and every other axis by at most one.
 
     Args:
       init: of the inner transformation.
       treedef, params: the structure and the leaves of the parameters.
-      tables: the positions of the tables among `params`.
+      tables: {position of a table among `params`: number of its leading axes}.
       caller: what the error calls the transformation that needs a state by row.
       probe_columns: whether a leaf that depends on the number of columns alone is refused too.
 
@@ -63,9 +64,10 @@ def find_slots(
     """
     shapes = [jax.eval_shape(lambda p=p: p) for p in params]
     larger = [*shapes]
-    for k, table in enumerate(tables, start=1):
-        rows, *columns = shapes[table].shape
-        shape = (rows + 2 * k, *(size + probe_columns for size in columns))
+    for k, (table, axes) in enumerate(tables.items(), start=1):
+        shape = shapes[table].shape
+        more = [2 * k] * axes + [int(probe_columns)] * (len(shape) - axes)
+        shape = tuple(a + b for a, b in zip(shape, more, strict=True))
         larger[table] = jax.ShapeDtypeStruct(shape, shapes[table].dtype)
     state, grown_state = (jax.eval_shape(init, treedef.unflatten(x)) for x in (shapes, larger))
     table_of_growth = {2 * k: table for k, table in enumerate(tables, start=1)}
@@ -77,7 +79,9 @@ def find_slots(
         if now.shape != grown.shape:
             growth = [b - a for a, b in zip(now.shape, grown.shape, strict=True)]
             table = table_of_growth.get(growth[0])
-            if table is None or now.shape[0] != shapes[table].shape[0] or {*growth[1:]} - {0, 1}:
+            axes = 0 if table is None else tables[table]
+            is_by_row = table is not None and now.shape[:axes] == shapes[table].shape[:axes]
+            if not is_by_row or {*growth[:axes]} - {growth[0]} or {*growth[axes:]} - {0, 1}:
                 raise ValueError(
                     f"{caller} needs a state that is kept by row, but {trees.path_str(keys)!r}, "
                     f"of shape {list(now.shape)}, depends on the shape of a table in another way"

@@ -1,5 +1,6 @@
 """The gradient of a table by the rows it touches."""
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,6 +48,8 @@ class SparseRows(metaclass=_Described):
       values: (n, D...), floating or complex, what each adds to its row.
       num_rows: V < 2^31, static: the table's shape is (V, D...).
       unique: static; whether no row is named twice, padding aside.
+      leading_shape: static; of stacked tables the leading axes, whose product is `num_rows`. Row
+        (f, v) of (F, V, D...) has the index f V + v. None for (num_rows,), a single table.
 
     Raises:
       TypeError, ValueError: a wrong dtype, shape or number of rows.
@@ -84,13 +87,27 @@ class SparseRows(metaclass=_Described):
     values: Any
     num_rows: int
     unique: bool
+    leading_shape: tuple[int, ...]
     _keys: Any
     _indices: Any = None  # what `_keys` says, in rows that have not been a pytree since
 
-    def __init__(self, indices: Any, values: Any, num_rows: int, *, unique: bool = False) -> None:
+    def __init__(
+        self,
+        indices: Any,
+        values: Any,
+        num_rows: int,
+        *,
+        unique: bool = False,
+        leading_shape: Sequence[int] | None = None,
+    ) -> None:
         num_rows = operator.index(num_rows)
         if not 0 <= num_rows < 2**31:
             raise ValueError(f"num_rows must be in [0, 2^31), got {num_rows}")
+        leading = (num_rows,) if leading_shape is None else _sizes(leading_shape)
+        if not leading or min(leading) < 0 or math.prod(leading) != num_rows:
+            raise ValueError(
+                f"leading_shape must be axes of {num_rows} rows in all, got {list(leading)}"
+            )
         indices, values = _as_int32(indices, num_rows), jnp.asarray(values)
         if not jnp.issubdtype(values.dtype, jnp.inexact):
             raise TypeError(f"values must be floating or complex, got {values.dtype}")
@@ -102,6 +119,7 @@ class SparseRows(metaclass=_Described):
         indices, self.values = _replicate_rows(indices, values)
         self.num_rows = num_rows
         self.unique = unique
+        self.leading_shape = leading
         self._indices = indices
         self._keys = _as_keys(indices)
 
@@ -114,7 +132,7 @@ class SparseRows(metaclass=_Described):
     def shape(self) -> tuple[int, ...]:
         """The table's, or the batch of tables': (V, D...), or (B, V, D...)."""
         keys = self._keys
-        return (*keys.shape[:-1], self.num_rows, *self.values.shape[len(keys.shape) :])
+        return (*keys.shape[:-1], *self.leading_shape, *self.values.shape[len(keys.shape) :])
 
     @property
     def ndim(self) -> int:
@@ -135,7 +153,8 @@ class SparseRows(metaclass=_Described):
         self._refuse_batch()
         dtype = dtypes.compute_dtype(self.dtype)
         zeros, values = jnp.zeros(self.shape, dtype), self.values.astype(dtype)
-        return self._scatter_add(zeros, values, explicit_sharding(values)).astype(self.dtype)
+        sharding = explicit_sharding(values, row_axes=1, become=len(self.leading_shape))
+        return self._scatter_add(zeros, values, sharding).astype(self.dtype)
 
     def sum_duplicates(self) -> "SparseRows":
         """The same gradient with unique indices: the first occurrence of a row holds the sum, and
@@ -158,7 +177,15 @@ class SparseRows(metaclass=_Described):
         (rows.values,) = _replicate_rows(values)
         rows._keys, rows._indices = self._keys, self._indices
         rows.num_rows, rows.unique = self.num_rows, self.unique
+        rows.leading_shape = self.leading_shape
         return rows
+
+    def with_rows(self, indices: Any, values: Any, *, unique: bool = False) -> "SparseRows":
+        """Other rows of the same table."""
+        leading_shape = self.leading_shape
+        return type(self)(
+            indices, values, self.num_rows, unique=unique, leading_shape=leading_shape
+        )
 
     def after_read(self, read: jax.Array) -> "SparseRows":
         """The same rows, available only after `read`, rows of a table, has been gathered: added to
@@ -171,14 +198,14 @@ class SparseRows(metaclass=_Described):
 
     def gather_each(self, tables: Sequence[jax.Array]) -> list[jax.Array]:
         """`gather` of several arrays, each computed once for all its uses."""
-        indices, is_valid = self.indices, self.is_valid
+        is_valid, places, axes = self.is_valid, self._places(), len(self.leading_shape)
         gathered = []
         for table in map(jnp.asarray, tables):
-            sharding = explicit_sharding(table, all_rows=True)
-            if table.shape[0]:
-                rows = table.at[indices].get(mode="clip", out_sharding=sharding)
-            else:  # nothing that JAX would gather from
-                rows = jnp.zeros((indices.size, *table.shape[1:]), table.dtype)
+            sharding = explicit_sharding(table, row_axes=axes)
+            if 0 in table.shape[:axes]:  # nothing that JAX would gather from
+                rows = jnp.zeros((is_valid.size, *table.shape[axes:]), table.dtype)
+            else:
+                rows = table.at[places].get(mode="clip", out_sharding=sharding)
             gathered.append(_masked(is_valid, rows))
         return [*map(materialize, gathered)]
 
@@ -190,9 +217,9 @@ class SparseRows(metaclass=_Described):
         self, tables: Sequence[jax.Array], values: Sequence[jax.Array]
     ) -> list[jax.Array]:
         """`scatter` into several arrays, whose dtypes stay."""
-        indices = self.indices
+        places = self._places()
         return [
-            table.at[indices].set(
+            table.at[places].set(
                 new.astype(table.dtype),
                 mode="drop",
                 unique_indices=True,
@@ -202,9 +229,21 @@ class SparseRows(metaclass=_Described):
         ]
 
     def _scatter_add(self, table: jax.Array, values: jax.Array, sharding: Any) -> jax.Array:
-        return table.at[self.indices].add(
+        return table.at[self._places()].add(
             values, mode="drop", unique_indices=self.unique, out_sharding=sharding
         )
+
+    def _places(self) -> tuple[jax.Array, ...]:
+        """The indices along each leading axis; at padding, the first is outside of the table.
+
+        The table itself is not reshaped: its leading axes may be sharded, or padded by a layout.
+        """
+        rest, places = self.indices, []
+        for size in self.leading_shape[:0:-1]:
+            size = jnp.int32(max(size, 1))
+            places.append(jax.lax.rem(rest, size))
+            rest = jax.lax.div(rest, size)
+        return (rest, *reversed(places))
 
     def _refuse_batch(self) -> None:
         _refuse_other_leaf(self._keys)
@@ -217,13 +256,12 @@ class SparseRows(metaclass=_Described):
     def __add__(self, other: Any) -> Any:
         self._refuse_batch()
         if isinstance(other, SparseRows):
-            if self.shape != other.shape:
-                raise ValueError(f"row gradients of {self.shape} and {other.shape} do not add")
+            if (self.shape, self.leading_shape) != (other.shape, other.leading_shape):
+                raise ValueError(f"row gradients {self} and {other} do not add")
             dtype = dtypes.promote(self.dtype, other.dtype)
-            return SparseRows(
+            return self.with_rows(
                 jnp.concatenate([self.indices, other.indices]),
                 jnp.concatenate([self.values.astype(dtype), other.values.astype(dtype)]),
-                self.num_rows,
             )
         return self.__radd__(other)
 
@@ -290,28 +328,33 @@ class SparseRows(metaclass=_Described):
 
     def __repr__(self) -> str:
         keys, values = self._keys, self.values
-        n = getattr(keys, "shape", ())
+        n, num_rows = getattr(keys, "shape", ()), "x".join(map(str, self.leading_shape))
         if not n or getattr(values, "shape", ())[: len(n)] != n:
             # The leaves are anything, as in a tree of shardings or of the axes to map over.
-            return f"SparseRows({keys!r}, {values!r}, num_rows={self.num_rows})"
+            return f"SparseRows({keys!r}, {values!r}, num_rows={num_rows})"
         sizes = ",".join(map(str, self.shape))
         rows = "distinct rows" if self.unique else "rows"
         batched = ", batched" if len(n) > 1 else ""
-        return f"SparseRows({values.dtype}[{sizes}], {n[-1]} of {self.num_rows} {rows}{batched})"
+        return f"SparseRows({values.dtype}[{sizes}], {n[-1]} of {num_rows} {rows}{batched})"
 
     def tree_flatten_with_keys(self) -> Any:
         # The values first: whoever asks the first leaf for a dtype, as `optax.inject_hyperparams`
         # does, wants one of numbers.
         names = (jax.tree_util.GetAttrKey("values"), jax.tree_util.GetAttrKey("indices"))
         leaves = (self.values, self._keys)
-        return tuple(zip(names, leaves, strict=True)), (self.num_rows, self.unique)
+        static = (self.num_rows, self.unique, self.leading_shape)
+        return tuple(zip(names, leaves, strict=True)), static
 
     @classmethod
-    def tree_unflatten(cls, static: tuple[int, bool], leaves: tuple[Any, Any]) -> "SparseRows":
+    def tree_unflatten(cls, static: tuple[Any, ...], leaves: tuple[Any, Any]) -> "SparseRows":
         rows = object.__new__(cls)
         rows.values, rows._keys = leaves
-        rows.num_rows, rows.unique = static
+        rows.num_rows, rows.unique, rows.leading_shape = static
         return rows
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        # Pickles of earlier versions are of single tables.
+        vars(self).update({"leading_shape": (attributes["num_rows"],)} | attributes)
 
 
 @serializable_node
@@ -378,7 +421,7 @@ def _sum_duplicates(
         into = jnp.where(is_valid, first, size)  # padding is dropped
         sums = jnp.zeros((size, *values.shape[1:]), values.dtype).at[into]
         sums = sums.add(values, mode="drop", out_sharding=explicit_sharding(values))
-    return SparseRows(distinct, sums.astype(rows.values.dtype), num_rows, unique=True)
+    return rows.with_rows(distinct, sums.astype(rows.values.dtype), unique=True)
 
 
 def _masked(is_valid: jax.Array, x: jax.Array) -> jax.Array:
@@ -407,9 +450,7 @@ def to_parts(tree: Any) -> Any:
 def from_parts(like: Any, parts: Any) -> Any:
     """What `to_parts` took apart; tables' sizes and uniqueness are those of the rows in `like`."""
     return jax.tree.map(
-        lambda x, part: (
-            type(x)(part[0], part[1], x.num_rows, unique=x.unique) if is_rows(x) else part
-        ),
+        lambda x, part: x.with_rows(*part, unique=x.unique) if is_rows(x) else part,
         like,
         parts,
         is_leaf=is_rows,
@@ -427,13 +468,18 @@ def to_dense(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.to_dense() if is_rows(x) else x, tree, is_leaf=is_rows)
 
 
-def explicit_sharding(x: jax.Array, *, all_rows: bool = False) -> NamedSharding | None:
-    """The sharding of `x`, of which every device has all rows if `all_rows`; None if the mesh is
-    not explicit, for there it is XLA that shards."""
+def explicit_sharding(x: jax.Array, *, row_axes: int = 0, become: int = 1) -> NamedSharding | None:
+    """The sharding of `x`; None if the mesh is not explicit, for there it is XLA that shards.
+
+    With `row_axes`, the sharding of an array that has `become` axes in place of so many, and all
+    their rows on every device.
+    """
     sharding: Any = jax.typeof(x).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return None
-    spec = (None, *sharding.spec[1:]) if all_rows else sharding.spec
+    spec = sharding.spec
+    if row_axes:
+        spec = (*[None] * become, *spec[row_axes:])
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
@@ -444,7 +490,7 @@ def _replicate_rows(*arrays: jax.Array) -> list[jax.Array]:
     for x in arrays:
         mesh: Any = jax.typeof(x).sharding.mesh
         if AxisType.Explicit in mesh.axis_types:
-            x = jax.sharding.reshard(x, explicit_sharding(x, all_rows=True))
+            x = jax.sharding.reshard(x, explicit_sharding(x, row_axes=1))
         elif set(mesh.axis_types) == {AxisType.Auto} and isinstance(x, Tracer):
             spec = PartitionSpec(None, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
             x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
@@ -474,6 +520,13 @@ def _refuse_other_leaf(keys: Any) -> None:
             f"the indices of a SparseRows were replaced by {type(keys).__name__} of dtype {dtype}, "
             "by code that maps over leaves: adam_transforms.lazy says what to use in its place"
         )
+
+
+def _sizes(leading_shape: Any) -> tuple[int, ...]:
+    try:
+        return tuple(map(operator.index, leading_shape))
+    except TypeError:
+        raise TypeError(f"leading_shape must be integers, got {leading_shape!r:.200}") from None
 
 
 def _as_int32(indices: Any, num_rows: int) -> jax.Array:

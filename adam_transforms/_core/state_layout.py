@@ -26,10 +26,10 @@ class Role(enum.Enum):
     SLOT = "like the parameters: a moment; zero for a new row of a table"
     AVERAGE = "like the parameters: a weighted sum of their values"
     COPY = "like the parameters: a copy in another dtype"
-    ROW_MASK = "a bool (V,) for some tables, nothing for other parameters"
+    ROW_MASK = "a bool (V,) for some tables, (F, V) for stacks; nothing for other parameters"
     LAST_STEP = "an int32 (V,) for some tables: the step after which each row is synchronized"
     AVERAGED_STEP = (
-        "an int32 (V,) for each parameter, () for a scalar: the last step in its average"
+        "an int32 for each row of each parameter, () for a scalar: the last step in its average"
     )
     BUFFER = "like the gradients: a sum or list of them over several steps"
     SCALAR = "a number, or several: counts, rates, scales"

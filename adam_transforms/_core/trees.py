@@ -313,15 +313,16 @@ def in_update_dtype(updates: Updates, gradients: Updates, params: Params | None 
     return map_leaves(cast, updates, *like.values(), names=(*like,), rows=True)
 
 
-def zeros_per_row(table: Any, dtype: Any) -> jax.Array:
-    """Zeros (V,) for a table (V, D...), sharded like the rows of the table."""
-    return _zeros_beside(table, shape_of(table)[:1], dtype, lambda spec: spec[:1])
+def zeros_per_row(table: Any, dtype: Any, axes: int = 1) -> jax.Array:
+    """Zeros (V,) for a table (V, D...), or of the shape of its first `axes`, sharded like them."""
+    return _zeros_beside(table, shape_of(table)[:axes], dtype, lambda spec: spec[:axes])
 
 
-def zero_rows(table: Any, number: int, dtype: Any) -> jax.Array:
-    """Zeros (number, D...) for a table (V, D...), sharded like the columns of the table."""
-    shape = (number, *table.shape[1:])
-    return _zeros_beside(table, shape, dtype, lambda spec: (None, *spec[1:]))
+def zero_rows(table: Any, number: int, dtype: Any, axes: int = 1) -> jax.Array:
+    """Zeros (number, D...) for a table (V, D...) whose first `axes` are rows, sharded like the
+    columns of the table."""
+    shape = (number, *table.shape[axes:])
+    return _zeros_beside(table, shape, dtype, lambda spec: (None, *spec[axes:]))
 
 
 def _zeros_beside(

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from adam_transforms._core.sparse_rows import SparseRows, is_rows, on_values
+from adam_transforms._core.sparse_rows import is_rows, on_values
 
 
 def all_reduce_rows(grads: Any, axis_name: Any, *, average: bool = False) -> Any:
@@ -51,10 +51,8 @@ def all_reduce_rows(grads: Any, axis_name: Any, *, average: bool = False) -> Any
             varying = {a for leaf in jax.tree.leaves(x) for a in varying_axes(jax.typeof(leaf))}
             over = tuple(axis for axis in axes if axis in varying)
         if over and is_rows(x):
-            x = SparseRows(
-                _all_gather(x.indices, over, tracked),
-                _all_gather(x.values, over, tracked),
-                x.num_rows,
+            x = x.with_rows(
+                _all_gather(x.indices, over, tracked), _all_gather(x.values, over, tracked)
             )
         elif over:
             x = jax.lax.psum(x, over)

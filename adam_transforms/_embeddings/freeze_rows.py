@@ -26,8 +26,8 @@ class FreezeRowsState(NamedTuple):
     """State of `freeze_rows`.
 
     Attributes:
-      frozen: of each table with frozen rows, bool (V,), True at those; None in place of every other
-        parameter.
+      frozen: of each table with frozen rows, bool (V,), True at those, for stacked tables (F, V);
+        None in place of every other parameter.
       inner_state: the state of the inner transformation.
     """
 
@@ -48,7 +48,8 @@ def freeze_rows(
       inner: the whole optimizer, learning rate and weight decay included.
       rows: {regular expression, searched for in the path: rows of the tables (V, D...) that it
         matches}. Rows are one or several integers in [0, V), a range, or a boolean mask (V,); a
-        shorter mask leaves the rows behind it unfrozen. Several expressions may match one table.
+        shorter mask leaves the rows behind it unfrozen. Rows of stacked tables (F, V, D...) are a
+        boolean mask (F, V). Several expressions may match one table.
 
     Returns:
       A transformation with `FreezeRowsState`; `update` needs `params`. It works around `lazy` and
@@ -58,7 +59,8 @@ def freeze_rows(
 
     Raises:
       ValueError: an expression finds no parameter, or a scalar; a row lies outside the table;
-        update got no `params`; a state changes with the table's rows, but is not kept by row;
+        update got no `params`, or a row gradient that numbers its rows along other axes than the
+        mask; a state changes with the table's rows, but is not kept by row;
         `deferred_adam` inside decays the table, which moves idle rows.
       TypeError: rows are given as something else.
 
@@ -85,9 +87,11 @@ def freeze_rows(
         for select, selected in selections:
             for i in select(leaves):
                 path, table = leaves[i]
-                mask = _mask(path, selected, table.shape[0])
-                before = trees.zeros_per_row(table, bool) if frozen[i] is None else frozen[i]
-                frozen[i] = before | jnp.asarray(mask)
+                chosen = _mask(path, selected, table.shape)
+                mask = trees.zeros_per_row(table, bool, chosen.ndim) | jnp.asarray(chosen)
+                if frozen[i] is not None:
+                    mask = _column(mask, frozen[i]) | _column(frozen[i], mask)
+                frozen[i] = mask
         state = inner.init(params)
         chosen = {path for (path, _), mask in zip(leaves, frozen, strict=True) if mask is not None}
         _refuse_decayed(state, chosen)
@@ -111,7 +115,7 @@ def freeze_rows(
         if chosen != {i for i, mask in enumerate(masks) if mask is not None}:
             raise wrong_state(init, updates, state, params)
         gradients = [
-            g if g is None or mask is None else _mask_rows(mask, _as_gradient(path, g))
+            g if g is None or mask is None else _mask_rows(path, mask, _as_gradient(path, g))
             for (path, g, _), mask in zip(aligned, masks, strict=True)
         ]
         updates, inner_state = inner.update(
@@ -126,7 +130,7 @@ def freeze_rows(
         moved, treedef = trees.align(params, updates, names=names)
         # A frozen row has no pending updates: its round-robin update is zero.
         kept = [
-            u if u is None or mask is None or path in deferred else _mask_rows(mask, u)
+            u if u is None or mask is None or path in deferred else _mask_rows(path, mask, u)
             for (path, _, u), mask in zip(moved, masks, strict=True)
         ]
         # A row update leaves the slots of frozen rows alone: in it they are padding.
@@ -136,8 +140,9 @@ def freeze_rows(
             if mask is not None and u is not None and not isinstance(u, SparseRows)
         }
         if dense:
+            axes = {i: mask.ndim for i, mask in dense.items()}
             slots, state_def = find_slots(
-                *(inner.init, treedef, [p for _, p, _ in moved], list(dense)),
+                *(inner.init, treedef, [p for _, p, _ in moved], axes),
                 caller="freeze_rows",
                 probe_columns=False,
             )
@@ -149,12 +154,19 @@ def freeze_rows(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _mask(path: str, selected: Any, num_rows: int) -> np.ndarray:
-    """bool (V,): the selected rows."""
+def _mask(path: str, selected: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """bool (V,), or of the first axes of the table if `selected` has several: the selected rows."""
     if isinstance(selected, Tracer):
         raise TypeError(f"the rows of {path!r} must be known when the step is traced")
-    chosen = np.asarray(selected)
+    chosen, num_rows = np.asarray(selected), shape[0]
     mask = np.zeros(num_rows, bool)
+    if chosen.dtype == bool and chosen.ndim > 1:
+        if chosen.shape != shape[: chosen.ndim]:
+            raise ValueError(
+                f"a mask of the rows of the stacked tables {path!r} must have the shape of the "
+                f"first axes of {list(shape)}, got {list(chosen.shape)}"
+            )
+        return chosen
     if chosen.dtype == bool:
         if chosen.ndim != 1 or chosen.size > num_rows:
             raise ValueError(
@@ -183,10 +195,13 @@ def _masks(treedef: Any, frozen: Any, aligned: list[tuple[Any, ...]]) -> list[An
             "the state of freeze_rows was made for parameters of another structure"
         ) from None
     for (path, _, p), mask in zip(aligned, masks, strict=True):
-        if mask is not None and p is not None and mask.shape != jnp.shape(p)[:1]:
+        if mask is None or p is None:
+            continue
+        now, before = ("x".join(map(str, x[: mask.ndim])) for x in (jnp.shape(p), mask.shape))
+        if now != before:
             raise ValueError(
-                f"{path!r} has {jnp.shape(p)[0]} rows in the parameters, but {mask.shape[0]} in "
-                "the state of freeze_rows"
+                f"{path!r} has {now} rows in the parameters, but {before} in the state of "
+                "freeze_rows"
             )
     return masks
 
@@ -195,17 +210,22 @@ def _as_gradient(path: str, g: Any) -> Any:
     return g if isinstance(g, SparseRows) else trees.as_gradient(path, g)
 
 
-def _mask_rows(mask: jax.Array, x: Any) -> Any:
+def _mask_rows(path: Path, mask: jax.Array, x: Any) -> Any:
     """A gradient or an update without the frozen rows."""
     if not isinstance(x, SparseRows):
         return jnp.where(_column(mask, x), jnp.zeros((), x.dtype), x)
+    if mask.shape != x.leading_shape:
+        raise ValueError(
+            f"{path!r} has a row gradient with the row axes {list(x.leading_shape)}: give its "
+            f"frozen rows as a boolean mask of this shape, got {list(mask.shape)}"
+        )
     indices = jnp.where(x.gather(mask), x.num_rows, x.indices)
-    return SparseRows(indices, x.values, x.num_rows, unique=x.unique)
+    return x.with_rows(indices, x.values, unique=x.unique)
 
 
-def _column(mask: jax.Array, x: Any) -> jax.Array:
-    """(V,) as (V, 1, ...)."""
-    return jnp.reshape(mask, (-1, *[1] * (jnp.ndim(x) - 1)))
+def _column(mask: Any, x: Any) -> jax.Array:
+    """A mask (V,) as (V, 1, ...), with at least as many axes as `x`."""
+    return jnp.reshape(mask, (*mask.shape, *[1] * (jnp.ndim(x) - mask.ndim)))
 
 
 def _refuse_decayed(state: State, frozen: set[Path]) -> None:

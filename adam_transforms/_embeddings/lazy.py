@@ -119,7 +119,8 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
             if param_leaves[i] is None:
                 raise ValueError(f"{aligned[i][0]!r} has a row gradient, but no parameter")
         values = [rows[i].values if i in rows else g for i, g in enumerate(gradients)]
-        leaves, made = find_slots(inner.init, treedef, param_leaves, list(rows), caller="lazy")
+        axes = {i: len(of_table.leading_shape) for i, of_table in rows.items()}
+        leaves, made = find_slots(inner.init, treedef, param_leaves, axes, caller="lazy")
         state_leaves, state_def = jax.tree.flatten(state.inner_state)
         averages = find_fields(state.inner_state, Role.AVERAGE)
         if state_def != made:
@@ -220,8 +221,9 @@ class _RowUpdate(NamedTuple):
         def abstract_rows(x: Any, table: int | None) -> Any:
             if table is None:
                 return x
-            n = self.rows[table].values.shape[0]
-            return jax.ShapeDtypeStruct((n, *jnp.shape(x)[1:]), jnp.result_type(x))
+            rows = self.rows[table]
+            shape = (rows.values.shape[0], *jnp.shape(x)[len(rows.leading_shape) :])
+            return jax.ShapeDtypeStruct(shape, jnp.result_type(x))
 
         rest = map(abstract_rows, [*params, *state], self.table_of)
         return as_row_function(self.update, [*gradients, *rest], tables, self.table_of)

@@ -1,5 +1,6 @@
 """Tables with more rows, and the optimizer state for them."""
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -37,7 +38,8 @@ def resize(params: Any, state: Any, rows: Mapping[str, Any]) -> tuple[Any, Any]:
       params: the parameters that `state` belongs to.
       state: an optimizer state, of any chain and wrappers.
       rows: for the path of each table to grow, the number of rows that it is to have, the new ones
-        zeros; or the rows to append, (k, D...), which are cast to the table's dtype.
+        zeros; or the rows to append, (k, D...), which are cast to the table's dtype. Stacked
+        tables (F, V, D...) grow by whole tables, along their first axis.
 
     Returns:
       (params, state). Shapes have changed: a jitted step compiles once more, and a model that
@@ -164,7 +166,9 @@ def _fill_of(role: Role, state: Any, outer: _Fill) -> _Fill:
     if role is Role.AVERAGE:
         return _weighted_by(state.weight)
     if role is Role.AVERAGED_STEP:
-        return lambda appended, last: jnp.full(appended.shape[:1], state.count, last.dtype)
+        return lambda appended, last: jnp.full(
+            (appended.shape[0], *last.shape[1:]), state.count, last.dtype
+        )
     if role is Role.COPY:
         return lambda appended, _: appended
     if isinstance(state, DeferredAdamState) and role is Role.INNER:
@@ -192,9 +196,10 @@ def _grown_leaf(growth: _Growth, path: str, x: Any, fill: _Fill) -> Any:
     (num_rows, *width), appended = growth.shapes[owner], growth.new_rows[owner]
     is_like_table = shape == (num_rows, *width)
     if isinstance(x, SparseRows) and is_like_table:
-        size = num_rows + appended.shape[0]
+        leading_shape = (num_rows + appended.shape[0], *x.leading_shape[1:])
+        size = math.prod(leading_shape)
         indices = jnp.where(x.is_valid, x.indices, size)  # padding stays behind the last row
-        return SparseRows(indices, x.values, size, unique=x.unique)
+        return SparseRows(indices, x.values, size, unique=x.unique, leading_shape=leading_shape)
     if num_rows not in shape:
         return x
     is_by_row = shape[0] == num_rows and num_rows not in (*shape[1:], *width)

@@ -33,7 +33,7 @@ def block_length(rows: SparseRows) -> int | None:
     than they save: the caller asks `by_platform`, and compares the size with `LAZY_BYTES` or
     `DEFERRED_BYTES`.
     """
-    row_bytes = math.prod(rows.shape[1:]) * rows.dtype.itemsize
+    row_bytes = math.prod(rows.values.shape[1:]) * rows.dtype.itemsize
     meshes = (jax.sharding.get_abstract_mesh(), jax.typeof(rows.values).sharding.mesh)
     if not all(mesh.empty for mesh in meshes):
         return None
@@ -67,7 +67,7 @@ def over_blocks(
         positions = i * length + jnp.arange(length, dtype=jnp.int32)
         block_indices = indices.at[positions].get(mode="fill", fill_value=rows.num_rows)
         block_values = values.at[positions].get(mode="clip")
-        return SparseRows(block_indices, block_values, rows.num_rows, unique=True), positions
+        return rows.with_rows(block_indices, block_values, unique=True), positions
 
     def body(i: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         values, arrays = carry

@@ -153,9 +153,9 @@ def accumulate(
                 "must be an integer, got a schedule"
             )
         size = every * x.values.shape[0]
-        table = x.values if param is None else param
-        values = trees.zero_rows(table, size, dtype or dtypes.compute_dtype(x.dtype))
-        return SparseRows(jnp.full((size,), x.num_rows), values, x.num_rows)
+        table, axes = (x.values, 1) if param is None else (param, len(x.leading_shape))
+        values = trees.zero_rows(table, size, dtype or dtypes.compute_dtype(x.dtype), axes)
+        return x.with_rows(jnp.full((size,), x.num_rows), values)
 
     def init(params: Params) -> State:
         # nnx.Optimizer does not update a variable that contains a tree.
@@ -253,7 +253,7 @@ def accumulate(
                 if carried.values.shape != acc.values.shape:
                     return total  # the updates have another number of rows
                 values = carried.values.astype(acc.dtype)
-                return SparseRows(carried.indices, values, acc.num_rows)
+                return acc.with_rows(carried.indices, values)
             return carried.astype(acc.dtype)
 
         total = cycle.total
@@ -456,6 +456,11 @@ def _check_rows(path: Path, g: Any, acc: Any, every: Any) -> None:
         )
     if not isinstance(g, SparseRows):
         raise TypeError(f"{path!r} has a dense gradient, but a row gradient in `like`")
+    if g.leading_shape != acc.leading_shape:
+        raise ValueError(
+            f"{path!r} has a gradient of rows numbered along {list(g.leading_shape)}, but along "
+            f"{list(acc.leading_shape)} in `like`"
+        )
     size = acc.values.shape[0] // every
     if g.values.shape[0] != size:
         raise ValueError(
@@ -468,7 +473,7 @@ def _skip_gradient(acc: Any, mini_step: jax.Array, every: Any) -> Any:
     if not isinstance(acc, SparseRows):
         return jnp.where(mini_step == 0, jnp.zeros_like(acc), acc)
     size = acc.values.shape[0] // every
-    padding = SparseRows(jnp.full((size,), acc.num_rows), acc.values[:size], acc.num_rows)
+    padding = acc.with_rows(jnp.full((size,), acc.num_rows), acc.values[:size])
     return _store_rows(acc, padding, mini_step)
 
 
@@ -477,10 +482,8 @@ def _store_rows(acc: SparseRows, rows: SparseRows, mini_step: jax.Array) -> Spar
     size = rows.values.shape[0]
     at = mini_step * size + jnp.arange(size, dtype=jnp.int32)
     # XLA scatters in place; it would copy `acc` for a dynamic_update_slice.
-    return SparseRows(
-        acc.indices.at[at].set(rows.indices),
-        acc.values.at[at].set(rows.values.astype(acc.dtype)),
-        acc.num_rows,
+    return acc.with_rows(
+        acc.indices.at[at].set(rows.indices), acc.values.at[at].set(rows.values.astype(acc.dtype))
     )
 
 
@@ -488,4 +491,4 @@ def _first_rows(acc: SparseRows, count: jax.Array, every: Any) -> SparseRows:
     """`acc` with the rows of `count` gradients; those of the last cycle become padding."""
     positions = jnp.arange(acc.values.shape[0], dtype=jnp.int32)
     is_of_cycle = positions < count * (acc.values.shape[0] // every)
-    return SparseRows(jnp.where(is_of_cycle, acc.indices, acc.num_rows), acc.values, acc.num_rows)
+    return acc.with_rows(jnp.where(is_of_cycle, acc.indices, acc.num_rows), acc.values)

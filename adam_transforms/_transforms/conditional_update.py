@@ -101,7 +101,7 @@ def select(
         if not isinstance(x, SparseRows):
             return zero_unless(x)
         indices = jnp.where(condition, x.indices, x.num_rows)
-        return type(x)(indices, zero_unless(x.values), x.num_rows, unique=x.unique)
+        return x.with_rows(indices, zero_unless(x.values), unique=x.unique)
 
     updates = jax.tree.map(leaf, carried, is_leaf=is_rows)
     return trees.in_update_dtype(updates, gradients, params)

@@ -35,8 +35,9 @@ class ParamsEmaState(NamedTuple):
       count: int32 (), the number of steps.
       weight: float32 (), the sum of the weights in `ema`: 1, or with ``debias`` 1 - decay^count.
       ema: like the parameters, in `ema_dtype`; `ema_params` divides it by `weight`.
-      last_step: for each parameter int32, of shape (V,) if it has rows and else (): the last step
-        that the average of each row includes. None if the average takes no row updates.
+      last_step: for each parameter int32, of the shape of all its axes but the last, which are its
+        rows, and for a vector (V,): the last step that the average of each row includes. None if
+        the average takes no row updates.
       log_decay: float32 (), the logarithm of the decay; None likewise.
     """
 
@@ -137,6 +138,11 @@ def track_params_ema(
                 return jnp.zeros_like(p, dtype=dtype)
             return dtypes.store(trees.path_str(keys), jnp.array(p, copy=True), dtype)
 
+        def no_step(p: Any) -> jax.Array:
+            # Rows of stacked tables have several axes, and only a row update tells how many.
+            axes = max(1, len(trees.shape_of(p)) - 1)
+            return trees.zeros_per_row(p, jnp.int32, axes)
+
         state = ParamsEmaState(
             count=jnp.zeros((), jnp.int32),
             weight=jnp.zeros((), jnp.float32) if debias else jnp.ones((), jnp.float32),
@@ -146,7 +152,7 @@ def track_params_ema(
             return state
         last_step: Any = jnp.zeros((), jnp.int32)  # for `optax.tree.map_params`, no parameters
         if not trees.is_placeholder(params):
-            last_step = jax.tree.map(lambda p: trees.zeros_per_row(p, jnp.int32), params)
+            last_step = jax.tree.map(no_step, params)
         return state._replace(
             last_step=last_step,
             log_decay=jnp.float32(log_decay),

@@ -21,8 +21,8 @@ def max_row_norm(
     .. math:: p_r + u_r \leftarrow (p_r + u_r) \, \min(1, c / \|p_r + u_r\|_2)
 
     It is the last in a chain, in `lazy` or after it. Rows without an update stay as they are; with
-    a dense update every row counts as updated. PyTorch scales rows when they are read instead: in
-    training the same rows, one step later.
+    a dense update every row, along the first axis, counts as updated. PyTorch scales rows when they
+    are read instead: in training the same rows, one step later.
 
     Args:
       limit: c > 0.

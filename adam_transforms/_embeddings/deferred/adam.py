@@ -9,6 +9,7 @@ round robin that synchronizes every row at least once in `max_idle` steps.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -245,6 +246,7 @@ def deferred_adam(
             if not (g is None or is_rows(g)):
                 g = trees.as_gradient(path, g)
             if path in idle:
+                _refuse_stacked(path, g)
                 table = TableRows(jnp.asarray(p), tuple(slots), idle[path].last_step)
                 step_of_table = functools.partial(step, path, decays)
                 counts = state.count, count_after
@@ -373,6 +375,15 @@ def _check_table(path: Path, leaf: Any) -> None:
         raise TypeError(
             f"{path!r} is selected by tables and must be of a real floating dtype, "
             f"got {jnp.result_type(leaf)}"
+        )
+
+
+def _refuse_stacked(path: Path, g: Any) -> None:
+    if is_rows(g) and len(g.leading_shape) > 1:
+        raise ValueError(
+            f"{path!r} has a row gradient of stacked tables, {g}, but deferred_adam keeps rows "
+            f"along the first axis: make it one table of {g.num_rows} rows, in which row (f, v) is "
+            f"row f * {math.prod(g.leading_shape[1:])} + v, or use lazy_adam"
         )
 
 
