@@ -283,6 +283,7 @@ def test_decayed_deferred_table_is_refused_with_the_way_out() -> None:
         ({"table": V}, rf"'table' must be in \[0, {V}\), got {V}"),
         ({"table": [3, -1]}, rf"'table' must be in \[0, {V}\), got -1"),
         ({"table": np.ones(V + 1, bool)}, r"mask of the rows of 'table' must have shape \[12\]"),
+        ({"table": np.ones((V, D), bool)}, r"must have shape \[12\], or be shorter, got \[12, "),
         ({"tabel": 0}, "no leaf matches 'tabel' of rows.*'bias', 'table'"),
         ({}, "at least one pattern"),
     ],
@@ -304,6 +305,26 @@ def test_rows_that_are_not_there_are_refused(rows: Any, message: str) -> None:
 def test_rows_of_another_kind_are_refused(rows: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         freeze_rows(optax.sgd(0.1), rows).init(start())
+
+
+def test_rows_of_stacked_tables_are_given_as_a_mask_of_their_axes() -> None:
+    params = {"tables": jnp.ones((2, 4, D))}
+    mask = np.zeros((2, 3), bool)
+    mask[:, 0] = True
+    rows = at.SparseRows(np.arange(8), np.ones((8, D), np.float32), 8, leading_shape=(2, 4))
+    moved = {}
+    for kind, g in (("rows", rows), ("dense", rows.to_dense())):
+        tx = freeze_rows(at.lazy_adam(0.1), {"tables": mask, "t": [[False] * 4, [True] * 4]})
+        updates, state = tx.update({"tables": g}, tx.init(params), params)
+        moved[kind] = optax.apply_updates(params, updates)["tables"]
+        assert np.any(state.inner_state.inner_state[0].mu["tables"], 2)[1].tolist() == [False] * 4
+    assert_bits_equal(moved["rows"], moved["dense"])
+    assert np.any(moved["rows"] != 1, 2).tolist() == [[False, True, True, True], [False] * 4]
+    tx = freeze_rows(at.lazy_adam(0.1), {"tables": 0})
+    with pytest.raises(ValueError, match=r"'tables'.*row axes \[2, 4\].*boolean mask.*\[2\]"):
+        tx.update({"tables": rows}, tx.init(params), params)
+    with pytest.raises(ValueError, match=r"'tables' must have shape \[2\], of stacked.*\[2, 4\]"):
+        freeze_rows(at.lazy_adam(0.1), {"tables": np.ones((2, 5), bool)}).init(params)
 
 
 def test_state_of_a_table_of_another_length_is_refused() -> None:

@@ -15,6 +15,8 @@ from helpers import as_numpy, assert_bits_equal, assert_close, in_tiers, normal,
 from recordings import Recording
 
 import adam_transforms as at
+from adam_transforms._core import sparse_rows
+from adam_transforms._embeddings import lazy, row_blocks
 
 V, D = 9, 3
 
@@ -629,6 +631,132 @@ def test_memory_does_not_depend_on_the_table_and_nothing_of_its_size_is_copied(
         memory: Any = compiled.memory_analysis()
         temporaries.append(memory.temp_size_in_bytes)
     assert temporaries[0] == temporaries[1]
+
+
+STACK = (3, 3)  # V rows
+FROZEN = np.eye(3, dtype=bool)
+# Programs whose steps with stacked tables are those with one table of all their rows.
+STACKED: dict[str, Any] = {
+    "every wrapper": lambda like, frozen: at.dynamic_loss_scale(
+        at.accumulate(
+            at.freeze_rows(
+                at.lazy_adam(
+                    *(0.1,), amsgrad=True, weight_decay=0.1, clip_global_norm=1.0, ema=0.9
+                ),
+                {"t": frozen},
+            ),
+            *(2,),
+            like=like,
+        )
+    ),
+    "groups and masks": lambda like, frozen: optax.multi_transform(
+        {
+            "a": optax.inject_hyperparams(at.lazy_adam)(0.1),
+            "b": optax.masked(optax.sgd(0.1), {"t": False, "w": True}),
+        },
+        {"t": "a", "w": "b"},
+    ),
+    "masters of limited rows": lambda like, frozen: optax.chain(
+        at.skip_nonfinite(at.master_weights(at.lazy(CHAINS["by path"]()))), at.max_row_norm(0.5)
+    ),
+    "all inside": lambda like, frozen: at.lazy(
+        at.freeze_rows(
+            optax.chain(at.adam(0.1, clip_norm=1.0), at.max_row_norm(1.0), at.params_ema(0.9)),
+            {"t": frozen},
+        )
+    ),
+}
+every_stack = pytest.mark.parametrize(
+    "name", in_tiers(STACKED, lambda name: name in ("every wrapper", "all inside"))
+)
+
+
+def steps_of_a_stack(name: str, leading_shape: Any) -> Any:
+    """(parameters, state, fraction of the rows that the last update touches)."""
+
+    def gradients(seed: int) -> Any:
+        _, g = params_and_rows(seed, indices=(seed % V, 1, 1, V, 8, -1))
+        rows = g["t"]
+        stacked = at.SparseRows(rows.indices, rows.values, V, leading_shape=leading_shape)
+        return {**g, "t": stacked.astype(dtype)}
+
+    dtype = "bfloat16" if "masters" in name else "float32"
+    tx = STACKED[name](jax.eval_shape(lambda: gradients(0)), FROZEN.reshape(leading_shape))
+    params, _ = params_and_rows()
+    params["t"] = params["t"].reshape(*leading_shape, D).astype(dtype)
+    state, updates = tx.init(params), None
+    update = jax.jit(tx.update)
+    for seed in range(4):
+        updates, state = update(gradients(seed), state, params)
+        key = jax.random.key(seed)
+        params = at.apply_updates(params, updates, key=key if seed % 2 else None)
+    at.check_state(state, like=jax.eval_shape(tx.init, params))
+    assert "ema" in at.summary(params, state) or "ema" not in str(jax.tree.structure(state))
+    return params, state, at.metrics(updates, state)["rows_touched/t"]
+
+
+def assert_same_rows(stacked: Any, flat: Any) -> None:
+    for x, y in zip(jax.tree.leaves(stacked), jax.tree.leaves(flat), strict=True):
+        assert_bits_equal(x.reshape(y.shape), y)
+
+
+@every_stack
+def test_stacked_tables_take_the_steps_of_one_table_with_all_their_rows(name: str) -> None:
+    stacked, flat = (steps_of_a_stack(name, shape) for shape in (STACK, (V,)))
+    assert_same_rows(stacked, flat)
+    params, state, touched = stacked
+    assert 0 < float(touched) <= 4 / V
+    shapes = {x.shape for x in jax.tree.leaves(state)}
+    assert (*STACK, D) in shapes and (V, D) not in shapes
+    assert params["t"].shape == (*STACK, D)
+
+
+def test_stacked_tables_are_updated_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = steps_of_a_stack("all inside", (V,))
+    monkeypatch.setattr(lazy, "LAZY_BYTES", 0)
+    monkeypatch.setattr(row_blocks, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(row_blocks, "_LEAST_LENGTH", 2)
+    monkeypatch.setattr(sparse_rows, "PACKED_BYTES", 0)
+    assert_same_rows(steps_of_a_stack("all inside", STACK), flat)
+
+
+def test_nothing_of_the_size_of_a_stack_is_copied() -> None:
+    size = (10, 100_000, 16)
+    params = {"t": jax.ShapeDtypeStruct(size, np.float32)}
+    tx = at.lazy_adam(0.1, ema=0.9)
+
+    def step(params: Any, state: Any, ids: Any, values: Any) -> Any:
+        rows = at.SparseRows(ids, values, 1_000_000, leading_shape=size[:2])
+        updates, state = tx.update({"t": rows}, state, params)
+        return optax.apply_updates(params, updates), state
+
+    shapes = [
+        jax.ShapeDtypeStruct((512, *x.shape), x.dtype) for x in (np.int32(0), np.zeros(16, "f"))
+    ]
+    arguments = (params, jax.eval_shape(tx.init, params), *shapes)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+    assert not re.search(r"\[(10,100000|1000000),16\]\S* (copy|convert)\(", compiled.as_text())
+    memory: Any = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 2**20
+
+
+NOT_BY_ROW = {
+    "of whole tables": lambda p: jnp.zeros(p.shape[:1]),
+    "of one table": lambda p: jnp.zeros(p.shape[1:]),
+    "of flat rows": lambda p: jnp.zeros((p.shape[0] * p.shape[1], *p.shape[2:])),
+}
+
+
+@pytest.mark.parametrize("name", NOT_BY_ROW)
+def test_a_state_that_is_not_kept_by_the_rows_of_a_stack_is_refused(name: str) -> None:
+    inner = optax.GradientTransformation(
+        lambda params: {"slot": jax.tree.map(NOT_BY_ROW[name], params)},
+        lambda updates, state, params=None: (updates, state),
+    )
+    params = {"t": jnp.ones((*STACK, D))}
+    rows = at.SparseRows(np.array([1]), np.ones((1, D), np.float32), V, leading_shape=STACK)
+    with pytest.raises(ValueError, match="kept by row, but 'slot/t'"):
+        at.lazy(inner).update({"t": rows}, at.lazy(inner).init(params), params)
 
 
 @pytest.mark.parametrize("case", recordings.of_class("LazyAdam", "SparseAdam"))

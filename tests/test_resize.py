@@ -263,6 +263,27 @@ def test_collected_rows_and_their_padding_stay_what_they_are() -> None:
     assert not np.any(new.to_dense()[V:])
 
 
+def test_stacked_tables_grow_by_whole_tables(relaxed_promotion: None) -> None:
+    def case(tables: int) -> Any:
+        rows = at.SparseRows(
+            np.array([1, 7, -1], np.int32),
+            np.ones((3, D), np.float32),
+            tables * 4,
+            leading_shape=(tables, 4),
+        )
+        inner = freeze_rows(at.lazy_adam(0.1, ema=0.9), {"t": np.eye(2, 4, dtype=bool)})
+        like = jax.eval_shape(lambda: {"t": rows})
+        return at.accumulate(inner, 2, like=like), {"t": jnp.ones((tables, 4, D))}, {"t": rows}
+
+    (tx, params, grads), (larger_tx, larger, more_grads) = case(2), case(3)
+    _, state = tx.update(grads, tx.init(params), params)
+    params, state = resize(params, state, {"t": 3})
+    assert types(state) == types(larger_tx.init(larger))
+    assert state.acc["t"].indices.tolist() == [1, 7, 12, 12, 12, 12]
+    updates, _ = larger_tx.update(more_grads, state, params)
+    assert np.argwhere(np.any(at.to_dense(updates)["t"], 2)).tolist() == [[0, 1], [1, 3]]
+
+
 def test_numpy_parameters_grow() -> None:
     params = {"table": np.ones((3, 2), np.float32)}
     larger, _ = resize(params, optax.EmptyState(), {"table": np.full((1, 2), 2.0)})

@@ -189,6 +189,91 @@ def test_rows_are_a_pytree_that_keeps_its_static_parts() -> None:
     assert repr(rows) == "SparseRows(float32[7,3], 2 of 7 distinct rows)"
 
 
+# Of stacked tables, and of one table that has all their rows.
+STACK = (2, 4)
+
+
+def stacked(rows: at.SparseRows) -> at.SparseRows:
+    return at.SparseRows(rows.indices, rows.values, rows.num_rows, leading_shape=STACK)
+
+
+def rows_of_eight(indices: Any = (3, 0, 7, 3, 8, -1), seed: int = 0) -> at.SparseRows:
+    return at.SparseRows(np.array(indices, np.int32), normal(seed, len(indices), D), 8)
+
+
+USES_OF_ROWS: dict[str, Callable[[at.SparseRows, jax.Array], Any]] = {
+    "to_dense": lambda rows, table: rows.to_dense(),
+    "table + rows": lambda rows, table: table + rows,
+    "rounded": lambda rows, table: rows.add_to(table.astype("bfloat16"), jax.random.key(0)),
+    "rows - table": lambda rows, table: rows - table,
+    "rows + rows": lambda rows, table: (rows + rows).to_dense(),
+    "scaled": lambda rows, table: (-rows * 0.5).astype("bfloat16").to_dense(),
+    "sum_duplicates": lambda rows, table: rows.sum_duplicates().to_dense(),
+    "with a run": lambda rows, table: sparse_rows.sum_with_run(rows, jnp.int32(5), 9, 0),
+    "gather": lambda rows, table: rows.gather(table),
+    "gather of a row slot": lambda rows, table: rows.gather(table[..., 0]),
+    "scatter": lambda rows, table: rows.sum_duplicates().scatter(table, rows.values),
+    "a batch": lambda rows, table: jax.vmap(lambda x: table + (rows * x))(jnp.arange(2.0)),
+    "parts": lambda rows, table: sparse_rows.from_parts(rows, sparse_rows.to_parts(rows)),
+}
+
+
+def test_rows_of_stacked_tables_are_those_of_one_table() -> None:
+    rows, table = rows_of_eight(), jnp.asarray(normal(1, 8, D))
+    assert stacked(rows).shape == (*STACK, D)
+    for use in USES_OF_ROWS.values():
+        found, expected = use(stacked(rows), table.reshape(*STACK, D)), use(rows, table)
+        if isinstance(found, at.SparseRows):
+            assert found.leading_shape == STACK
+        else:
+            found = found.reshape(expected.shape)
+        assert_bits_equal(jax.tree.leaves(found), jax.tree.leaves(expected))
+
+
+def test_the_leading_axes_of_a_stack_go_where_the_rows_go() -> None:
+    rows = stacked(rows_of_eight())
+    assert repr(rows) == "SparseRows(float32[2,4,3], 6 of 2x4 rows)"
+    assert "num_rows=2x4" in repr(jax.tree.structure(rows).unflatten([None, None]))
+    batch = jax.vmap(lambda x: rows * x)(jnp.arange(5.0))
+    assert repr(batch) == "SparseRows(float32[5,2,4,3], 6 of 2x4 rows, batched)"
+    again = pickle.loads(pickle.dumps(rows))
+    for copy in (again, jax.jit(lambda rows: rows)(rows), rows.with_values(rows.values)):
+        assert (copy.shape, copy.leading_shape) == ((2, 4, D), STACK)
+    without = {name: x for name, x in vars(rows_of([5, 2])).items() if name != "leading_shape"}
+    old = object.__new__(at.SparseRows)
+    old.__setstate__(without)  # as it was pickled before there were stacks
+    assert old.shape == (V, D)
+
+
+def test_stacks_without_rows_take_padding() -> None:
+    for leading in ((0, 4), (2, 0)):
+        rows = at.SparseRows(np.zeros(2, int), np.ones((2, D), "f"), 0, leading_shape=leading)
+        assert rows.to_dense().shape == (*leading, D)
+        assert not rows.gather(jnp.ones((*leading, D))).any()
+
+
+@pytest.mark.parametrize(
+    ("leading", "error", "message"),
+    [
+        ((2, 3), ValueError, r"leading_shape.*8 rows.*\[2, 3\]"),
+        ((-2, -4), ValueError, r"leading_shape.*8 rows.*\[-2, -4\]"),
+        ((), ValueError, "leading_shape.*8 rows"),
+        (8, TypeError, "leading_shape must be integers, got 8"),
+        ((2.0, 4.0), TypeError, "leading_shape must be integers"),
+    ],
+)
+def test_malformed_leading_axes_are_refused(leading: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        at.SparseRows(np.zeros(1, int), np.ones((1, D), "f"), 8, leading_shape=leading)
+
+
+def test_rows_along_one_axis_and_along_two_do_not_add() -> None:
+    """Though they are of tables of one shape."""
+    whole = at.SparseRows(np.zeros(1, int), np.ones((1, 4, D), "f"), 2)
+    with pytest.raises(ValueError, match="of 2 rows.*of 2x4 rows.*do not add"):
+        _ = whole + stacked(rows_of_eight())
+
+
 def test_a_batch_of_row_gradients_shows_that_it_is_one() -> None:
     rows = [rows_of([1, 1, 3], seed=seed) for seed in (0, 1)]
     batch = jax.vmap(lambda g: at.SparseRows(jnp.array([1, 1, 3]), g, V))(
@@ -564,6 +649,9 @@ def test_a_program_that_takes_rows_is_exported() -> None:
     inputs = (params, tx.init(params), {"t": rows_of([1, 1, 3])})
     program = export.deserialize(export.export(step)(*inputs).serialize())
     assert_bits_equal(program.call(*inputs), step(*inputs))
+    rows = stacked(rows_of_eight())
+    program = export.deserialize(export.export(jax.jit(lambda rows: rows))(rows).serialize())
+    assert jax.tree.structure(program.call(rows)) == jax.tree.structure(rows)
 
 
 def test_states_of_every_class_are_exported() -> None:

@@ -159,22 +159,19 @@ def _mask(path: str, selected: Any, shape: tuple[int, ...]) -> np.ndarray:
     if isinstance(selected, Tracer):
         raise TypeError(f"the rows of {path!r} must be known when the step is traced")
     chosen, num_rows = np.asarray(selected), shape[0]
-    mask = np.zeros(num_rows, bool)
-    if chosen.dtype == bool and chosen.ndim > 1:
-        if chosen.shape != shape[: chosen.ndim]:
-            raise ValueError(
-                f"a mask of the rows of the stacked tables {path!r} must have the shape of the "
-                f"first axes of {list(shape)}, got {list(chosen.shape)}"
-            )
-        return chosen
     if chosen.dtype == bool:
-        if chosen.ndim != 1 or chosen.size > num_rows:
+        is_by_row = 0 < chosen.ndim <= max(1, len(shape) - 1)
+        if not is_by_row or any(a > b for a, b in zip(chosen.shape, shape, strict=False)):
+            stacked = f", of stacked tables {list(shape[:-1])}" if len(shape) > 2 else ""
             raise ValueError(
-                f"a mask of the rows of {path!r} must have shape [{num_rows}], or be shorter, "
-                f"got {list(chosen.shape)}"
+                f"a mask of the rows of {path!r} must have shape [{num_rows}]{stacked}, or be "
+                f"shorter, got {list(chosen.shape)}"
             )
-        mask[: chosen.size] = chosen
-    elif chosen.size:
+        mask = np.zeros(shape[: chosen.ndim], bool)
+        mask[tuple(map(slice, chosen.shape))] = chosen
+        return mask
+    mask = np.zeros(num_rows, bool)
+    if chosen.size:
         if chosen.dtype.kind not in "iu" or chosen.ndim > 1:
             raise TypeError(
                 f"the rows of {path!r} must be integers or a boolean mask, got {selected!r:.200}"
