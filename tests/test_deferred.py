@@ -551,6 +551,14 @@ def test_update_needs_params_and_takes_a_gradient_of_no_rows() -> None:
     np.testing.assert_array_equal(params["t"] + updates["t"], params["t"])
 
 
+def test_rows_of_stacked_tables_are_refused_with_the_way_out() -> None:
+    params = {"t": jnp.ones((3, 4, 2)), "w": jnp.ones(2)}
+    rows = at.SparseRows(jnp.array([1]), jnp.ones((1, 2)), 12, leading_shape=(3, 4))
+    tx = at.deferred_adam(1e-3, tables="t")
+    with pytest.raises(ValueError, match=r"'t'.*stacked.*12 rows.*row f \* 4 \+ v.*lazy_adam"):
+        tx.update({"t": rows, "w": params["w"]}, tx.init(params), params)
+
+
 def test_deferred_inside_lazy_and_an_average_after_it_are_refused() -> None:
     params = {"t": jnp.ones((4, 2))}
     deferred = at.deferred_adam(1e-3, tables="t")

@@ -355,6 +355,12 @@ def test_accumulating_rows_needs_to_know_how_many() -> None:
         tx.update(params_and_rows(indices=range(5))[1], tx.init(params), params)
     with pytest.raises(TypeError, match="'t'.*dense gradient"):
         tx.update(at.to_dense(gradients), tx.init(params), params)
+    stack = at.SparseRows(np.zeros(4, int), np.ones((4, 2), np.float32), 9, leading_shape=(3, 3))
+    like, params = {"t": stack}, {"t": jnp.ones((3, 3, 2))}
+    tx = at.accumulate(at.lazy(at.adam(0.1)), 2, like=like)
+    tables = at.SparseRows(np.zeros(4, int), np.ones((4, 3, 2), np.float32), 3)
+    with pytest.raises(ValueError, match=r"'t'.*along \[3\], but along \[3, 3\] in `like`"):
+        tx.update({"t": tables}, tx.init(params), params)
 
 
 COLLECTING = {
@@ -757,6 +763,21 @@ def test_a_state_that_is_not_kept_by_the_rows_of_a_stack_is_refused(name: str) -
     rows = at.SparseRows(np.array([1]), np.ones((1, D), np.float32), V, leading_shape=STACK)
     with pytest.raises(ValueError, match="kept by row, but 'slot/t'"):
         at.lazy(inner).update({"t": rows}, at.lazy(inner).init(params), params)
+
+
+def test_numbers_that_are_rows_have_no_average() -> None:
+    """As those of a table of values of states and actions."""
+    params = {"t": jnp.ones(STACK)}
+    rows = at.SparseRows(np.array([1]), np.ones(1, np.float32), V, leading_shape=STACK)
+    tx = at.lazy_adam(0.1)
+    updates, _ = tx.update({"t": rows}, tx.init(params), params)
+    assert np.argwhere(at.to_dense(updates)["t"]).tolist() == [[0, 1]]
+    tx = at.lazy_adam(0.1, ema=0.9)
+    with pytest.raises(ValueError, match="kept by row, but '.*last_step/t'"):
+        tx.update({"t": rows}, tx.init(params), params)
+    tx = optax.chain(at.lazy_adam(0.1), at.params_ema(0.9))
+    with pytest.raises(ValueError, match=r"'t'.*row axes \[3, 3\].*of shape \[3\]: mask it"):
+        tx.update({"t": rows}, tx.init(params), params)
 
 
 @pytest.mark.parametrize("case", recordings.of_class("LazyAdam", "SparseAdam"))

@@ -285,6 +285,40 @@ def test_accumulated_rows_are_sharded_from_the_start_as_they_stay(kind: Any) -> 
     helpers.assert_close(actual, run(), rtol=1e-5, atol=1e-6)
 
 
+@both_kinds
+def test_stacked_tables_stay_sharded_and_only_rows_cross_devices(kind: Any) -> None:
+    mesh, spec, leading_shape = make_mesh(kind), P("y", "x", None), (2, 1024)
+    table, num_rows = helpers.normal(2, *leading_shape, D), 2048
+
+    def run(sharding: Any, leading_shape: Any) -> Any:
+        def rows_of(ids: Any, values: Any) -> Any:
+            return {"t": at.SparseRows(ids, values, num_rows, leading_shape=leading_shape)}
+
+        like = jax.eval_shape(rows_of, IDS[0], TARGETS[0])
+        tx = at.accumulate(at.lazy_adam(0.1, ema=0.9), 2, like=like)
+
+        def whole_step(params: Any, state: Any, *batch: Any) -> Any:
+            return step(tx, params, state, rows_of(*batch))
+
+        params = {"t": jax.device_put(table.reshape(*leading_shape, D), sharding)}
+        state = jax.jit(tx.init)(params)
+        run_step = jax.jit(whole_step, donate_argnums=(0, 1))
+        program = run_step.lower(params, state, IDS[0], TARGETS[0]).compile().as_text()
+        for batch in zip(IDS * 120, TARGETS, strict=True):
+            params, state = run_step(params, state, *batch)
+        return params["t"], program
+
+    sharding = NamedSharding(mesh, spec)
+    with jax.set_mesh(mesh):
+        actual, program = run(sharding, leading_shape)
+    expected, _ = run(jax.devices()[0], (num_rows,))
+    assert actual.sharding.is_equivalent_to(sharding, 3)
+    helpers.assert_close(np.asarray(actual).reshape(expected.shape), expected, rtol=1e-5)
+    sent = re.findall(r"= f32\[([\d,]+)\]\S* (?:all-|reduce-|collective-)[\w-]*\(", program)
+    assert sent or kind == AxisType.Auto  # where XLA has put the slots on every device
+    assert all(np.prod([*map(int, shape.split(","))]) <= 2 * N * D for shape in sent)
+
+
 def compiled_step(name: str, kind: Any, table_spec: Any, rows: int) -> Any:
     """A whole step for a table of so many rows, and what its collectives send, as HLO has it."""
     mesh, tx = make_mesh(kind), OPTIMIZERS[name]
@@ -515,13 +549,15 @@ def test_what_does_not_vary_is_the_sum_already(inside: Any) -> None:
 @every_map
 def test_rows_that_users_make_of_what_varies_and_what_does_not(how: str) -> None:
     def share(ones: Any, _: Any, ids: Any) -> Any:
-        rows = at.SparseRows(ids, ones[: ids.size].astype(jnp.bfloat16), V)
+        values = ones[: ids.size].astype(jnp.bfloat16)
+        rows = at.SparseRows(ids, values, V, leading_shape=(V // 4, 4))
         rows = at.all_reduce_rows({"t": [rows]}, "d")["t"][0]
         assert rows.dtype == jnp.bfloat16
+        assert rows.shape == (V // 4, 4, 1)
         return rows.to_dense()
 
     actual = over_devices(how, share, sharded=1)(jnp.ones((N, 1)), 0.0, IDS[0])
-    np.testing.assert_array_equal(actual[:, 0], np.bincount(IDS[0], minlength=V))
+    np.testing.assert_array_equal(actual.flatten(), np.bincount(IDS[0], minlength=V))
 
 
 @every_map

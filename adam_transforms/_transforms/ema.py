@@ -411,6 +411,12 @@ def _check_rows(path: Path, u: SparseRows, last: Any) -> None:
             "Python number (under optax.inject_hyperparams, in static_args) and overwrite_every "
             "is None; or mask it to the other parameters (optax.masked)"
         )
+    if last.shape[: len(u.leading_shape)] != u.leading_shape:
+        raise ValueError(
+            f"{path!r} has a row gradient with the row axes {list(u.leading_shape)}, but "
+            f"params_ema keeps last steps of shape {list(last.shape)}: mask it to the other "
+            "parameters (optax.masked)"
+        )
 
 
 def _debias(ema: jax.Array, weight: jax.Array) -> jax.Array:
