@@ -720,9 +720,12 @@ def test_stacked_tables_take_the_steps_of_one_table_with_all_their_rows(name: st
 def test_stacked_tables_are_updated_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     flat = steps_of_a_stack("all inside", (V,))
     monkeypatch.setattr(lazy, "LAZY_BYTES", 0)
-    monkeypatch.setattr(row_blocks, "_BLOCK_BYTES", 1)
     monkeypatch.setattr(row_blocks, "_LEAST_LENGTH", 2)
     monkeypatch.setattr(sparse_rows, "PACKED_BYTES", 0)
+    rows = at.SparseRows(np.arange(9), np.ones((9, 1000), np.float32), V, leading_shape=STACK)
+    monkeypatch.setattr(row_blocks, "_BLOCK_BYTES", rows.values[:4].nbytes)
+    assert row_blocks.block_length(rows) == 4
+    monkeypatch.setattr(row_blocks, "_BLOCK_BYTES", 1)
     assert_same_rows(steps_of_a_stack("all inside", STACK), flat)
 
 

@@ -379,7 +379,7 @@ def _check_table(path: Path, leaf: Any) -> None:
 
 
 def _refuse_stacked(path: Path, g: Any) -> None:
-    if is_rows(g) and len(g.leading_shape) > 1:
+    if isinstance(g, SparseRows) and len(g.leading_shape) > 1:
         raise ValueError(
             f"{path!r} has a row gradient of stacked tables, {g}, but deferred_adam keeps rows "
             f"along the first axis: make it one table of {g.num_rows} rows, in which row (f, v) is "
