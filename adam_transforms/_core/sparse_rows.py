@@ -234,16 +234,7 @@ class SparseRows(metaclass=_Described):
         )
 
     def _places(self) -> tuple[jax.Array, ...]:
-        """The indices along each leading axis; at padding, the first is outside of the table.
-
-        The table itself is not reshaped: its leading axes may be sharded, or padded by a layout.
-        """
-        rest, places = self.indices, []
-        for size in self.leading_shape[:0:-1]:
-            size = jnp.int32(max(size, 1))
-            places.append(jax.lax.rem(rest, size))
-            rest = jax.lax.div(rest, size)
-        return (rest, *reversed(places))
+        return places(self.indices, self.leading_shape)
 
     def _refuse_batch(self) -> None:
         _refuse_other_leaf(self._keys)
@@ -466,6 +457,19 @@ def to_dense(tree: Any) -> Any:
     [[0.0], [5.0]]
     """
     return jax.tree.map(lambda x: x.to_dense() if is_rows(x) else x, tree, is_leaf=is_rows)
+
+
+def places(indices: jax.Array, leading_shape: Sequence[int]) -> tuple[jax.Array, ...]:
+    """The indices along each leading axis; at padding, the first is outside of the table.
+
+    The table itself is not reshaped: its leading axes may be sharded, or padded by a layout.
+    """
+    rest, found = indices, []
+    for size in leading_shape[:0:-1]:
+        size = jnp.int32(max(size, 1))
+        found.append(jax.lax.rem(rest, size))
+        rest = jax.lax.div(rest, size)
+    return (rest, *reversed(found))
 
 
 def explicit_sharding(x: jax.Array, *, row_axes: int = 0, become: int = 1) -> NamedSharding | None:

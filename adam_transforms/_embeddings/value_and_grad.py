@@ -198,5 +198,6 @@ def _assemble(
         jnp.concatenate([replicated(indices[k]) for k in of_table] or [jnp.zeros((0,), jnp.int32)]),
         jnp.concatenate(values or [jnp.zeros((0, *width), wide)]),
         num_rows=math.prod(row_shape),
+        leading_shape=row_shape,
     ).sum_duplicates()
     return rows.with_values(rows.values.astype(dtype))

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adam_transforms._core.sparse_rows import explicit_sharding
+from adam_transforms._core.sparse_rows import explicit_sharding, places
 from adam_transforms._embeddings.reads.row_functions import narrow, widen
 from adam_transforms._embeddings.reads.selection import (
     AllRows,
@@ -50,11 +50,10 @@ def read_table(
 
 
 def gather_rows(table: jax.Array, index: jax.Array, row_axes: int) -> jax.Array:
-    """(n, D...), rows of a table whose rows the leading axes number together."""
-    if row_axes > 1:
-        table = jnp.reshape(table, (-1, *table.shape[row_axes:]))
-    sharding = explicit_sharding(table, all_rows=True)
-    return table.at[index].get(mode="clip", out_sharding=sharding)
+    """(n, D...), rows of a table whose leading axes number its rows together."""
+    sharding = explicit_sharding(table, row_axes=row_axes)
+    where = places(index, table.shape[:row_axes])
+    return table.at[where].get(mode="clip", out_sharding=sharding)
 
 
 def reads_whole(along: Any, size: Any) -> bool:
