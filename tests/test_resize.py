@@ -184,6 +184,11 @@ def test_training_goes_on_as_if_the_table_had_always_been_larger(
     actual = follow(step, params, state, gradients[3:])
     params = start(dtype, LARGER)
     expected = follow(step, params, make(name, LARGER).init(params), gradients)
+    if name == "lazy average":
+        # The last step of an idle row says how much its average lacks: what it is then, counts.
+        actual, expected = (
+            (params, at.ema_params(state, params)) for params, state in (actual, expected)
+        )
     assert_close(*(jax.tree.map(_plain, x) for x in (actual, expected)), rtol=1e-5, atol=1e-6)
 
 

@@ -36,7 +36,7 @@ STATES: dict[str, Any] = {
     "skipping some": at.skip_nonfinite(at.adam(), max_consecutive=2),
     "variable cycles": at.accumulate(at.adam(), lambda cycles: 2 + cycles, weighted=True),
     "masters": at.master_weights(at.adam()),
-    "rate": at.scale_by_learning_rate(0.1),
+    "rate": at.scale_by_learning_rate(optax.constant_schedule(0.1)),
     "rates": at.scale_by_path_learning_rate([("w", 0.1)], 0.2),
     "lazy": at.lazy_adam(),
     "deferred": at.deferred_adam(0.1, tables="table"),

@@ -116,7 +116,8 @@ def _stateless(clip: Callable[[Updates], Updates]) -> optax.GradientTransformati
     def update(
         updates: Updates, state: State, params: Params | None = None, **_: Any
     ) -> tuple[Updates, State]:
-        if type(state) is not optax.EmptyState:
+        # None too: Optax's own code calls transformations without a state so.
+        if state is not None and type(state) is not optax.EmptyState:
             raise wrong_state(init, updates, state, params)
         return clip(updates), state
 
