@@ -127,7 +127,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("compat", "flax", "interop")  # imported when first used; flax needs Flax
+# Imported when first used: flax needs Flax, and equinox Equinox.
+_SUBMODULES = ("compat", "equinox", "flax", "interop")
 
 
 def __getattr__(name: str) -> ModuleType:

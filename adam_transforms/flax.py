@@ -46,7 +46,7 @@ def value_and_grad(
       is an `nnx.State` of the differentiated variables, for ``optimizer.update(model, gradient)``.
 
     Raises:
-      TypeError: a differentiated argument is not passed by position.
+      TypeError: `f` is not callable, or a differentiated argument is not passed by position.
       ValueError: `f` changes a differentiated variable; or an error of
         `adam_transforms.value_and_grad`.
 
@@ -67,6 +67,7 @@ def value_and_grad(
     >>> bool(step(model, optimizer, ids) < before)
     True
     """
+    _row_gradients.check_loss(f)
     is_single = isinstance(argnums, int | nnx.DiffState)
     sequence = [argnums] if is_single else argnums
     wanted = [x if isinstance(x, nnx.DiffState) else nnx.DiffState(x, nnx.Param) for x in sequence]

@@ -1,4 +1,4 @@
-"""Training loops of Flax, Equinox and plain trees, each as its users write it."""
+"""Training loops of Flax and plain trees, each as its users write it."""
 
 import functools
 import re
@@ -328,6 +328,32 @@ def test_auxiliary_output_and_other_modules_come_back() -> None:
     assert aux["name"] == "tower"
 
 
+class Opaque(nnx.Module, pytree=False):
+    def __init__(self) -> None:
+        self.table = nnx.Param(jnp.ones((V, D)))
+
+
+@pytest.mark.parametrize(
+    ("argument", "what"),
+    [
+        (lambda: RestlessTower(nnx.Rngs(0)), "'dropout/rngs/count' of uint32"),
+        (lambda: {"model": [Opaque()]}, "no tree"),
+        (lambda: nnx.state(nnx.Rngs(0)), "State of flax.nnx"),
+    ],
+)
+def test_modules_elsewhere_are_refused_with_the_remedy(argument: Any, what: str) -> None:
+    def loss(argument: Any) -> Any:
+        raise AssertionError("must not be reached")
+
+    with pytest.raises(TypeError, match=f"{what}.*adam_transforms.flax.value_and_grad.*nnx.split"):
+        at.value_and_grad(loss)(argument())
+
+
+def test_a_linen_module_is_no_tree_of_parameters() -> None:
+    with pytest.raises(TypeError, match="Dense of flax.linen is no tree.*init"):
+        at.grad(lambda model: 0.0)(nn.Dense(3))
+
+
 def test_variables_made_on_the_way_are_kept() -> None:
     class Remembering(Tower):
         def __call__(self, ids: Any) -> Any:
@@ -416,46 +442,7 @@ def test_step_traces_once_and_the_same_with_and_without_jit() -> None:
     assert_same_arrays(*results, rtol=1e-4, atol=1e-5)
 
 
-# ---- Equinox, and plain trees ----
-
-
-@pytest.mark.parametrize("kind", ["lazy", "deferred"])
-def test_equinox_modules_train(kind: str) -> None:
-    """`eqx.apply_updates` takes no row updates; ours takes None as it does."""
-    eqx = pytest.importorskip("equinox")
-
-    class Model(eqx.Module):
-        embed: Any
-        out: Any
-        name: str = eqx.field(static=True)
-
-        def __call__(self, token: Any) -> Any:
-            return self.out(self.embed(token))
-
-    keys = jax.random.split(jax.random.key(0), 2)
-    model = Model(eqx.nn.Embedding(V, D, key=keys[0]), eqx.nn.Linear(D, 1, key=keys[1]), "tower")
-    tx = (
-        at.lazy_adam(0.1) if kind == "lazy" else at.deferred_adam(0.1, tables="embed", eps_hat=True)
-    )
-    params, static = eqx.partition(model, eqx.is_inexact_array)
-    state = tx.init(params)
-
-    def loss(params: Any, ids: Any, targets: Any) -> Any:
-        return squared_error(jax.vmap(eqx.combine(params, static))(ids), targets)
-
-    @jax.jit
-    def step(params: Any, state: Any, batch: Any) -> Any:
-        rows_from = state if kind == "deferred" else None
-        value, grads = at.value_and_grad(loss, rows_from=rows_from)(params, *batch)
-        assert isinstance(grads.embed.weight, at.SparseRows)
-        updates, state = tx.update(grads, state, params)
-        return at.apply_updates(params, updates), state, value
-
-    losses = []
-    for _ in range(5):
-        params, state, value = step(params, state, batch_of(0))
-        losses.append(float(value))
-    assert losses[-1] < losses[0]
+# ---- plain trees ----
 
 
 @pytest.mark.parametrize("kind", ["lazy", "deferred"])

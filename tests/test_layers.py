@@ -27,7 +27,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("_transforms",),
     ("_embeddings",),
     ("_optimizers",),
-    ("_tools", "flax", "interop"),
+    ("_tools", "equinox", "flax", "interop"),
     ("compat",),
     ("__init__",),
     ("_demo",),
@@ -87,9 +87,9 @@ PUBLIC_NAMES = """
     ScaleByPathLearningRateState ScheduledDecayState SkipNonfiniteState SparseRows
     StaticLossScaleState TransferReport VariableAccumulateState accumulate adam adamw
     all_reduce_rows apply_updates by_path catch_up check_state clip_by_global_norm clip_by_norm
-    clip_by_value compat deferred_adam dense_equivalent dynamic_loss_scale ema_params explain
-    finalize flax flush flush_accumulated freeze_rows global_norm grad has_updated interop lazy
-    lazy_adam master_weights max_row_norm metrics owed params_ema path_mask path_str resize
+    clip_by_value compat deferred_adam dense_equivalent dynamic_loss_scale ema_params equinox
+    explain finalize flax flush flush_accumulated freeze_rows global_norm grad has_updated interop
+    lazy lazy_adam master_weights max_row_norm metrics owed params_ema path_mask path_str resize
     scale_by_adam scale_by_amsgrad scale_by_learning_rate scale_by_path_learning_rate scale_loss
     shard_slots skip_nonfinite static_loss_scale summary to_dense transfer_state value_and_grad
 """.split()
@@ -191,7 +191,7 @@ def test_no_import_is_dodged_by_probing_attributes() -> None:
 
 
 def test_the_public_names_are_these() -> None:
-    assert sorted({*adam_transforms.__all__, "flax"}) == PUBLIC_NAMES
+    assert sorted({*adam_transforms.__all__, "equinox", "flax"}) == PUBLIC_NAMES
 
 
 def test_every_public_function_has_an_example() -> None:
@@ -216,7 +216,7 @@ def test_the_readme_names_modules_that_exist() -> None:
 
 
 def test_optional_packages_are_imported_when_first_used() -> None:
-    assert {"compat", "flax", "interop", "__version__"} < set(dir(adam_transforms))
+    assert {"compat", "equinox", "flax", "interop", "__version__"} < set(dir(adam_transforms))
     code = (
         "import sys, adam_transforms\n"
         "print(*(x for x in dir(adam_transforms) if f'adam_transforms.{x}' in sys.modules))"

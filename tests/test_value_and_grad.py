@@ -301,7 +301,7 @@ def test_has_aux_without_a_pair_is_refused_in_the_words_of_jax():
     assert str(actual.value) == str(expected.value)
 
 
-@pytest.mark.parametrize("argnums", [0, 1, -1, (0, 1), (1, 0), [2], (0, 1, 2)])
+@pytest.mark.parametrize("argnums", [0, 1, -1, (0, 1), (1, 0), [2], (0, 1, 2), np.int64(1)])
 def test_argnums_select_and_order_the_gradients(argnums):
     def loss(a, b, scale, *, factor):
         return jnp.sum(a["t"][IDS] * b[IDS] * scale) * factor
@@ -315,7 +315,7 @@ def test_argnums_select_and_order_the_gradients(argnums):
         return to_dense(both), to_dense(only), jax.value_and_grad(loss, argnums)(*args, factor=3.0)
 
     actual, only, expected = all_three(args)
-    if isinstance(argnums, int):
+    if isinstance(argnums, int | np.integer):
         assert not isinstance(actual[1], list | tuple)
     helpers.assert_bits_equal(actual, expected)
     helpers.assert_bits_equal(only, expected[1])
@@ -324,6 +324,20 @@ def test_argnums_select_and_order_the_gradients(argnums):
 def test_an_argument_that_is_missing_is_refused_as_by_jax():
     with pytest.raises(TypeError, match="argnums"):
         grad(table_loss, argnums=2)(TABLE, IDS)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: value_and_grad({"t": TABLE}, table_loss), r"loss, got dict: write .*\(loss\)"),
+        (lambda: grad(None), "loss, got NoneType"),
+        (lambda: value_and_grad(table_loss, {"t": TABLE}), r"(?s)argnums .*got \{'t'.*\(loss\)"),
+        (lambda: value_and_grad(len, table_loss), "argnums .*got <function"),
+    ],
+)
+def test_arguments_in_the_wrong_order_are_refused(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
 
 
 def test_aux_comes_back_as_it_is():

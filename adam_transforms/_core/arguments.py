@@ -17,6 +17,8 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from adam_transforms._core import trees
+
 _NUMBERS = int | float | np.integer | np.floating
 _ARRAYS = jax.Array | np.ndarray
 _SCALARS = _NUMBERS | _ARRAYS
@@ -154,6 +156,44 @@ def float_dtype(name: str, value: Any) -> np.dtype | None:
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"{name} must be a floating or complex dtype, got {dtype}")
     return dtype
+
+
+# {package: what takes the place of an object of one of its classes in a differentiated argument}
+_IN_PLACE_OF_MODULES = {
+    "equinox": "use adam_transforms.equinox.filter_value_and_grad, or differentiate "
+    "eqx.partition(module, eqx.is_inexact_array)[0]",
+    "flax.linen": "differentiate the parameters that init returns, and call apply in the loss",
+    "flax.nnx": "use adam_transforms.flax.value_and_grad, or differentiate "
+    "nnx.split(module, nnx.Param, ...)[1]",
+    "keras": "differentiate [v.value for v in model.trainable_variables], and call "
+    "model.stateless_call in the loss",
+}
+
+
+def refuse_modules(args: Sequence[Any], is_differentiable: Callable[[Any], bool]) -> None:
+    """Refuses modules of other libraries with leaves that are not differentiable.
+
+    Raises:
+      TypeError: names the class, the leaf, and what to differentiate instead.
+    """
+
+    def package_of(x: Any) -> str | None:
+        modules = [f"{cls.__module__}." for cls in type(x).__mro__]
+        found = (p for p in _IN_PLACE_OF_MODULES if any(m.startswith(f"{p}.") for m in modules))
+        return next(found, None)
+
+    for module in jax.tree.leaves(args, is_leaf=lambda x: package_of(x) is not None):
+        package = package_of(module)
+        if package is None:
+            continue
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(module):
+            if not is_differentiable(leaf):
+                kind = getattr(leaf, "dtype", type(leaf).__name__)
+                what = f"has a leaf {trees.path_str(keys)!r} of {kind}" if keys else "is no tree"
+                raise TypeError(
+                    f"{type(module).__name__} of {package} {what}, and cannot be differentiated: "
+                    f"{_IN_PLACE_OF_MODULES[package]}"
+                )
 
 
 _NAMES_ELSEWHERE = {

@@ -1,6 +1,6 @@
 """Says which leaves get row gradients, and why the others do not."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from adam_transforms._embeddings.tracing import (
     leaves_of,
     trace,
 )
+from adam_transforms._embeddings.value_and_grad import check_loss, positions_of
 from adam_transforms._xla.jaxprs import location
 from adam_transforms._xla.row_independence import REDUCTIONS
 
@@ -101,7 +102,8 @@ def explain(
     >>> report["tied"].operation, report["tied"].is_inherent
     ('dot_general', True)
     """
-    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    check_loss(fun)
+    positions = positions_of(argnums)
     leaves, _ = leaves_of(args, positions)
     traced = trace(fun, has_aux, args, kwargs, positions)
     deferred = set(deferred_leaves(rows_from, leaves))
@@ -110,7 +112,7 @@ def explain(
     choice, selected = find_tables(traced, leaves, select, deferred)
     report = Explanation()
     for i, leaf in enumerate(leaves):
-        path = leaf.path if isinstance(argnums, int) else f"{leaf.position}/{leaf.path}"
+        path = leaf.path if not isinstance(argnums, Iterable) else f"{leaf.position}/{leaf.path}"
         report[path] = _explain(i, leaf, choice, i in selected)
     return report
 

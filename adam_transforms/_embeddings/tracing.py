@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adam_transforms._core import trees
+from adam_transforms._core import arguments, trees
 from adam_transforms._core.types import Path
 from adam_transforms._embeddings.deferred.sync import current_rows
 from adam_transforms._embeddings.reads.choosing import Choice, choose
@@ -43,15 +43,21 @@ class Traced(NamedTuple):
 
 
 def are_differentiable(args: Sequence[Any], positions: Sequence[int]) -> bool:
-    """Whether the arguments exist and hold nothing but floating and complex arrays."""
-    if not all(-len(args) <= i < len(args) for i in positions):
+    """Whether the arguments exist and hold nothing but floating and complex arrays.
+
+    Raises:
+      TypeError: an argument holds a module of another library with other leaves.
+    """
+    given = [args[i] for i in positions if -len(args) <= i < len(args)]
+    if not all(map(_is_differentiable, jax.tree.leaves(given))):
+        arguments.refuse_modules(given, _is_differentiable)
         return False
-    leaves = jax.tree.leaves([args[i] for i in positions])
-    return all(
-        isinstance(x, jax.Array | np.ndarray | np.generic | float | complex)
-        and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-        for x in leaves
-    )
+    return len(given) == len(positions)
+
+
+def _is_differentiable(x: Any) -> bool:
+    is_number = isinstance(x, jax.Array | np.ndarray | np.generic | float | complex)
+    return is_number and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
 def leaves_of(args: Sequence[Any], positions: Sequence[int]) -> tuple[list[Leaf], Any]:

@@ -8,7 +8,8 @@ the indices of the reads make the row gradients. No (V, D) gradient ever exists.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -82,8 +83,8 @@ def value_and_grad(
         rows; the error names its path, the operation and its line. A `while_loop` and a custom VJP
         count as one operation each. `rows_from` has no deferred state, two for one table, or one
         for a table that is no leaf here.
-      TypeError: a leaf is not floating or complex, as from JAX. Of an Equinox module, differentiate
-        the arrays: ``eqx.partition(module, eqx.is_inexact_array)[0]``.
+      TypeError: `fun` is not callable; a leaf is not floating or complex, as from JAX. Modules with
+        such leaves are for `adam_transforms.flax` (NNX) and `adam_transforms.equinox`.
 
     Negative ids count from the end where jnp reads them so. For indices outside of the table the
     mode of the read decides: with ``"clip"`` the nearest row gets the gradient, with every other
@@ -103,9 +104,11 @@ def value_and_grad(
     >>> grads["table"].values.tolist()
     [[4.0, 4.0], [2.0, 2.0], [0.0, 0.0]]
     """
+    check_loss(fun)
+    positions = positions_of(argnums)
+    is_single = not isinstance(argnums, Iterable)
     auto = isinstance(tables, str) and tables == "auto"
     select = None if auto else patterns.selector("tables", tables)
-    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
     @functools.wraps(fun)
     def value_and_grad_of(*args: Any, **kwargs: Any) -> Any:
@@ -143,7 +146,7 @@ def value_and_grad(
                 for i, leaf in enumerate(leaves)
             ]
         )
-        grads = grads[0] if isinstance(argnums, int) else grads
+        grads = grads[0] if is_single else grads
         return ((value, aux) if has_aux else value), grads
 
     return value_and_grad_of
@@ -175,6 +178,26 @@ def grad(
         return (grads, value[1]) if has_aux else grads
 
     return grad_of
+
+
+def check_loss(fun: Any) -> None:
+    """Refuses what is not callable, such as the parameters."""
+    if not callable(fun):
+        raise TypeError(
+            f"the loss must be a function, got {type(fun).__name__}: "
+            "write value_and_grad(loss)(params)"
+        )
+
+
+def positions_of(argnums: Any) -> tuple[int, ...]:
+    """`argnums`, one or several, as a tuple."""
+    try:
+        return tuple(map(operator.index, argnums if isinstance(argnums, Iterable) else [argnums]))
+    except TypeError:
+        raise TypeError(
+            f"argnums must be an integer or a sequence of integers, got {argnums!r:.200}: "
+            "write value_and_grad(loss)(params)"
+        ) from None
 
 
 # ---- (4) row gradients --------------------------------------------------------------------------
