@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from helpers import assert_close
 from jax import export
 
 import adam_transforms as at
@@ -76,6 +77,38 @@ def test_a_dense_step_is_the_same_program_everywhere(platform: str) -> None:
     assert program == form("cpu")
     assert loops(program) == bit_tricks(program) == 0
     assert program.count("stablehlo.case") == 1  # the norm of gradients whose squares overflow
+
+
+EXPORTED: dict[str, Any] = {
+    "lazy": lambda like: at.lazy_adam(0.1, clip_global_norm=1.0),
+    "accumulate": lambda like: at.accumulate(at.lazy_adam(0.1), 2, like=like),
+    "deferred": lambda like: at.deferred_adam(0.1, tables="table"),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_a_step_is_exported_for_a_batch_of_any_size(name: str) -> None:
+    """Row gradients and the step after them, for all platforms in one program."""
+    params = {"table": jnp.arange(200.0).reshape(50, 4) / 100}
+    ids = jax.ShapeDtypeStruct(export.symbolic_shape("b, 3"), jnp.int32)
+
+    def loss(params: Any, ids: Any) -> Any:
+        return jnp.sum(jnp.tanh(params["table"][ids]) ** 2)
+
+    def optimizer(ids: Any) -> Any:
+        return EXPORTED[name](jax.eval_shape(at.grad(loss), params, ids))
+
+    def step(params: Any, state: Any, ids: Any) -> Any:
+        rows_from = state if name == "deferred" else None
+        grads = at.grad(loss, rows_from=rows_from)(params, ids)
+        updates, state = optimizer(ids).update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    abstract = jax.eval_shape(optimizer(ids).init, params)
+    program = export.export(jax.jit(step), platforms=["cpu", "cuda", "tpu"])(params, abstract, ids)
+    given = jnp.arange(12).reshape(4, 3) * 7 % 10
+    inputs = params, optimizer(given).init(params), given
+    assert_close(at.to_dense(program.call(*inputs)), at.to_dense(jax.jit(step)(*inputs)))
 
 
 def test_a_step_placed_on_a_cpu_is_lowered_for_it() -> None:

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
+import adam_transforms as at
 from adam_transforms._core.sparse_rows import SparseRows, is_rows, to_dense
 from adam_transforms._embeddings.value_and_grad import grad, value_and_grad
 
@@ -503,6 +505,41 @@ def test_a_scalar_is_no_table():
 
 
 # ---- transformations around and inside ----
+
+
+def lazy_step(table, ids):
+    tx = at.lazy_adam(0.1)
+    updates, _ = tx.update(grad(table_loss)(table, ids), tx.init(table), table)
+    return at.apply_updates(table, updates)
+
+
+def deferred_step(table, ids):
+    tx = at.deferred_adam(0.1, tables=".*")
+    state = tx.init(table)
+    updates, _ = tx.update(grad(table_loss, rows_from=state)(table, ids), state, table)
+    return at.apply_updates(table, updates)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [lambda table, ids: to_dense(grad(table_loss)(table, ids)), lazy_step, deferred_step],
+    ids=["gradient", "lazy", "deferred"],
+)
+def test_index_checks_report_wrong_ids_alone(step):
+    """Padding, as of repeated rows, is no error; where JAX reports a wrong id it is the same."""
+
+    theirs, ours = (
+        jax.jit(checkify.checkify(fn, errors=checkify.index_checks))
+        for fn in (jax.grad(table_loss), step)
+    )
+    for ids in (IDS, -1 - IDS):
+        assert ours(TABLE, ids)[0].get() is None
+    for wrong in (ROWS, -ROWS - 1):
+        ids = IDS.copy()
+        ids[0, 1] = wrong
+        expected, actual = (fn(TABLE, ids)[0].get().splitlines()[0] for fn in (theirs, ours))
+        assert f"out-of-bounds indexing for array of shape ({ROWS}, {WIDTH})" in expected
+        assert actual == expected
 
 
 def test_a_vmap_over_the_gradient_maps_tables_and_ids():

@@ -16,9 +16,11 @@ from adam_transforms._core.key_type import KEY_TYPE
 from adam_transforms._core.serialization import serializable_node
 from adam_transforms._xla.duplicates import first_positions
 from adam_transforms._xla.scheduling import depend_on, materialize, token
+from adam_transforms._xla.unchecked import unchecked
 
 # Bytes of values from which on summed rows are packed: an update in blocks then skips the padding.
-# With Zipf ids and without it a lazy step of 32 MiB takes 1.15 times as long, on two cores.
+# With Zipf ids and without it a lazy step of 32 MiB takes 1.15 times as long, on two cores. A size
+# that is symbolic, under `jax.export`, is no int: there as elsewhere it counts as small.
 PACKED_BYTES = 16 * 2**20
 
 
@@ -152,9 +154,10 @@ class SparseRows(metaclass=_Described):
         """The (V, D...) array, duplicates summed."""
         self._refuse_batch()
         dtype = dtypes.compute_dtype(self.dtype)
-        zeros, values = jnp.zeros(self.shape, dtype), self.values.astype(dtype)
+        values = self.values.astype(dtype)
         sharding = explicit_sharding(values, row_axes=1, become=len(self.leading_shape))
-        return self._scatter_add(zeros, values, sharding).astype(self.dtype)
+        zeros = jax.lax.full(self.shape, 0, dtype, sharding=sharding)
+        return self._scatter_add(zeros, values).astype(self.dtype)
 
     def sum_duplicates(self) -> "SparseRows":
         """The same gradient with unique indices: the first occurrence of a row holds the sum, and
@@ -198,15 +201,9 @@ class SparseRows(metaclass=_Described):
 
     def gather_each(self, tables: Sequence[jax.Array]) -> list[jax.Array]:
         """`gather` of several arrays, each computed once for all its uses."""
-        is_valid, places, axes = self.is_valid, self._places(), len(self.leading_shape)
-        gathered = []
-        for table in map(jnp.asarray, tables):
-            sharding = explicit_sharding(table, row_axes=axes)
-            if 0 in table.shape[:axes]:  # nothing that JAX would gather from
-                rows = jnp.zeros((is_valid.size, *table.shape[axes:]), table.dtype)
-            else:
-                rows = table.at[places].get(mode="clip", out_sharding=sharding)
-            gathered.append(_masked(is_valid, rows))
+        is_valid = self.is_valid
+        gathered = _gather_rows([*map(jnp.asarray, tables)], self._places())
+        gathered = [_masked(is_valid, rows) for rows in gathered]
         return [*map(materialize, gathered)]
 
     def scatter(self, table: jax.Array, values: jax.Array) -> jax.Array:
@@ -217,21 +214,13 @@ class SparseRows(metaclass=_Described):
         self, tables: Sequence[jax.Array], values: Sequence[jax.Array]
     ) -> list[jax.Array]:
         """`scatter` into several arrays, whose dtypes stay."""
-        places = self._places()
-        return [
-            table.at[places].set(
-                new.astype(table.dtype),
-                mode="drop",
-                unique_indices=True,
-                out_sharding=explicit_sharding(table),
-            )
-            for table, new in zip(map(jnp.asarray, tables), values, strict=True)
-        ]
+        tables = [*map(jnp.asarray, tables)]
+        new = [x.astype(table.dtype) for x, table in zip(values, tables, strict=True)]
+        return set_rows(tables, self._places(), new)
 
-    def _scatter_add(self, table: jax.Array, values: jax.Array, sharding: Any) -> jax.Array:
-        return table.at[self._places()].add(
-            values, mode="drop", unique_indices=self.unique, out_sharding=sharding
-        )
+    def _scatter_add(self, table: jax.Array, values: jax.Array) -> jax.Array:
+        add = _add_unique_rows if self.unique else _add_rows
+        return add(table, self._places(), values)
 
     def _places(self) -> tuple[jax.Array, ...]:
         return places(self.indices, self.leading_shape)
@@ -273,7 +262,7 @@ class SparseRows(metaclass=_Described):
             raise TypeError(f"a table in {table.dtype} cannot take rows in {self.dtype}")
         wide = dtypes.compute_dtype(table.dtype, self.values.dtype)
         if wide == table.dtype:
-            return self._scatter_add(table, self.values.astype(wide), explicit_sharding(table))
+            return self._scatter_add(table, self.values.astype(wide))
         # Not the table in a wider dtype: that would be one more array of its size.
         rows = self.with_values(self.values.astype(wide)).sum_duplicates()
         after = rows.gather(table).astype(wide) + rows.values
@@ -398,11 +387,12 @@ def _sum_duplicates(
         is_first = jnp.concatenate([is_first, is_new])
     size = indices.size
     distinct = jnp.where(is_first, indices, num_rows)
-    pack = rows.values.nbytes >= packed_bytes
+    nbytes = rows.values.nbytes
+    pack = isinstance(nbytes, int) and nbytes >= packed_bytes
     if pack:
         place = jax.lax.associative_scan(jnp.add, is_first.astype(jnp.int32)) - 1
-        packed = jnp.full((size,), num_rows, jnp.int32).at[jnp.where(is_first, place, size)]
-        distinct = packed.set(indices, mode="drop", unique_indices=True)
+        packed = jnp.full((size,), num_rows, jnp.int32)
+        (distinct,) = set_rows([packed], (jnp.where(is_first, place, size),), [indices])
         first = place[first]
     if rows.unique and not pack:
         values = _masked(is_valid, rows.values)
@@ -410,8 +400,8 @@ def _sum_duplicates(
     else:
         values = rows.values.astype(dtypes.compute_dtype(rows.values.dtype))
         into = jnp.where(is_valid, first, size)  # padding is dropped
-        sums = jnp.zeros((size, *values.shape[1:]), values.dtype).at[into]
-        sums = sums.add(values, mode="drop", out_sharding=explicit_sharding(values))
+        shape, sharding = (size, *values.shape[1:]), explicit_sharding(values)
+        sums = _add_rows(jax.lax.full(shape, 0, values.dtype, sharding=sharding), (into,), values)
     return rows.with_rows(distinct, sums.astype(rows.values.dtype), unique=True)
 
 
@@ -428,9 +418,52 @@ def _run_besides(
     `indices`."""
     run = start + jnp.arange(length, dtype=jnp.int32)
     run = jnp.where(run < num_rows, run, num_rows)
-    offset = jnp.where(indices >= start, indices - start, length)
-    named = jnp.zeros((length,), bool).at[offset].set(True, mode="drop")
-    return run, ~named & (run < num_rows)
+    offset = jnp.where(indices >= start, jnp.minimum(indices - start, length), length)
+    named = jnp.zeros((length + 1,), bool).at[offset].set(True)
+    return run, ~named[:length] & (run < num_rows)
+
+
+# ---- gathers and scatters, where an index beyond the end is padding ----
+
+# The indices of rows along each leading axis, each (n,).
+_Places = tuple[jax.Array, ...]
+
+
+@unchecked
+def _gather_rows(tables: Sequence[jax.Array], places: _Places) -> list[jax.Array]:
+    """The rows of each of `tables`; anything at padding."""
+    axes = len(places)
+    return [
+        jnp.zeros((places[0].size, *table.shape[axes:]), table.dtype)  # JAX refuses to gather
+        if 0 in table.shape[:axes]
+        else table.at[places].get(mode="clip", out_sharding=explicit_sharding(table, row_axes=axes))
+        for table in tables
+    ]
+
+
+@unchecked
+def set_rows(
+    tables: Sequence[jax.Array], places: _Places, values: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """`tables` with their rows at `places`, which are unique, replaced."""
+    return [
+        table.at[places].set(
+            new, mode="drop", unique_indices=True, out_sharding=explicit_sharding(table)
+        )
+        for table, new in zip(tables, values, strict=True)
+    ]
+
+
+@unchecked
+def _add_rows(table: jax.Array, places: _Places, values: jax.Array) -> jax.Array:
+    return table.at[places].add(values, mode="drop", out_sharding=explicit_sharding(table))
+
+
+@unchecked
+def _add_unique_rows(table: jax.Array, places: _Places, values: jax.Array) -> jax.Array:
+    return table.at[places].add(
+        values, mode="drop", unique_indices=True, out_sharding=explicit_sharding(table)
+    )
 
 
 def to_parts(tree: Any) -> Any:

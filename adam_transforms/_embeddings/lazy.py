@@ -174,7 +174,8 @@ class _RowUpdate(NamedTuple):
         self, gradients: _Leaves, params: _Leaves, state: _Leaves
     ) -> tuple[list[Any], list[Any]]:
         """The updates and the new state; in blocks where that pays."""
-        many = [rows for rows in self.rows.values() if rows.values.nbytes >= LAZY_BYTES]
+        sizes = [(rows, rows.values.nbytes) for rows in self.rows.values()]
+        many = [rows for rows, size in sizes if isinstance(size, int) and size >= LAZY_BYTES]
         lengths = [n for rows in many if (n := block_length(rows)) is not None]
         by_row = self.row_function(gradients, params, state) if lengths else None
         if by_row is None:

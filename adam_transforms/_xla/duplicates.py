@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from adam_transforms._xla.platform import on_cpu
+from adam_transforms._xla.unchecked import unchecked
 
 # Buckets to an index in the hash table: few collisions, and little memory.
 _BUCKETS_PER_INDEX = 8
@@ -68,8 +69,8 @@ def _winners(bucket: jax.Array, empty: jax.Array) -> jax.Array:
     return owner.at[bucket].get(mode="fill", fill_value=bucket.size)
 
 
-_hash_or_sort = on_cpu(by_sorting)(by_hashing)
-_look_up_or_sort = on_cpu(lambda indices, empty: by_sorting(indices))(_winners)
+_hash_or_sort = unchecked(on_cpu(by_sorting)(by_hashing))
+_look_up_or_sort = unchecked(on_cpu(lambda indices, empty: by_sorting(indices))(_winners))
 
 
 def first_positions(indices: jax.Array, num_rows: int) -> jax.Array:
@@ -81,6 +82,8 @@ def first_positions(indices: jax.Array, num_rows: int) -> jax.Array:
     Noticed by: `test_platforms`.
     """
     n = indices.size
+    if not isinstance(n, int):  # symbolic, under `jax.export`: no hash table has a power of 2 slots
+        return by_sorting(indices)
     if num_rows < _num_buckets(n):  # a bucket for each row: nothing collides
         return _look_up_or_sort(indices, jnp.full((num_rows + 1,), n, jnp.int32))
     return _hash_or_sort(indices)

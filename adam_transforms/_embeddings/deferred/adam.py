@@ -326,7 +326,8 @@ def _step_table(
         u, now = over_blocks(block, rows, (table.slots, table.last_step), length)
         return u, now, token(u)
 
-    is_large = rows.values.nbytes >= DEFERRED_BYTES
+    nbytes = rows.values.nbytes
+    is_large = isinstance(nbytes, int) and nbytes >= DEFERRED_BYTES
     length = block_length(rows) if is_large else None
     if length is None:
         u, now, reads = at_once(rows, table)
