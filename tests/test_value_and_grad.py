@@ -331,8 +331,8 @@ def test_an_argument_that_is_missing_is_refused_as_by_jax():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: value_and_grad({"t": TABLE}, table_loss), r"loss, got dict: write .*\(loss\)"),
-        (lambda: grad(None), "loss, got NoneType"),
+        (lambda: value_and_grad({"t": TABLE}, table_loss), r"function, got dict: write .*\(loss\)"),
+        (lambda: grad(None), "function, got NoneType"),
         (lambda: value_and_grad(table_loss, {"t": TABLE}), r"(?s)argnums .*got \{'t'.*\(loss\)"),
         (lambda: value_and_grad(len, table_loss), "argnums .*got <function"),
     ],
@@ -502,6 +502,18 @@ def test_tables_that_cannot_be_patterns_are_refused():
 def test_a_scalar_is_no_table():
     with pytest.raises(ValueError, match="'scale'.*scalar"):
         grad(lambda p: p["scale"], tables="scale")({"scale": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("loss", "tables", "message"),
+    [
+        (table_loss, "table", r"paths are '' \(the only leaf\)"),
+        (lambda table, ids: jnp.sum(table), ".*", r"^'' \(the only leaf\) is selected by tables"),
+    ],
+)
+def test_an_array_that_is_no_tree_is_named(loss, tables, message):
+    with pytest.raises(ValueError, match=message):
+        grad(loss, tables=tables)(TABLE, IDS)
 
 
 # ---- transformations around and inside ----

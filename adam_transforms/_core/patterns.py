@@ -103,7 +103,7 @@ def selector(name: str, selection: Any) -> Callable[..., set[int]]:
         for i in chosen:
             path, leaf = leaves[i]
             if jnp.ndim(leaf) == 0:
-                raise ValueError(f"{path!r} is selected by {name}, but is a scalar")
+                raise ValueError(f"{trees.quoted(path)} is selected by {name}, but is a scalar")
         return chosen
 
     return select
@@ -124,5 +124,5 @@ def parse_rules(rules: Any) -> tuple[Rules, list[Any]]:
 
 def _format_paths(paths: Sequence[Path], most: int = 8) -> str:
     """The first `most` paths, for an error message."""
-    shown = ", ".join(repr(path) for path in paths[:most])
+    shown = ", ".join(map(trees.quoted, paths[:most]))
     return shown if len(paths) <= most else f"{shown} and {len(paths) - most} more"

@@ -46,6 +46,11 @@ def path_str(key_path: tuple[Any, ...]) -> Path:
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
+def quoted(path: Path) -> str:
+    """A path in an error."""
+    return repr(path) if path else "'' (the only leaf)"
+
+
 def join_paths(*paths: Path) -> Path:
     """Joins paths with ``/``, skipping empty ones: the path of a lone leaf is empty."""
     return "/".join(path for path in paths if path)

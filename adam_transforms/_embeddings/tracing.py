@@ -119,10 +119,10 @@ def deferred_leaves(state: Any, leaves: Sequence[Leaf]) -> dict[int, Table]:
     for path, read_now in current_rows(state).items():
         found = [i for i, leaf in enumerate(leaves) if leaf.path == path]
         if len(found) != 1:
-            paths = ", ".join(repr(leaf.path) for leaf in leaves)
+            paths = ", ".join(trees.quoted(leaf.path) for leaf in leaves)
             raise ValueError(
-                f"rows_from has a table at {path!r}, which must be the path of one differentiated "
-                f"leaf; these are {paths}"
+                f"rows_from has a table at {trees.quoted(path)}, which must be the path of one "
+                f"differentiated leaf; these are {paths}"
             )
         deferred[found[0]] = Table(leaves[found[0]].value, read_now)
     return deferred
@@ -163,7 +163,7 @@ def choose_tables(
     if select is None:
         return choice
     for i in sorted(candidates - deferred - choice.tables):
-        path = repr(leaves[i].path) if leaves[i].path else "the argument"
+        path = trees.quoted(leaves[i].path)
         use = choice.uses.get(i)
         if use is None:
             raise ValueError(f"{path} is selected by tables, but is a scalar, which has no rows")

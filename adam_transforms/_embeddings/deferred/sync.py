@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adam_transforms._core import trees
 from adam_transforms._core.sparse_rows import SparseRows
 from adam_transforms._core.types import P, Params, Path, S, State
 from adam_transforms._embeddings.deferred.missed_updates import gap_of
@@ -171,7 +172,9 @@ def current_rows(
         slots = slots_by_path(found)
         for path, idle in idle_tables(found).items():
             if path in readers:
-                raise ValueError(f"two deferred states in rows_from have a table at {path!r}")
+                raise ValueError(
+                    f"two deferred states in rows_from have a table at {trees.quoted(path)}"
+                )
             readers[path] = jax.tree_util.Partial(
                 _read, slots[path], idle.last_step, idle.history, found.count
             )
