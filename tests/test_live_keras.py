@@ -6,6 +6,8 @@ import importlib.util
 import inspect
 import json
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -390,3 +392,59 @@ def test_legacy_follows_tf_keras_and_takes_its_configs_and_weights(
     slots = {slot: ours.get_slot(state, "table", slot) for slot in ours.get_slot_names()}
     for slot, value in slots.items():
         np.testing.assert_array_equal(theirs.get_slot(variables["table"], slot), value)
+
+
+# Models on JAX
+
+MODEL_ON_JAX = """if True:
+    import jax, jax.numpy as jnp, keras, numpy as np
+    import adam_transforms as at
+
+    layers = keras.layers
+    model = keras.Sequential([layers.Embedding(40, 8), layers.Dropout(0.1)])
+    model.add(layers.BatchNormalization())
+    model.add(layers.Dense(1))
+    model.build((None,))
+    ids, targets = np.array([3, 1, 3, 7]), np.ones((4, 1), np.float32)
+    tx = at.lazy_adam(0.1)
+
+    def loss_of(params, others):
+        outputs, others = model.stateless_call(params, others, ids, training=True)
+        return jnp.mean((outputs - targets) ** 2), others
+
+    @jax.jit
+    def step(params, others, state):
+        (loss, others), grads = at.value_and_grad(loss_of, has_aux=True)(params, others)
+        updates, state = tx.update(grads, state, params)
+        return at.apply_updates(params, updates), others, state, loss, grads
+
+    params, others = ([v.value for v in group] for group in
+                      (model.trainable_variables, model.non_trainable_variables))
+    start, state, losses = params[0], tx.init(params), []
+    for _ in range(5):
+        expected, _ = jax.grad(loss_of, has_aux=True)(params, others)
+        params, others, state, loss, grads = step(params, others, state)
+        assert isinstance(grads[0], at.SparseRows)
+        for g, e in zip(at.to_dense(grads), expected, strict=True):
+            np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-6)
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    assert np.flatnonzero(np.any(params[0] != start, axis=1)).tolist() == [1, 3, 7]
+    for variable, value in zip(model.trainable_variables, params, strict=True):
+        variable.assign(value)
+    for differentiated in (model, model.trainable_variables):
+        try:
+            at.grad(loss_of, has_aux=True)(differentiated, others)
+        except TypeError as error:
+            assert "of keras" in str(error) and "v.value" in str(error), error
+        else:
+            raise AssertionError(differentiated)
+"""
+
+
+def test_a_model_on_jax_trains_by_the_rows_that_it_reads() -> None:
+    """In a process of its own, for a process has one backend."""
+    environment = os.environ | {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+    code = [sys.executable, "-c", MODEL_ON_JAX]
+    run = subprocess.run(code, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
