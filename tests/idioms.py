@@ -869,7 +869,7 @@ def trans_e(t: Any, u: Any, ids: Any) -> Any:
     head, relation, tail = entities[ids[:, 0]], u[ids[:, 1]], entities[ids[:, 2]]
     false = entities[ids[:, 0] + 1]
     distance = lambda h: jnp.sum((h + relation - tail) ** 2, -1)  # noqa: E731
-    return jnp.sum(jax.nn.relu(1 + distance(head) - distance(false)))
+    return jnp.sum(jax.nn.relu(9 + distance(head) - distance(false)))
 
 
 def complex_(t: Any, u: Any, ids: Any) -> Any:
@@ -1037,7 +1037,10 @@ def _embedding_cell(nn: Any, rows: int) -> Any:
 
 def _linen_scan(nn: Any, module: Any, rows: int, ids: Any) -> Any:
     scanned = nn.scan(
-        _embedding_cell(nn, rows), {"params": None}, split_rngs={"params": False}, in_axes=1
+        _embedding_cell(nn, rows),
+        variable_broadcast="params",
+        split_rngs={"params": False},
+        in_axes=1,
     )
     return scanned()(jnp.zeros((ids.shape[0], D)), ids)[1]
 
@@ -1178,6 +1181,120 @@ FLAX: dict[str, Any] = {
     "nnx: scan over time": near(_nnx(_nnx_scan)),
     "nnx: remat": near(_nnx(_nnx_remat)),
     "nnx: vmap of Embed": near(_nnx(_nnx_vmap)),
+}
+
+# ---- what needs the whole table: the operation that an error names ----
+
+INHERENT: dict[str, tuple[Callable[..., Any], str]] = {
+    "tied softmax": (lambda t, ids: jax.nn.logsumexp(t[ids] @ t.T / 16, axis=-1), "dot_general"),
+    "tied softmax, einsum": (
+        lambda t, w, ids: jax.nn.log_softmax(jnp.einsum("bsd,vd->bsv", t[ids] @ w / 16, t))[..., 0],
+        "dot_general",
+    ),
+    "tied softmax in scan": (
+        lambda t, ids: scan(lambda c, i: (c + jax.nn.logsumexp(t[i] @ t.T / 16), None), 0.0, ids),
+        "dot_general",
+    ),
+    "L2 of the table": (lambda t, ids: total(t[ids]) + jnp.sum(t**2) / 4, "reduce_sum"),
+    "L2 of all parameters": (
+        lambda t, w, ids: total(t[ids] @ w) + sum(jnp.vdot(x, x) for x in (t, w)) / 4,
+        "dot_general",
+    ),
+    "L1 of the table in cond": (
+        lambda t, ids: (
+            total(t[ids]) + lax.cond(ids[0, 0] > 5, lambda: jnp.sum(jnp.abs(t)), lambda: 0.0)
+        ),
+        "reduce_sum",
+    ),
+    "t / norm of the table": (lambda t, ids: (t / jnp.linalg.norm(t))[ids], "reduce_sum"),
+    "t - mean over rows": (lambda t, ids: (t - jnp.mean(t, axis=0))[ids], "reduce_sum"),
+    "t / max over rows": (lambda t, ids: (t / jnp.max(t, axis=0))[ids], "reduce_max"),
+    "softmax over rows": (lambda t, ids: jax.nn.softmax(t, axis=0)[ids], "reduce_(max|sum)"),
+    "read times a sum": (lambda t, ids: t[ids] * jnp.sum(t) / 64, "reduce_sum"),
+    "cumsum over rows": (lambda t, ids: jnp.cumsum(t, axis=0)[ids] / 16, "cumsum"),
+    "sort over rows": (lambda t, ids: jnp.sort(t, axis=0)[ids], "sort"),
+    "FFT over rows": (lambda t, ids: jnp.fft.rfft(t, axis=0)[ids[0]].real / 64, "fft"),
+    "a graph's matrix @ t": (
+        lambda t, ids: (jnp.eye(t.shape[0], k=1) @ t)[ids],
+        "dot_general",
+    ),
+    "soft attention over a codebook": (
+        lambda t, w, ids: jax.nn.softmax(w @ t.T / 16) @ t + total(t[ids]),
+        "dot_general",
+    ),
+    "Gram matrix": (lambda t, ids: total(t[ids]) + jnp.sum((t.T @ t) ** 2) / 4096, "dot_general"),
+    "smoothness over rows": (
+        lambda t, ids: total(t[ids]) + jnp.sum((t[1:] - t[:-1]) ** 2) / 4,
+        "reduce_sum",
+    ),
+    "a position table resized": (
+        lambda t, ids: jax.image.resize(t, (60, D), "linear")[ids],
+        "dot_general",
+    ),
+    "custom_vjp of the table": (lambda t, ids: own_lookup(t, ids), "custom_vjp_call"),
+    "the table changed in scan": (
+        lambda t, ids: scan(
+            lambda c, i: ((c[0] * 0.5, c[1] + c[0][i]), None), (t, jnp.zeros((3, D))), ids
+        )[1],
+        "scan",
+    ),
+    "rows written in scan": (
+        lambda t, ids: scan(
+            lambda c, i: ((c[0].at[i].add(1.0), c[1] + c[0][i]), None),
+            (t, jnp.zeros((3, D))),
+            ids,
+        )[1],
+        "scan",
+    ),
+}
+
+# ---- no table by accident: the parameter that "auto" leaves dense, and naming makes a table ----
+
+
+def _loop_over_layers(t: Any, layers: Any, ids: Any) -> Any:
+    x = t[ids]
+    for i in range(F):
+        x = x + x @ layers[i]
+    return x / 16
+
+
+NO_TABLES: dict[str, tuple[Callable[..., Any], str]] = {
+    "layers by a Python index": (_loop_over_layers, "layers"),
+    "some layers": (lambda t, layers, ids: t[ids] @ layers[0] @ layers[2], "layers"),
+    "scalars unpacked": (
+        lambda t, scale, ids: (lambda a, b, *_: a * t[ids] + b)(*scale),
+        "scale",
+    ),
+    "a row by a Python index": (lambda t, first, ids: t[ids] + first[0], "first"),
+    "token types": (lambda t, kinds, ids: t[ids] + kinds[ids % 2], "kinds"),
+    "token types by take": (
+        lambda t, kinds, ids: t[ids] + jnp.take(kinds, ids % 2, axis=0),
+        "kinds",
+    ),
+    "as many rows as V": (
+        lambda t, u, ids: t[ids] * u[jnp.arange(u.shape[0]) // 2 + ids[0, 0]].sum(0) / 64,
+        "u",
+    ),
+    "as many rows as V, over a scan": (
+        lambda t, u, ids: (
+            t[ids]
+            * scan(
+                lambda c, k: (c + u[k + ids].sum((0, 1)), None),
+                jnp.zeros(D),
+                jnp.arange(u.shape[0] // 6),
+            )
+            / 64
+        ),
+        "u",
+    ),
+    "rows shuffled": (
+        lambda t, u, ids: t[ids] + u[jax.random.permutation(jax.random.key(0), len(u))][ids],
+        "u",
+    ),
+    "rows in the order of their values": (
+        lambda t, u, ids: t[ids] + u[jnp.argsort(u[:, 0])][ids],
+        "u",
+    ),
 }
 
 GROUPS: dict[str, dict[str, Any]] = {

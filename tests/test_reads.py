@@ -3,12 +3,13 @@
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import idioms
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from idioms import Idiom
 from jax.sharding import AxisType, PartitionSpec as P
@@ -30,23 +31,29 @@ def is_rows(x: Any) -> bool:
     return isinstance(x, at.SparseRows)
 
 
-def named(keys: Any) -> list[Any]:
-    return [pytest.param(*key, id=": ".join(key)) for key in keys]
-
-
 def every(keys: Any) -> Any:
-    return pytest.mark.parametrize(("group", "name"), named(keys))
+    return pytest.mark.parametrize(
+        ("group", "name"), [pytest.param(*key, id=": ".join(key)) for key in keys]
+    )
 
 
-def make_params(abstract: Any, idiom: Idiom) -> Any:
-    """Small integers without 0, or quarters of them if no sum is exact anyway."""
+class Case(NamedTuple):
+    """An idiom with parameters: small integers without 0, or quarters if no sum is exact anyway."""
+
+    params: Any
+    loss: Callable[..., Any]
+    tolerance: float
+
+
+def make_case(idiom: Idiom) -> Case:
+    abstract, function = idioms.build(idiom, ROWS)
     rng, leaves = np.random.default_rng(0), []
     flat, treedef = jax.tree.flatten(abstract)
     for leaf in flat:
         values = rng.integers(1, 4 if leaf.shape[:1] == (ROWS,) else 3, leaf.shape)
         values = values * rng.choice([-1, 1], leaf.shape) * (0.25 if idiom.tolerance else 1)
         leaves.append(jnp.asarray(values, leaf.dtype))
-    return treedef.unflatten(leaves)
+    return Case(treedef.unflatten(leaves), make_loss(function), idiom.tolerance)
 
 
 def make_loss(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,47 +70,15 @@ def make_loss(function: Callable[..., Any]) -> Callable[..., Any]:
     return loss
 
 
-def ours(idiom: Idiom, loss: Any, tables: Any = NAMED) -> Any:
-    """`at.value_and_grad` of the idiom's tables, or of those that "auto" takes."""
-    tables = "auto" if idiom.rows is None else tables
-    return at.value_and_grad(loss, has_aux=True, tables=tables)
+def is_table(path: str) -> bool:
+    return re.search(NAMED, path) is not None
 
 
-@functools.cache
-def program(group: str, part: int) -> Any:
-    """{name: for each of `IDS`: (ours, ours made dense, JAX's)} of some idioms of a group; an
-    exception in place of it where ours was refused."""
-    names = [n for g, n in KEYS if g == group][part * PROGRAM : (part + 1) * PROGRAM]
-    refused: dict[str, Exception] = {}
-    params, losses = {}, {}
-    for name in names:
-        idiom = idioms.ALL[group, name]
-        abstract, function = idioms.build(idiom, ROWS)
-        params[name], losses[name] = make_params(abstract, idiom), make_loss(function)
-
-    @jax.jit
-    def run(params: Any, ids: Any) -> Any:
-        results = {}
-        for name, loss in losses.items():
-            expected = jax.value_and_grad(loss, has_aux=True)(params[name], ids)
-            try:
-                actual = ours(idioms.ALL[group, name], loss)(params[name], ids)
-            except Exception as error:
-                refused[name] = error
-            else:
-                results[name] = actual, at.to_dense(actual), expected
-        return results
-
-    runs = [jax.device_get(run(params, ids)) for ids in IDS]
-    return {n: refused[n] if n in refused else [run[n] for run in runs] for n in names}
-
-
-def results(group: str, name: str) -> Any:
-    position = [n for g, n in KEYS if g == group].index(name)
-    found = program(group, position // PROGRAM)[name]
-    if isinstance(found, Exception):
-        raise found
-    return found
+def rows_by_leaf(grads: Any) -> dict[str, bool]:
+    """{path: whether the leaf is a row gradient}."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_rows)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return dict(zip(names, [is_rows(x) for _, x in leaves], strict=True))
 
 
 def assert_equal(actual: Any, expected: Any, tolerance: float) -> None:
@@ -115,38 +90,95 @@ def assert_equal(actual: Any, expected: Any, tolerance: float) -> None:
         np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * size)
 
 
-def rows_by_leaf(grads: Any) -> dict[str, bool]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_rows)
+# ---- several idioms in one program, for what takes time is to compile many ----
+
+
+class Tried(NamedTuple):
+    """Of one idiom, for each of `IDS`."""
+
+    rows: Any  # the row gradients
+    by_auto: Any  # the same, by "auto": shapes
+    actual: Any  # (value, aux, gradient made dense)
+    expected: Any  # and by JAX
+
+
+@functools.cache
+def try_together(keys: tuple[Any, ...]) -> dict[Any, Tried] | None:
+    """None if one of them fails: the others must not fail with it."""
+    chosen = [
+        idioms.ALL.get(key) or Idiom({**idioms.INHERENT, **idioms.NO_TABLES}[key][0], rows=None)
+        for key in keys
+    ]
+    built = [make_case(idiom) for idiom in chosen]
+    tables = "auto" if any(idiom.rows is None for idiom in chosen) else of_one_of_several
+
+    def loss(params: list[Any], ids: Any) -> Any:
+        values, aux = zip(
+            *[c.loss(p, ids) for c, p in zip(built, params, strict=True)], strict=True
+        )
+        return sum(values), (values, aux)
+
+    @jax.jit
+    def run(params: Any, ids: Any) -> Any:
+        (_, aux), grads = at.value_and_grad(loss, has_aux=True, tables=tables)(params, ids)
+        (_, expected_aux), expected = jax.value_and_grad(loss, has_aux=True)(params, ids)
+        return grads, (*aux, at.to_dense(grads)), (*expected_aux, expected)
+
+    params = [case.params for case in built]
+    try:
+        by_auto, _ = jax.eval_shape(at.grad(loss, has_aux=True), params, IDS[0])
+        runs = [jax.device_get(run(params, ids)) for ids in IDS]
+    except Exception:
+        if len(keys) == 1:
+            raise
+        return None
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): is_rows(x) for path, x in leaves
+        key: Tried(
+            [grads[i] for grads, _, _ in runs],
+            by_auto[i],
+            [[x[i] for x in actual] for _, actual, _ in runs],
+            [[x[i] for x in expected] for _, _, expected in runs],
+        )
+        for i, key in enumerate(keys)
     }
+
+
+def of_one_of_several(path: str, leaf: Any) -> bool:
+    return is_table(path.split("/", 1)[1])
+
+
+def tried(*key: str) -> Tried:
+    alike = [k for k in KEYS if k[0] == key[0] and idioms.ALL[k].rows == idioms.ALL[key].rows]
+    first = alike.index(key) // PROGRAM * PROGRAM
+    together = try_together(tuple(alike[first : first + PROGRAM])) or try_together((key,))
+    assert together is not None
+    return together[key]
 
 
 @pytest.mark.every_case
 @every(KEYS)
 def test_the_gradient_has_rows_and_made_dense_is_that_of_jax(group: str, name: str) -> None:
-    idiom = idioms.ALL[group, name]
-    for (_, grads), dense, expected in results(group, name):
-        assert_equal(dense, expected, idiom.tolerance)
+    idiom, result = idioms.ALL[group, name], tried(group, name)
+    for rows, actual, expected in zip(result.rows, result.actual, result.expected, strict=True):
+        assert_equal(actual, expected, idiom.tolerance)
         if idiom.rows:
-            assert rows_by_leaf(grads) == {
-                p: bool(re.search(NAMED, p)) for p in rows_by_leaf(grads)
-            }
-        for leaf in filter(is_rows, jax.tree.leaves(grads, is_leaf=is_rows)):
+            assert rows_by_leaf(rows) == {path: is_table(path) for path in rows_by_leaf(rows)}
+        for leaf in filter(is_rows, jax.tree.leaves(rows, is_leaf=is_rows)):
             assert leaf.unique
             assert leaf.indices.size < ROWS
+    if idiom.auto is not None:
+        by_auto = rows_by_leaf(result.by_auto)
+        by_auto.pop("column", None)  # (V, 1), and used as the tables are
+        assert by_auto == {path: idiom.auto and is_table(path) for path in by_auto}
 
 
-@pytest.mark.every_case
-@every([key for key in KEYS if idioms.ALL[key].auto is not None])
-def test_auto_takes_what_is_read_by_rows(group: str, name: str) -> None:
-    idiom = idioms.ALL[group, name]
-    abstract, function = idioms.build(idiom, ROWS)
-    ids = jax.ShapeDtypeStruct(IDS[0].shape, jnp.int32)
-    _, grads = jax.eval_shape(at.value_and_grad(make_loss(function), has_aux=True), abstract, ids)
-    rows = rows_by_leaf(grads)
-    rows.pop("column", None)  # (V, 1), used as the tables are
-    assert rows == {path: bool(idiom.auto and re.search(NAMED, path)) for path in rows}
+# ---- alone ----
+
+
+def ours(idiom: Idiom, loss: Any) -> Any:
+    """`at.value_and_grad` of the idiom's tables, or of those that "auto" takes."""
+    tables = "auto" if idiom.rows is None else NAMED
+    return at.value_and_grad(loss, has_aux=True, tables=tables)
 
 
 @every([key for key in KEYS if idioms.ALL[key].memory])
@@ -164,8 +196,7 @@ def test_memory_does_not_know_the_number_of_rows(group: str, name: str) -> None:
 @every([key for key in KEYS if idioms.ALL[key].mapped])
 def test_under_vmap(group: str, name: str) -> None:
     idiom = idioms.ALL[group, name]
-    abstract, function = idioms.build(idiom, ROWS)
-    params, loss = make_params(abstract, idiom), make_loss(function)
+    params, loss, _ = make_case(idiom)
 
     @jax.jit
     def run(params: Any) -> Any:
@@ -181,8 +212,7 @@ def test_under_vmap(group: str, name: str) -> None:
 def test_in_shard_map(group: str, name: str) -> None:
     """The sum over two devices, each with ids of its own."""
     idiom = idioms.ALL[group, name]
-    abstract, function = idioms.build(idiom, ROWS)
-    params, loss = make_params(abstract, idiom), make_loss(function)
+    params, loss, _ = make_case(idiom)
 
     def share(params: Any, ids: Any) -> Any:
         _, grads = ours(idiom, loss)(params, ids)
@@ -194,3 +224,65 @@ def test_in_shard_map(group: str, name: str) -> None:
     expected = jax.tree.map(jnp.add, *each)
     actual = jax.jit(run)(params, np.concatenate(IDS))
     assert_equal(*jax.device_get((actual, expected)), idiom.tolerance * 2)
+
+
+# ---- what stays dense ----
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize("name", idioms.INHERENT)
+def test_what_needs_the_whole_table_is_dense_and_refused_when_named(name: str) -> None:
+    read, operation = idioms.INHERENT[name]
+    result, (params, loss, _) = left_dense()[name], make_case(Idiom(read))
+    assert not any(rows_by_leaf(result.rows[0]).values())
+    assert_equal(result.actual, result.expected, 2e-6)
+    with pytest.raises(ValueError, match=rf"(?s)'t'.*\b{operation}\b"):
+        jax.eval_shape(at.grad(loss, has_aux=True, tables=NAMED), params, IDS[0])
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize("name", idioms.NO_TABLES)
+def test_auto_makes_no_table_by_accident_but_a_name_does(name: str) -> None:
+    read, parameter = idioms.NO_TABLES[name]
+    result, (params, loss, _) = left_dense()[name], make_case(Idiom(read))
+    assert_equal(result.actual, result.expected, 2e-6)
+    by_auto = rows_by_leaf(result.rows[0])
+    assert by_auto == {path: path == "t" for path in by_auto}
+    gradient = at.grad(loss, has_aux=True, tables=f"^{parameter}$")
+    by_name = rows_by_leaf(jax.eval_shape(gradient, params, IDS[0])[0])
+    assert by_name == {path: path == parameter for path in by_name}
+
+
+def left_dense() -> dict[str, Tried]:
+    """By "auto", what needs the whole table and what is no table."""
+    together = try_together((*idioms.INHERENT, *idioms.NO_TABLES))
+    assert together is not None
+    return together
+
+
+# ---- with pending updates ----
+
+
+@every(KEYS)
+def test_deferred_adam_follows_dense_adam(group: str, name: str) -> None:
+    """Reads see the rows with all pending updates applied."""
+    idiom = idioms.ALL[group, name]
+    if idiom.rows is None:
+        pytest.skip("may be dense")
+    params, loss, _ = make_case(idiom)
+    deferred, dense = at.deferred_adam(0.1, tables=NAMED, eps_hat=True), at.adam(0.1, eps_hat=True)
+
+    @jax.jit
+    def run(params: Any) -> Any:
+        ours, theirs = (params, deferred.init(params)), (params, dense.init(params))
+        for ids in [*IDS, *IDS]:
+            grads, _ = at.grad(loss, has_aux=True, rows_from=ours[1])(ours[0], ids)
+            updates, state = deferred.update(grads, ours[1], ours[0])
+            ours = optax.apply_updates(ours[0], updates), state
+            grads, _ = jax.grad(loss, has_aux=True)(theirs[0], ids)
+            updates, state = dense.update(grads, theirs[1], theirs[0])
+            theirs = optax.apply_updates(theirs[0], updates), state
+        return at.flush(*ours)[0], theirs[0]
+
+    for actual, expected in zip(*map(jax.tree.leaves, jax.device_get(run(params))), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
