@@ -775,33 +775,33 @@ VIEWS: dict[str, Any] = {
 # ---- bodies of shard_map in the function ----
 
 SHARD_MAPS: dict[str, Any] = {
-    "shard_map: a replicated table": Idiom(
+    "a replicated table": Idiom(
         lambda t, ids: on_two_devices(lambda t, i: t[i], (P(), P("d")), P("d"))(t, ids),
         mapped=False,
     ),
-    "shard_map: closed over": Idiom(
+    "closed over": Idiom(
         lambda t, ids: on_two_devices(lambda i: t[i], P("d"), P("d"))(ids),
         mapped=False,
     ),
-    "shard_map: unchecked": Idiom(
+    "unchecked": Idiom(
         lambda t, ids: on_two_devices(lambda t, i: t[i], (P(), P("d")), P("d"), check_vma=False)(
             t, ids
         ),
         mapped=False,
     ),
-    "shard_map: a loss, summed": Idiom(
+    "a loss, summed": Idiom(
         lambda t, ids: on_two_devices(lambda t, i: lax.psum(total(t[i]), "d"), (P(), P("d")), P())(
             t, ids
         ),
         mapped=False,
     ),
-    "shard_map: scan in it": Idiom(
+    "scan in it": Idiom(
         lambda t, ids: on_two_devices(
             lambda t, i: lax.psum(microbatches(t, i), "d"), (P(), P("d")), P(), check_vma=False
         )(t, ids),
         mapped=False,
     ),
-    "shard_map: rows over devices": either(
+    "rows over devices": either(
         lambda t, ids: on_two_devices(
             lambda t, i: lax.psum(
                 jnp.where(
@@ -816,7 +816,7 @@ SHARD_MAPS: dict[str, Any] = {
         )(t, ids % t.shape[0]),
         mapped=False,
     ),
-    "shard_map: columns over devices": either(
+    "columns over devices": either(
         lambda t, ids: on_two_devices(lambda t, i: t[i], (P(None, "d"), P()), P(None, None, "d"))(
             t, ids
         ),
@@ -1311,8 +1311,12 @@ GROUPS: dict[str, dict[str, Any]] = {
     "models": MODELS,
     "flax": FLAX,
 }
+_ALWAYS_DENSE = {
+    group: {name: either(read) for name, (read, _) in idioms.items()}
+    for group, idioms in {"inherent": INHERENT, "no table": NO_TABLES}.items()
+}
 ALL: dict[tuple[str, str], Idiom] = {
     (group, name): read if isinstance(read, Idiom) else Idiom(read)
-    for group, idioms in GROUPS.items()
+    for group, idioms in {**GROUPS, **_ALWAYS_DENSE}.items()
     for name, read in idioms.items()
 }

@@ -24,17 +24,22 @@ IDS = np.array([[[1, 7, 7], [42, 0, 5]], [[44, -1, -1], [3, -2, 0]]], np.int32)
 NAMED = rf"^({'|'.join(sorted(idioms.TABLES))})$|embedding"
 PROGRAM = 24  # idioms in one program: what takes time is to compile many
 
-KEYS = list(idioms.ALL)
+KEYS = [key for key in idioms.ALL if key[0] not in ("inherent", "no table")]
+QUICK = KEYS[::3]  # those whose gradients the first tier compares
 
 
 def is_rows(x: Any) -> bool:
     return isinstance(x, at.SparseRows)
 
 
-def every(keys: Any) -> Any:
-    return pytest.mark.parametrize(
-        ("group", "name"), [pytest.param(*key, id=": ".join(key)) for key in keys]
-    )
+def every(keys: Any, quick: Any = ()) -> Any:
+    """Parametrizes by idioms; the second tier alone tries those that are not `quick`, if any is."""
+    slow = [pytest.mark.slow]
+    params = [
+        pytest.param(*key, id=": ".join(key), marks=slow if quick and key not in quick else ())
+        for key in keys
+    ]
+    return pytest.mark.parametrize(("group", "name"), params)
 
 
 class Case(NamedTuple):
@@ -105,10 +110,7 @@ class Tried(NamedTuple):
 @functools.cache
 def try_together(keys: tuple[Any, ...]) -> dict[Any, Tried] | None:
     """None if one of them fails: the others must not fail with it."""
-    chosen = [
-        idioms.ALL.get(key) or Idiom({**idioms.INHERENT, **idioms.NO_TABLES}[key][0], rows=None)
-        for key in keys
-    ]
+    chosen = [idioms.ALL[key] for key in keys]
     built = [make_case(idiom) for idiom in chosen]
     tables = "auto" if any(idiom.rows is None for idiom in chosen) else of_one_of_several
 
@@ -120,24 +122,28 @@ def try_together(keys: tuple[Any, ...]) -> dict[Any, Tried] | None:
 
     @jax.jit
     def run(params: Any, ids: Any) -> Any:
-        (_, aux), grads = at.value_and_grad(loss, has_aux=True, tables=tables)(params, ids)
-        (_, expected_aux), expected = jax.value_and_grad(loss, has_aux=True)(params, ids)
-        return grads, (*aux, at.to_dense(grads)), (*expected_aux, expected)
+        ours = at.value_and_grad(loss, has_aux=True, tables=tables)(params, ids)
+        return ours, jax.value_and_grad(loss, has_aux=True)(params, ids)
 
     params = [case.params for case in built]
     try:
         by_auto, _ = jax.eval_shape(at.grad(loss, has_aux=True), params, IDS[0])
-        runs = [jax.device_get(run(params, ids)) for ids in IDS]
+        runs = [run(params, ids) for ids in IDS]
     except Exception:
         if len(keys) == 1:
             raise
         return None
+
+    def of_idiom(i: int, result: Any) -> Any:
+        (_, (values, aux)), grads = result
+        return jax.device_get((values[i], aux[i], at.to_dense(grads[i])))
+
     return {
         key: Tried(
-            [grads[i] for grads, _, _ in runs],
+            [grads[i] for (_, grads), _ in runs],
             by_auto[i],
-            [[x[i] for x in actual] for _, actual, _ in runs],
-            [[x[i] for x in expected] for _, _, expected in runs],
+            [of_idiom(i, ours) for ours, _ in runs],
+            [of_idiom(i, theirs) for _, theirs in runs],
         )
         for i, key in enumerate(keys)
     }
@@ -148,7 +154,10 @@ def of_one_of_several(path: str, leaf: Any) -> bool:
 
 
 def tried(*key: str) -> Tried:
-    alike = [k for k in KEYS if k[0] == key[0] and idioms.ALL[k].rows == idioms.ALL[key].rows]
+    def kind(key: Any) -> Any:
+        return key[0], idioms.ALL[key].rows, key in QUICK
+
+    alike = [other for other in idioms.ALL if kind(other) == kind(key)]
     first = alike.index(key) // PROGRAM * PROGRAM
     together = try_together(tuple(alike[first : first + PROGRAM])) or try_together((key,))
     assert together is not None
@@ -156,7 +165,7 @@ def tried(*key: str) -> Tried:
 
 
 @pytest.mark.every_case
-@every(KEYS)
+@every(KEYS, QUICK)
 def test_the_gradient_has_rows_and_made_dense_is_that_of_jax(group: str, name: str) -> None:
     idiom, result = idioms.ALL[group, name], tried(group, name)
     for rows, actual, expected in zip(result.rows, result.actual, result.expected, strict=True):
@@ -232,8 +241,8 @@ def test_in_shard_map(group: str, name: str) -> None:
 @pytest.mark.every_case
 @pytest.mark.parametrize("name", idioms.INHERENT)
 def test_what_needs_the_whole_table_is_dense_and_refused_when_named(name: str) -> None:
-    read, operation = idioms.INHERENT[name]
-    result, (params, loss, _) = left_dense()[name], make_case(Idiom(read))
+    result, (params, loss, _) = tried("inherent", name), make_case(idioms.ALL["inherent", name])
+    operation = idioms.INHERENT[name][1]
     assert not any(rows_by_leaf(result.rows[0]).values())
     assert_equal(result.actual, result.expected, 2e-6)
     with pytest.raises(ValueError, match=rf"(?s)'t'.*\b{operation}\b"):
@@ -243,21 +252,14 @@ def test_what_needs_the_whole_table_is_dense_and_refused_when_named(name: str) -
 @pytest.mark.every_case
 @pytest.mark.parametrize("name", idioms.NO_TABLES)
 def test_auto_makes_no_table_by_accident_but_a_name_does(name: str) -> None:
-    read, parameter = idioms.NO_TABLES[name]
-    result, (params, loss, _) = left_dense()[name], make_case(Idiom(read))
+    result, (params, loss, _) = tried("no table", name), make_case(idioms.ALL["no table", name])
+    parameter = idioms.NO_TABLES[name][1]
     assert_equal(result.actual, result.expected, 2e-6)
     by_auto = rows_by_leaf(result.rows[0])
     assert by_auto == {path: path == "t" for path in by_auto}
     gradient = at.grad(loss, has_aux=True, tables=f"^{parameter}$")
     by_name = rows_by_leaf(jax.eval_shape(gradient, params, IDS[0])[0])
     assert by_name == {path: path == parameter for path in by_name}
-
-
-def left_dense() -> dict[str, Tried]:
-    """By "auto", what needs the whole table and what is no table."""
-    together = try_together((*idioms.INHERENT, *idioms.NO_TABLES))
-    assert together is not None
-    return together
 
 
 # ---- with pending updates ----
