@@ -129,6 +129,12 @@ def offsets(table: Any) -> Any:
     return jnp.arange(F) * table.shape[0]
 
 
+def windows(t: Any, starts: Any, **kwargs: Any) -> Any:
+    """Three rows each."""
+    numbers = lax.GatherDimensionNumbers((1, 2), (), (0,))
+    return lax.gather(t, starts[:, None], numbers, (3, D), **kwargs)
+
+
 def rnn(t: Any, w: Any, ids: Any, **kwargs: Any) -> Any:
     """Sums over time: exact."""
     return scan(lambda h, i: (h + t[i] @ w, None), jnp.zeros((ids.shape[0], D)), ids.T, **kwargs)
@@ -528,6 +534,12 @@ ROW_MASKS: dict[str, Any] = {
     "flip": lambda t, ids: jnp.flip(t, 0)[ids],
     "roll": lambda t, ids: jnp.roll(t, 1, axis=0)[ids],
     "roll back": lambda t, ids: jnp.roll(t, -2, axis=0)[ids],
+    "rows shuffled": Idiom(
+        lambda t, ids: t[jax.random.permutation(jax.random.key(0), len(t))][ids], memory=False
+    ),
+    "rows in the order of their values": Idiom(
+        lambda t, ids: t[jnp.argsort(t[:, 0])][ids], memory=False
+    ),
     "split of the rows": lambda t, ids: (lambda a, b: a[ids] * b[ids])(*jnp.split(t, [50])),
 }
 
@@ -587,9 +599,9 @@ PARTS: dict[str, Any] = {
     "windows: in scan": lambda t, ids: scan(
         lambda c, i: (c + lax.dynamic_slice_in_dim(t, i, 3), None), jnp.zeros((3, D)), ids[0]
     ),
-    "windows: gather": lambda t, ids: lax.gather(
-        t, ids[0][:, None], lax.GatherDimensionNumbers((1, 2), (), (0,)), (3, D)
-    ),
+    "windows: gather": lambda t, ids: windows(t, jnp.abs(ids[0])),
+    "windows: gather, clipped": lambda t, ids: windows(t, ids[0] * 40, mode="clip"),
+    "windows: gather, filled": lambda t, ids: windows(t, ids[0] * 40, mode="fill", fill_value=0),
     "windows by ids": lambda t, ids: t[ids[..., None] + jnp.arange(-1, 2)],
     "dynamic_index_in_dim": lambda t, ids: lax.dynamic_index_in_dim(t, ids[0, 0]),
     "a static window": static(lambda t, ids: t[2:5] * (ids[0, 0] % 3)),
@@ -1195,7 +1207,10 @@ INHERENT: dict[str, tuple[Callable[..., Any], str]] = {
         lambda t, ids: scan(lambda c, i: (c + jax.nn.logsumexp(t[i] @ t.T / 16), None), 0.0, ids),
         "dot_general",
     ),
-    "L2 of the table": (lambda t, ids: total(t[ids]) + jnp.sum(t**2) / 4, "reduce_sum"),
+    "L2 of the table": (
+        lambda t, ids: total(t[ids]) + jnp.sum(t**2) / 4,
+        "(integer_pow|square|reduce_sum)",
+    ),
     "L2 of all parameters": (
         lambda t, w, ids: total(t[ids] @ w) + sum(jnp.vdot(x, x) for x in (t, w)) / 4,
         "dot_general",
@@ -1223,10 +1238,6 @@ INHERENT: dict[str, tuple[Callable[..., Any], str]] = {
         "dot_general",
     ),
     "Gram matrix": (lambda t, ids: total(t[ids]) + jnp.sum((t.T @ t) ** 2) / 4096, "dot_general"),
-    "smoothness over rows": (
-        lambda t, ids: total(t[ids]) + jnp.sum((t[1:] - t[:-1]) ** 2) / 4,
-        "reduce_sum",
-    ),
     "a position table resized": (
         lambda t, ids: jax.image.resize(t, (60, D), "linear")[ids],
         "dot_general",
@@ -1287,12 +1298,8 @@ NO_TABLES: dict[str, tuple[Callable[..., Any], str]] = {
         ),
         "u",
     ),
-    "rows shuffled": (
-        lambda t, u, ids: t[ids] + u[jax.random.permutation(jax.random.key(0), len(u))][ids],
-        "u",
-    ),
-    "rows in the order of their values": (
-        lambda t, u, ids: t[ids] + u[jnp.argsort(u[:, 0])][ids],
+    "smoothness over rows": (
+        lambda t, u, ids: total(t[ids]) + jnp.sum((u[1:] - u[:-1]) ** 2) / 4,
         "u",
     ),
 }
