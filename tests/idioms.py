@@ -1219,7 +1219,7 @@ INHERENT: dict[str, tuple[Callable[..., Any], str]] = {
         lambda t, ids: (
             total(t[ids]) + lax.cond(ids[0, 0] > 5, lambda: jnp.sum(jnp.abs(t)), lambda: 0.0)
         ),
-        "reduce_sum",
+        "(abs|reduce_sum)",
     ),
     "t / norm of the table": (lambda t, ids: (t / jnp.linalg.norm(t))[ids], "reduce_sum"),
     "t - mean over rows": (lambda t, ids: (t - jnp.mean(t, axis=0))[ids], "reduce_sum"),
