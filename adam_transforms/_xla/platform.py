@@ -8,7 +8,7 @@ of a GPU host gets the CPU's.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,18 @@ def by_platform(cpu: Callable[..., Any], other: Callable[..., Any], *args: Any) 
     them.
     """
     return jax.lax.platform_dependent(*args, cpu=cpu, default=other)
+
+
+def by_platform_names(
+    platforms: Sequence[Sequence[str] | None], branches: Sequence[Callable[..., Any]], *args: Any
+) -> Any:
+    """The branch for the platform that the program is lowered for; None names all others."""
+    of_name = {
+        name: branch
+        for names, branch in zip(platforms, branches, strict=True)
+        for name in names or ["default"]
+    }
+    return jax.lax.platform_dependent(*args, **of_name)
 
 
 def on_cpu(other: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

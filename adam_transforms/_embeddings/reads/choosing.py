@@ -64,9 +64,10 @@ def choose(
             for i in kept
         }
         row_shapes = {i: shapes[i][: axes[i]] for i in kept}
-        if by_reads and axes == {i: row_axes.get(i, 1) for i in kept}:
+        is_final = kept == tables and axes == {i: row_axes.get(i, 1) for i in kept}
+        if by_reads and is_final:
             kept = {i for i in kept if reads_few(found[i], row_shapes[i])}
-        if (kept, axes) == (tables, {i: row_axes.get(i, 1) for i in kept}):
+        if is_final and kept == tables:
             return Choice(plan, program, tables, row_shapes, reads, uses)
         tables, row_axes = kept, {i: axes[i] for i in kept}
 

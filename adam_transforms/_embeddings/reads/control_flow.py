@@ -11,12 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adam_transforms._embeddings.collectives import (
+    as_varying,
+    varying_alike,
+    varying_axes,
+    varying_like,
+)
 from adam_transforms._embeddings.reads.direct import Read
 from adam_transforms._embeddings.reads.program import Program, Scope, Value, body_of
 from adam_transforms._embeddings.reads.selection import AllRows, NotByRow
 from adam_transforms._embeddings.reads.shards import shard_map
 from adam_transforms._xla.dependence import needed_of_body
 from adam_transforms._xla.jaxprs import CHECKPOINTS, Literal, open_jaxpr
+from adam_transforms._xla.platform import by_platform_names
 
 # What a step returns: its outputs, and the indices of each of its reads.
 Outputs = tuple[list[tuple[Value, Any]], list[jax.Array]]
@@ -51,6 +58,7 @@ class Scan(NamedTuple):
             if self.counter is not None:
                 inner.set(self.counter, counter)
             outputs, indices = inner.run(self.program, taps)
+            outputs = _typed(body.jaxpr.outvars, outputs)
             carry = [outputs[i - first] for i in self.carries]
             return carry, (outputs[num_carry:], indices)
 
@@ -59,7 +67,7 @@ class Scan(NamedTuple):
         counter = None if self.counter is None else jnp.arange(length, dtype=jnp.int32)
         carry, (ys, indices) = jax.lax.scan(
             step,
-            [inputs[i] for i in self.carries],
+            _typed([variables[i] for i in self.carries], [inputs[i] for i in self.carries]),
             ([inputs[i] for i in self.sequences], counter, [*taps]),
             length=length,
             reverse=params["reverse"],
@@ -117,6 +125,13 @@ def _scan(plan: Any, scope: Scope, eqn: Any) -> Scan:
     return Scan(scope, eqn, program, carries, sequences, counter, reads)
 
 
+def _typed(variables: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+    """Values with types that vary over devices as those of the variables do."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return [*values]
+    return [varying_like(x.aval, jnp.asarray(v)) for x, v in zip(variables, values, strict=True)]
+
+
 class Cond(NamedTuple):
     """Branches. Each takes the taps of all, and returns padding for the reads of the others."""
 
@@ -127,7 +142,10 @@ class Cond(NamedTuple):
 
     def run(self, runner: Any, taps: Sequence[jax.Array]) -> Outputs:
         padding = [
-            jnp.full((read.num_rows_read,), runner.num_rows(read.table), jnp.int32)
+            as_varying(
+                jnp.full((read.num_rows_read,), runner.num_rows(read.table), jnp.int32),
+                varying_axes(read.tap_type),
+            )
             for read in self.reads
         ]
 
@@ -136,6 +154,11 @@ class Cond(NamedTuple):
 
             def run(taps: Sequence[jax.Array]) -> Any:
                 outputs, indices = runner.inside().run(program, taps[start:stop])
+                outputs = _typed(program.scope.jaxpr.outvars, outputs)
+                indices = [
+                    varying_alike([i, p])[0]
+                    for i, p in zip(indices, padding[start:stop], strict=True)
+                ]
                 return outputs, [*padding[:start], *indices, *padding[stop:]]
 
             return run
@@ -149,14 +172,12 @@ class Cond(NamedTuple):
             which = runner.plain(self.scope.value(self.eqn.invars[0]))
             outputs, indices = jax.lax.switch(which, branches, [*taps])
         else:
-            raise NotImplementedError
+            outputs, indices = by_platform_names(platforms, branches, [*taps])
         values = [self.scope.value(x) for x in self.eqn.outvars]
         return [*zip(values, outputs, strict=True)], indices
 
 
 def _cond(plan: Any, scope: Scope, eqn: Any) -> Cond:
-    if eqn.params.get("branches_platforms") is not None:
-        raise NotByRow("it depends on the platform")
     wanted = [x in scope.needed for x in eqn.outvars]
     values = [scope.value(x) for x in eqn.invars[1:]]
     programs = [

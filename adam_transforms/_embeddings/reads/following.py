@@ -78,7 +78,7 @@ class Use(NamedTuple):
     @property
     def site(self) -> tuple[Any, ...]:
         """The equation that computes with the table, and the calls around it."""
-        return self.scope.site(_first_mixing(self.scope, self.eqn))
+        return _mixing_site(self.scope, self.eqn)
 
     @property
     def name(self) -> str:
@@ -212,8 +212,10 @@ class Plan:
         pending: Sequence[Pending],
         reason: NotByRow,
     ) -> None:
-        use = Use(scope, eqn, str(reason), isinstance(reason, AllRows))
-        for table in sorted(frozenset[int]().union(*(x.tables for x in pending))):
+        where = reason.where or Equation(scope, eqn)
+        use = Use(where.scope, where.eqn, str(reason), isinstance(reason, AllRows))
+        tables = frozenset[int]().union(*(x.tables for x in pending))
+        for table in sorted(tables) if reason.table is None else [reason.table]:
             self.uses.setdefault(table, use)
         program.steps.append(Plain(scope, eqn, waits=True))
 
@@ -272,7 +274,11 @@ class Plan:
                 )
                 return rows
 
-            return read_table(selection, aval.shape, row_axes, read_rows)
+            try:
+                return read_table(selection, aval.shape, row_axes, read_rows)
+            except NotByRow as reason:
+                reason.table = table
+                raise
 
         def compute() -> jax.Array:
             rows = Rows(self, lambda value: zeros_like(value.aval), read)
@@ -416,15 +422,24 @@ def _carries_gradient(scope: Scope, eqn: Any) -> bool:
 _MOVES = {*KEEP, "broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose"}
 
 
-def _first_mixing(scope: Scope, eqn: Any) -> Any:
-    """The equation that uses what an equation moves, or itself if it does not only move it."""
-    while eqn.primitive.name in _MOVES:
-        users = scope.users.get(eqn.outvars[0], [])
-        users = [user for user in users if _carries_gradient(scope, user)]
+def _mixing_site(scope: Scope, eqn: Any) -> tuple[Any, ...]:
+    """The equation that computes with what an equation moves, or itself if it does not only move
+    it; and the calls around it."""
+    jaxpr, site = scope.jaxpr, scope.site(eqn)
+    variable = eqn.outvars[0]
+    while eqn.primitive.name in _MOVES or eqn.primitive.name in CALLS:
+        if eqn.primitive.name in CALLS:
+            jaxpr, _ = open_jaxpr(eqn.params["jaxpr"])
+            variable = jaxpr.invars[[*eqn.invars].index(variable)]
+            calls = site
+        else:
+            variable, calls = eqn.outvars[0], site[1:]
+        users = [user for user in jaxpr.eqns if any(x is variable for x in user.invars)]
         if not users:
             break
         eqn = users[0]
-    return eqn
+        site = (eqn, *calls)
+    return site
 
 
 def is_part(eqn: Any) -> bool:

@@ -23,8 +23,8 @@ from adam_transforms._embeddings.reads.selection import (
     take_along,
 )
 
-# The rows that a scatter may replace one by one.
-_FEW_ROWS = 8
+# A scatter of more updates than this is not followed.
+_FEW_UPDATES = 8
 
 
 def broadcast_in_dim(rows: Any, eqn: Any, out: int, selection: Selection) -> jax.Array:
@@ -445,42 +445,48 @@ def _along_batch(of_ids: Selection, axis: int) -> jax.Array:
 
 
 def scatter(rows: Any, eqn: Any, out: int, selection: Selection) -> jax.Array:
-    """A scatter that replaces a few rows."""
+    """A scatter of a few updates, one after the other."""
     del out
     x, starts, updates = eqn.operands
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.shape(0)
-    num_updates = math.prod(eqn.shape(1)[:-1])
-    axis = [*numbers.scatter_dims_to_operand_dims]
-    whole_rows = (
-        len(axis) == 1
-        and tuple(numbers.inserted_window_dims) == tuple(axis)
-        and not numbers.operand_batching_dims
-        and math.prod(eqn.shape(2)) == num_updates * math.prod(sizes) // max(sizes[axis[0]], 1)
-        and len(eqn.shape(1)) <= 2
-    )
-    if not whole_rows or num_updates > _FEW_ROWS:
-        raise NotByRow(f"it replaces more than {_FEW_ROWS} rows, or parts of rows")
-    (axis,) = axis
-    ids = jnp.reshape(rows.plain(starts), (-1,))
-    ids = as_int32(ids, sizes[axis])
-    if eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP:
-        ids = jnp.clip(ids, 0, sizes[axis] - 1)
+    numbers, ids_shape = eqn.params["dimension_numbers"], eqn.shape(1)[:-1]
+    num_updates = math.prod(ids_shape)
+    if num_updates > _FEW_UPDATES or numbers.operand_batching_dims:
+        raise NotByRow(f"it has more than {_FEW_UPDATES} updates")
+    starts = jnp.reshape(rows.plain(starts), (num_updates, -1))
     windows = [*numbers.update_window_dims]
-    read = rows.pull(x, selection)
-    along = selection.axes[axis]
-    positions = as_positions(along, selection.n)
-    others = [a for i, a in enumerate(selection.axes) if i != axis]
     batch = [i for i in range(len(eqn.shape(2))) if i not in windows]
-    for k in range(num_updates):
-        entries = dict(zip(windows, others, strict=True)) | {i: Window(k, 1) for i in batch}
+    read = rows.pull(x, selection)
+    for k, position in enumerate(np.ndindex(*ids_shape)):
+        entries: dict[int, Along] = {i: Window(p, 1) for i, p in zip(batch, position, strict=True)}
+        rest, masks, inserted = iter(windows), [], []
+        for i, size in enumerate(eqn.shape(0)):
+            window = None if i in numbers.inserted_window_dims else next(rest)
+            part = 1 if window is None else eqn.shape(2)[window]
+            along = selection.axes[i]
+            if i in numbers.scatter_dims_to_operand_dims:
+                first = starts[k, numbers.scatter_dims_to_operand_dims.index(i)]
+                first = as_int32(first, size)
+                if eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP:
+                    first = jnp.clip(first, 0, size - part)
+                local = as_positions(along, selection.n) - first
+                # An update that does not fit is dropped.
+                inside = is_inside(local, part) & (first >= 0) & (first <= size - part)
+                masks.append((i, inside))
+                along = jnp.where(inside, local, -1)
+            if window is None:
+                inserted.append(i)
+            else:
+                entries[window] = along
         of_update = Selection(selection.n, tuple(entries[i] for i in range(len(entries))))
         update = rows.pull(updates, of_update)
         update = jnp.squeeze(update, [of_update.position_of(i) for i in batch])
-        if not is_picked(along):
-            update = jnp.expand_dims(update, selection.position_of(axis))
-        hit = _like_rows(positions == ids[k], selection, axis)
-        new = SCATTERS[eqn.name.replace("_", "-")](read, update)
-        read = jnp.where(hit, new, read)
+        for i in inserted:
+            if not is_picked(selection.axes[i]):
+                update = jnp.expand_dims(update, selection.position_of(i))
+        hit = jnp.asarray(True)
+        for i, inside in masks:
+            hit = hit & _like_rows(inside, selection, i)
+        read = jnp.where(hit, SCATTERS[eqn.name.replace("_", "-")](read, update), read)
     return read
 
 

@@ -73,16 +73,6 @@ class Scope:
         """{variable: its equation, and which output of it}."""
         return {x: (eqn, i) for eqn in self.jaxpr.eqns for i, x in enumerate(eqn.outvars)}
 
-    @functools.cached_property
-    def users(self) -> dict[Any, list[Any]]:
-        """{variable: the equations that use it}."""
-        found: dict[Any, list[Any]] = {}
-        for eqn in self.jaxpr.eqns:
-            for x in eqn.invars:
-                if not isinstance(x, Literal):
-                    found.setdefault(x, []).append(eqn)
-        return found
-
 
 # ---- steps: each has `reads` --------------------------------------------------------------------
 
@@ -179,11 +169,33 @@ def _flags(jaxpr: Any, needed: set[Any], outputs: Sequence[_Flag]) -> dict[Any, 
                 flags[x] = _both(flags.get(x), flag)
 
     use(jaxpr.outvars, outputs)
+    producers = _producers(jaxpr)
     for eqn in reversed(jaxpr.eqns):
         if not needed.isdisjoint(eqn.outvars):
             outs = [flags.get(x) if x in needed else None for x in eqn.outvars]
+            if eqn.primitive.name == "dot_general" and any(
+                _is_comparison(jaxpr, producers, x) for x in eqn.invars
+            ):
+                outs = [True]  # it may be one-hot, and read rows
             use(eqn.invars, _uses(eqn, outs, [x in needed for x in eqn.outvars]))
     return flags
+
+
+def _producers(jaxpr: Any) -> dict[Any, Any]:
+    return {x: eqn for eqn in jaxpr.eqns for x in eqn.outvars}
+
+
+def _is_comparison(jaxpr: Any, producers: dict[Any, Any], atom: Any) -> bool:
+    """Whether a value is a comparison, as numbers."""
+    eqn = None if isinstance(atom, Literal) else producers.get(atom)
+    if eqn is None:
+        return False
+    if eqn.primitive.name in CALLS:
+        body = open_jaxpr(eqn.params["jaxpr"])[0]
+        return _is_comparison(body, _producers(body), body.outvars[eqn.outvars.index(atom)])
+    if eqn.primitive.name == "convert_element_type":
+        return _is_comparison(jaxpr, producers, eqn.invars[0])
+    return eqn.primitive.name == "eq"
 
 
 def _uses(eqn: Any, outs: Sequence[_Flag], wanted: Sequence[bool]) -> list[_Flag]:

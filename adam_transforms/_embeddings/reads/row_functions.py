@@ -75,6 +75,16 @@ def along_axis(rows: Any, eqn: Any, out: int, selection: Selection) -> jax.Array
     return narrow(x, wide, selection)
 
 
+def fft(rows: Any, eqn: Any, out: int, selection: Selection) -> jax.Array:
+    """A Fourier transform of the last axes, within rows."""
+    del out
+    rank = len(selection.axes)
+    last = range(rank - len(eqn.params["fft_lengths"]), rank)
+    inner = widen(selection, eqn.shape(0), last)
+    wide = widen(selection, eqn.out_shape(0), last)
+    return narrow(rows.run(eqn, [rows.pull(eqn.operands[0], inner)])[0], wide, selection)
+
+
 def dot_general(rows: Any, eqn: Any, out: int, selection: Selection) -> jax.Array:
     """A product that contracts axes within rows."""
     del out

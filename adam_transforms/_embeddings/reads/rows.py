@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from adam_transforms._embeddings.collectives import varying_alike
 from adam_transforms._embeddings.reads import layouts, row_functions
-from adam_transforms._embeddings.reads.selection import Selection, take
+from adam_transforms._embeddings.reads.selection import NotByRow, Selection, take
 from adam_transforms._xla.jaxprs import Literal, as_array, run_on_other_inputs
 from adam_transforms._xla.row_independence import ELEMENTWISE, REDUCTIONS
 
@@ -43,6 +43,7 @@ RULES: dict[str, Callable[..., jax.Array]] = {
     "dot_general": row_functions.dot_general,
     "dynamic_slice": layouts.dynamic_slice,
     "dynamic_update_slice": layouts.dynamic_update_slice,
+    "fft": row_functions.fft,
     "gather": layouts.gather,
     "iota": row_functions.iota,
     "pad": layouts.pad,
@@ -57,6 +58,16 @@ RULES: dict[str, Callable[..., jax.Array]] = {
     "tile": layouts.tile,
     "unstack": layouts.unstack,
     "transpose": layouts.transpose,
+}
+
+
+# Operations that compute each element from elements, or move them.
+APART = {
+    *ELEMENTWISE,
+    *KEEP,
+    *SELECT,
+    *("broadcast_in_dim", "concatenate", "pad", "reshape", "rev", "squeeze", "stack", "tile"),
+    "transpose",
 }
 
 
@@ -106,6 +117,7 @@ class Rows:
     ) -> None:
         self.plan, self.plain, self._read = plan, plain, read
         self._known: dict[Any, tuple[Selection, jax.Array]] = {}
+        self._path: list[Equation] = []
 
     def pull(self, value: Any, selection: Selection) -> jax.Array:
         """What the selection reads of a value."""
@@ -133,7 +145,15 @@ class Rows:
     def compute(self, value: Any, selection: Selection) -> jax.Array:
         """As `pull`, by the rule of the equation that computes the value."""
         scope, eqn, out = self.plan.origin(value)
-        return RULES[eqn.primitive.name](self, Equation(scope, eqn), out, selection)
+        self._path.append(Equation(scope, eqn))
+        try:
+            return RULES[eqn.primitive.name](self, self._path[-1], out, selection)
+        except NotByRow as reason:
+            if reason.where is None and (eqn.primitive.name not in APART or len(self._path) == 1):
+                reason.where = self._path[-1]
+            raise
+        finally:
+            self._path.pop()
 
     def scalar(self, value: Any) -> jax.Array:
         """A value of shape ()."""

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 
 
 class NotByRow(Exception):
-    """A use of a table that reads no rows of it; the message says why."""
+    """A use of a table that reads no rows of it; the message says why.
+
+    Attributes:
+      table: which table; None if any of those in use.
+      where: the equation that reads so, in its scope; None if it is the one at hand.
+    """
+
+    table: int | None = None
+    where: Any = None
 
 
 class AllRows(NotByRow):
@@ -158,6 +166,7 @@ def expand(
 
 def take(x: jax.Array, selection: Selection) -> jax.Array:
     """What a selection reads of an array."""
+    x = jnp.asarray(x)
     for axis, along in enumerate(selection.axes):
         if isinstance(along, Window):
             x = along.apply(x, axis)
