@@ -1276,7 +1276,7 @@ NO_TABLES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda t, scale, ids: (lambda a, b, *_: a * t[ids] + b)(*scale),
         "scale",
     ),
-    "a row by a Python index": (lambda t, first, ids: t[ids] + first[0], "first"),
+    "a row by a Python index": (lambda t, kinds, ids: t[ids] + kinds[0], "kinds"),
     "token types": (lambda t, kinds, ids: t[ids] + kinds[ids % 2], "kinds"),
     "token types by take": (
         lambda t, kinds, ids: t[ids] + jnp.take(kinds, ids % 2, axis=0),

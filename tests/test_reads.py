@@ -217,7 +217,12 @@ def test_under_vmap(group: str, name: str) -> None:
     assert_equal(*jax.device_get(run(params)), idiom.tolerance)
 
 
-@every([key for key in KEYS if idioms.ALL[key].mapped][::3])
+# JAX itself refuses this one there: its carry becomes one that varies over devices.
+_IN_SHARD_MAP = [key for key in KEYS if idioms.ALL[key].mapped][::3]
+_IN_SHARD_MAP = [key for key in _IN_SHARD_MAP if key != ("control flow", "scan: in scan")]
+
+
+@every(_IN_SHARD_MAP)
 def test_in_shard_map(group: str, name: str) -> None:
     """The sum over two devices, each with ids of its own."""
     idiom = idioms.ALL[group, name]

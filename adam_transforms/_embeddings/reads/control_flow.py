@@ -105,7 +105,7 @@ def _scan(plan: Any, scope: Scope, eqn: Any) -> Scan:
             handed_on[out] = None
             scope.bind([eqn.outvars[out]], [values[i]])
         elif is_tables:
-            raise NotByRow("the loop changes it")
+            raise NotByRow("the loop changes it").of(states[i].tables)
         else:
             carries.append(i)
     counters: list[Value] = []
@@ -115,7 +115,7 @@ def _scan(plan: Any, scope: Scope, eqn: Any) -> Scan:
         body.bind([jaxpr.invars[i] for i in same], [values[i] for i in same])
         for i in stacks:
             if jaxpr.invars[i] not in body.selected:
-                raise AllRows("it goes through all rows")
+                raise AllRows("it goes through all rows").of(states[i].tables)
             counters[:] = [Value(body, _Counter(jax.typeof(np.int32(0))))]
             plan.add_element(Value(body, jaxpr.invars[i]), values[i], counters[0])
 

@@ -214,8 +214,10 @@ class Plan:
     ) -> None:
         where = reason.where or Equation(scope, eqn)
         use = Use(where.scope, where.eqn, str(reason), isinstance(reason, AllRows))
-        tables = frozenset[int]().union(*(x.tables for x in pending))
-        for table in sorted(tables) if reason.table is None else [reason.table]:
+        tables = reason.tables
+        if tables is None:
+            tables = frozenset[int]().union(*(x.tables for x in pending))
+        for table in sorted(tables):
             self.uses.setdefault(table, use)
         program.steps.append(Plain(scope, eqn, waits=True))
 
@@ -277,8 +279,7 @@ class Plan:
             try:
                 return read_table(selection, aval.shape, row_axes, read_rows)
             except NotByRow as reason:
-                reason.table = table
-                raise
+                raise reason.of([table]) from None
 
         def compute() -> jax.Array:
             rows = Rows(self, lambda value: zeros_like(value.aval), read)

@@ -142,7 +142,7 @@ def body_of(
     for x, on in zip(jaxpr.outvars, handed_on, strict=True):
         state = plan.state_of(scope.value(x))
         if on is not None and state is not None and state.is_needed:
-            raise NotByRow("its body returns the array")
+            raise NotByRow("its body returns the array").of(state.tables)
     return program
 
 

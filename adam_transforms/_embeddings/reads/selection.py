@@ -1,7 +1,7 @@
 """Which part of an array is read: positions along some of its axes, windows of the others."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +12,17 @@ class NotByRow(Exception):
     """A use of a table that reads no rows of it; the message says why.
 
     Attributes:
-      table: which table; None if any of those in use.
+      tables: which tables; None if all of those in use.
       where: the equation that reads so, in its scope; None if it is the one at hand.
     """
 
-    table: int | None = None
+    tables: Iterable[int] | None = None
     where: Any = None
+
+    def of(self, tables: Iterable[int]) -> "NotByRow":
+        """The same, of these tables."""
+        self.tables = tables
+        return self
 
 
 class AllRows(NotByRow):
