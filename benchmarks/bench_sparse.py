@@ -90,7 +90,7 @@ def jax_step(name: str, tx: Any, size: Size, batches: Any, *, dense: bool = Fals
         if dense:
             gradient: Any = jnp.zeros(params["table"].shape).at[ids].add(values)
         else:
-            gradient = at.SparseRows(ids, values, size.rows)
+            gradient = at.SparseRows(ids, values, size.rows, synchronized=True)
         updates, state = tx.update({"table": gradient}, state, params)
         return optax.apply_updates(params, updates), state
 

@@ -70,7 +70,9 @@ class Recording:
         dense = {name: g[step] for name, g in self.group("g").items()}
         values = self.group("rows")
         return dense | {
-            name: at.SparseRows(ids[step], values[name][step], len(self.start[name]))
+            name: at.SparseRows(
+                ids[step], values[name][step], len(self.start[name]), synchronized=True
+            )
             for name, ids in self.group("ids").items()
         }
 

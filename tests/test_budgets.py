@@ -58,7 +58,9 @@ def traced_step(name: str, tables: int, rows: int = ROWS) -> Any:
     state = jax.eval_shape(tx.init, params)
     ids = jax.ShapeDtypeStruct((TOUCHED,), jnp.int32)
     sparse = jax.eval_shape(
-        lambda ids, values: at.SparseRows(ids, values, rows), ids, shaped(TOUCHED, WIDTH)
+        lambda ids, values: at.SparseRows(ids, values, rows, synchronized=True),
+        ids,
+        shaped(TOUCHED, WIDTH),
     )
     grads = params if name == "adam" else dict.fromkeys(params, sparse)
     return jax.jit(step, donate_argnums=(0, 1)).trace(params, state, grads)

@@ -54,7 +54,7 @@ def one_step(tx: Any, dense: bool) -> Any:
     @jax.jit
     def step(carry: Any, ids: Any, values: Any) -> Any:
         params, state, moved = carry
-        rows: Any = at.SparseRows(ids, values, params["table"].shape[0])
+        rows: Any = at.SparseRows(ids, values, params["table"].shape[0], synchronized=True)
         table = rows.to_dense() if dense else rows
         grads = {"bias": values[0, :2], "table": table}
         updates, state = tx.update(grads, state, params)
@@ -369,13 +369,102 @@ def test_a_table_without_a_gradient_stays_where_it_is() -> None:
         assert distance(results[False], results[True], moved + more) < 1e-8
 
 
+# Rows made without `rows_from`
+
+
+def lookup(params: Any, ids: Any = (1, 3, 1)) -> jax.Array:
+    ids = jnp.asarray(ids)
+    return jnp.sum(params["table"][ids] ** 2) + jnp.sum(params["bias"])
+
+
+AROUND: dict[str, Any] = {
+    "bare": lambda tx, like: tx,
+    "clipped": lambda tx, like: optax.chain(at.lazy(at.clip_by_global_norm(1.0)), tx),
+    "masked": lambda tx, like: optax.masked(tx, {"table": True, "bias": False}),
+    "by_path": lambda tx, like: at.by_path([("table", tx)], optax.sgd(0.1)),
+    "accumulate": lambda tx, like: at.accumulate(tx, 2, like=like),
+    "weighted": lambda tx, like: at.static_loss_scale(
+        at.accumulate(optax.chain(at.lazy(at.clip_by_norm(1.0)), tx), 2, like=like), 8.0
+    ),
+    "loss scale": lambda tx, like: at.dynamic_loss_scale(tx, 8.0),
+    "skip_nonfinite": lambda tx, like: at.skip_nonfinite(tx),
+    "freeze_rows": lambda tx, like: at.freeze_rows(tx, {"table": 0}),
+    "every wrapper": lambda tx, like: at.dynamic_loss_scale(
+        at.accumulate(at.freeze_rows(tx, {"table": 0}), 2, like=like), 8.0
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name", in_tiers(AROUND, lambda name: name in ("clipped", "every wrapper"))
+)
+def test_rows_made_without_rows_from_are_refused(name: str) -> None:
+    params = initial(np.float32)
+    forgotten = at.grad(lookup)
+    tx = AROUND[name](
+        at.deferred_adam(0.1, tables="table", max_idle=300), jax.eval_shape(forgotten, params)
+    )
+    state = tx.init(params)
+
+    def step(gradients: Any) -> Any:
+        return jax.eval_shape(lambda: tx.update(gradients(), state, params))
+
+    _, new = step(lambda: at.grad(lookup, rows_from=state)(params))
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    step(lambda: forgotten(params) | {"table": forgotten(params)["table"].as_synchronized()})
+    step(lambda: {**params, "table": None})
+    with pytest.raises(
+        ValueError,
+        match=r"^'table' is a table of deferred_adam.*rows_from=state\).*as_synchronized",
+    ):
+        step(lambda: forgotten(params))
+
+
+def test_rows_read_after_catch_up_are_marked_by_hand() -> None:
+    _, params, state = fitted("bare", True)
+    with x64():
+        ids = jnp.array([3, 7, 3])
+
+        @jax.jit
+        def by_hand(params: Any, state: Any) -> Any:
+            params, state = at.catch_up(params, state, {"table": ids})
+            rows = at.grad(lookup)(params, ids)["table"]
+            assert not rows.synchronized
+            return rows.as_synchronized()
+
+        rows = by_hand(params, state)
+        current = jax.jit(at.grad(lookup, rows_from=state))(params, ids)["table"]
+        assert rows.synchronized and current.synchronized
+        assert_close(rows.to_dense(), current.to_dense(), rtol=1e-12)
+
+
+def test_the_rest_of_a_cycle_is_flushed_and_the_mark_of_like_says_nothing() -> None:
+    params = initial(np.float32)
+    deferred = at.deferred_adam(0.1, tables="table", max_idle=300)
+    grads = jax.eval_shape(at.grad(lookup, rows_from=deferred.init(params)), params)
+    like = jax.eval_shape(at.grad(lookup), params)
+    assert grads["table"].synchronized and not like["table"].synchronized
+    tx = at.accumulate(deferred, 2, like=like)
+    state = jax.eval_shape(tx.init, params)
+    assert types(state) == types(
+        jax.eval_shape(at.accumulate(deferred, 2, like=grads).init, params)
+    )
+    _, after = jax.eval_shape(tx.update, grads, state, params)
+    assert types(after) == types(state)
+    flush_accumulated = functools.partial(at.flush_accumulated, tx)
+    assert types(jax.eval_shape(flush_accumulated, after, params)[1]) == types(state)
+
+
 # The chain around it
 
 
 def with_and_without_rows(tx: Any, repeats: int = 1) -> Any:
     """The parameters after a step with rows, one without a gradient of the table, one with rows."""
     params = {"table": jnp.ones((6, 2)), "bias": jnp.ones(2)}
-    rows = {"table": at.SparseRows(jnp.array([1, 3]), jnp.ones((2, 2)), 6), "bias": jnp.ones(2)}
+    rows = {
+        "table": at.SparseRows(jnp.array([1, 3]), jnp.ones((2, 2)), 6, synchronized=True),
+        "bias": jnp.ones(2),
+    }
     state, step = tx.init(params), jax.jit(tx.update)
     for gradients in (rows, {**rows, "table": None}, rows):
         for _ in range(repeats):
@@ -428,7 +517,10 @@ def test_weight_decay_can_leave_out_tables() -> None:
         state, dense_state, dense = tx.init(params), dense_adam.init(params), params
         update, dense_update = jax.jit(tx.update), jax.jit(dense_adam.update)
         for ids, values in zip(*draw(50), strict=True):
-            grads = {"a": at.SparseRows(ids, values, V), "b": at.SparseRows(ids[::-1], values, V)}
+            grads = {
+                "a": at.SparseRows(ids, values, V, synchronized=True),
+                "b": at.SparseRows(ids[::-1], values, V, synchronized=True),
+            }
             updates, state = update(grads, state, params)
             params = optax.apply_updates(params, updates)
             updates, dense_state = dense_update(at.to_dense(grads), dense_state, dense)
@@ -455,7 +547,7 @@ def test_the_types_of_the_state_stay(how: Any, dtype: Any) -> None:
     params = jax.tree.map(lambda p: p.astype(dtype), initial(np.float32))
     tx = deferred_adam()
     state = tx.init(params)
-    rows = at.SparseRows(jnp.array([1, 2]), jnp.ones((2, D), dtype), V)
+    rows = at.SparseRows(jnp.array([1, 2]), jnp.ones((2, D), dtype), V, synchronized=True)
     updates, new = how(tx.update)({"table": rows, "bias": params["bias"]}, state, params)
     assert types(new) == types(state)
     assert updates["table"].dtype == dtype
@@ -469,7 +561,9 @@ def test_memory_is_of_the_rows_touched_and_nothing_of_the_tables_size_is_copied(
         state = jax.eval_shape(tx.init, params)
 
         def step(params: Any, state: Any, ids: Any, values: Any, rows: Any = rows, tx: Any = tx):
-            updates, state = tx.update({"t": at.SparseRows(ids, values, rows)}, state, params)
+            updates, state = tx.update(
+                {"t": at.SparseRows(ids, values, rows, synchronized=True)}, state, params
+            )
             return at.apply_updates(params, updates), state
 
         ids = jax.ShapeDtypeStruct((512,), jnp.int32)
@@ -565,7 +659,7 @@ def test_deferred_inside_lazy_and_an_average_after_it_are_refused() -> None:
     with pytest.raises(ValueError, match="lazy cannot hold deferred_adam"):
         at.lazy(deferred).init(params)
     averaged = optax.chain(deferred, at.params_ema(0.9))
-    rows = at.SparseRows(jnp.array([1]), jnp.ones((1, 2)), 4)
+    rows = at.SparseRows(jnp.array([1]), jnp.ones((1, 2)), 4, synchronized=True)
     with pytest.raises(TypeError, match="'t' has a row gradient"):
         jax.eval_shape(averaged.update, {"t": rows}, averaged.init(params), params)
 
@@ -694,7 +788,7 @@ def test_rows_stay_dense_adams_after_the_largest_count(
 
         def step(carry: Any, batch: Any) -> Any:
             params, state, dense_params, dense_state = carry
-            grads = at.SparseRows(*batch, rows)
+            grads = at.SparseRows(*batch, rows, synchronized=True)
             updates, state = tx.update({"t": grads}, state, params)
             params = at.apply_updates(params, updates)
             dense_grads = {"t": grads.to_dense()}
@@ -720,7 +814,10 @@ def test_rows_stay_dense_adams_after_the_largest_count(
 @pytest.mark.parametrize("jit", [False, True])
 def test_a_table_of_no_rows_is_one(jit: bool) -> None:
     params = {"t": jnp.ones((0, 2)), "w": jnp.ones(2)}
-    grads = {"t": at.SparseRows(np.array([0, 0]), np.ones((2, 2), np.float32), 0), "w": params["w"]}
+    grads = {
+        "t": at.SparseRows(np.array([0, 0]), np.ones((2, 2), np.float32), 0, synchronized=True),
+        "w": params["w"],
+    }
     for tx in (
         at.lazy_adam(0.1, amsgrad=True, clip_global_norm=1.0),
         at.deferred_adam(0.1, tables="t", weight_decay=0.1),
@@ -754,7 +851,10 @@ def test_a_deferred_table_of_no_rows_is_read() -> None:
 
 def test_hyperparameters_injected_outside_of_jit_are_numbers() -> None:
     params, (ids, values) = initial(np.float32), draw(1, dtype=np.float32)
-    grads = {"bias": values[0, 0, :2], "table": at.SparseRows(ids[0], values[0], V)}
+    grads = {
+        "bias": values[0, 0, :2],
+        "table": at.SparseRows(ids[0], values[0], V, synchronized=True),
+    }
     injected = optax.inject_hyperparams(at.deferred_adam)(0.1, b1=0.5, tables="table", max_idle=300)
     updates, state = injected.update(grads, injected.init(params), params)
     tx = deferred_adam(0.1, b1=0.5, b2=float(jnp.float32(0.999)), max_idle=300)

@@ -266,7 +266,7 @@ def test_an_average_that_cannot_take_rows_exactly_refuses_them(place, options):
 def test_rows_of_deferred_adam_are_refused(wrap):
     params = {"t": jnp.ones((3, 1))}
     tx = optax.chain(wrap(at.deferred_adam(0.1, tables="t", max_idle=300)), at.params_ema(0.9))
-    rows = at.SparseRows(jnp.array([1]), jnp.ones((1, 1)), 3)
+    rows = at.SparseRows(jnp.array([1]), jnp.ones((1, 1)), 3, synchronized=True)
     with pytest.raises(TypeError, match="'t' has a row gradient of deferred_adam"):
         jax.eval_shape(tx.update, {"t": rows}, tx.init(params), params)
 

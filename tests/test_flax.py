@@ -104,7 +104,8 @@ def test_train_state_resumes_from_its_bytes(kind: str) -> None:
 
 
 def test_row_gradients_pass_through_bytes() -> None:
-    rows = at.SparseRows(jnp.array([3, 1, V]), jnp.asarray(helpers.normal(0, 3, D)), V, unique=True)
+    values = jnp.asarray(helpers.normal(0, 3, D))
+    rows = at.SparseRows(jnp.array([3, 1, V]), values, V, unique=True, synchronized=True)
     batch = jax.vmap(lambda x: rows.with_values(rows.values * x))(jnp.arange(2.0))
     stack = at.SparseRows(rows.indices, rows.values, V, leading_shape=(V // 4, 4))
     for tree in ({"table": rows}, {"table": batch}, {"table": stack}):

@@ -29,7 +29,10 @@ def gradient(seed: int, kind: str, n: int = 8) -> dict[str, Any]:
     if kind == "dense":
         return {"table": jnp.asarray(normal(seed, V, D)), "bias": bias}
     indices = np.concatenate([FROZEN, np.random.default_rng(seed).integers(0, V + 1, n - 2)])
-    return {"table": at.SparseRows(indices, jnp.asarray(normal(seed, n, D)), V), "bias": bias}
+    return {
+        "table": at.SparseRows(indices, jnp.asarray(normal(seed, n, D)), V, synchronized=True),
+        "bias": bias,
+    }
 
 
 def train(tx: Any, params: Any, gradients: list[Any], state: Any = None) -> Any:
@@ -130,7 +133,7 @@ def _silenced(g: dict[str, Any]) -> dict[str, Any]:
     table = g["table"]
     if isinstance(table, at.SparseRows):
         indices = jnp.where(jnp.isin(table.indices, jnp.array(FROZEN)), V, table.indices)
-        return {**g, "table": at.SparseRows(indices, table.values, V)}
+        return {**g, "table": at.SparseRows(indices, table.values, V, synchronized=True)}
     return {**g, "table": table.at[np.array(FROZEN)].set(0.0)}
 
 

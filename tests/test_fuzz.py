@@ -57,7 +57,7 @@ class Compiled:
             if not isinstance(g, tuple):
                 return g
             leaf = program.leaves[i]
-            return at.SparseRows(*g, leaf.shape[0], unique=leaf.unique)
+            return at.SparseRows(*g, leaf.shape[0], unique=leaf.unique, synchronized=True)
 
         def update(numbers: Any, grads: Any, state: Any, leaves: Any, extra: Any) -> Any:
             grads = treedef.unflatten([gradient_of(i, g) for i, g in enumerate(grads)])

@@ -110,7 +110,7 @@ def test_deferred_adam_takes_it_up_as_dense_adam_does(amsgrad, weight_decay):
     assert types(states[1]) == types(deferred.init(PARAMS))
     params, updates = [PARAMS, PARAMS], [jax.jit(dense.update), jax.jit(deferred.update)]
     for t in range(12):
-        rows = at.SparseRows(jnp.array([t % 3]), jnp.asarray(normal(t, 1, 2)), 6)
+        rows = at.SparseRows(jnp.array([t % 3]), jnp.asarray(normal(t, 1, 2)), 6, synchronized=True)
         for i, update in enumerate(updates):
             grads = {
                 "embed": {"table": rows if i else rows.to_dense()},

@@ -22,7 +22,7 @@ def make_params() -> dict[str, Any]:
 
 
 def make_grads(*ids: int) -> dict[str, Any]:
-    rows = at.SparseRows(jnp.array(ids), jnp.ones((len(ids), D)), V)
+    rows = at.SparseRows(jnp.array(ids), jnp.ones((len(ids), D)), V, synchronized=True)
     return {"table": rows, "w": jnp.ones(D)}
 
 

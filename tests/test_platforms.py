@@ -22,7 +22,7 @@ def exported(tx: Any, platform: str, *, rows: int = V, dense: bool = False) -> s
     params = {"table": shape((rows, D), jnp.float32)}
 
     def step(params: Any, state: Any, ids: Any, values: Any) -> Any:
-        gradient = values if dense else at.SparseRows(ids, values, rows)
+        gradient = values if dense else at.SparseRows(ids, values, rows, synchronized=True)
         updates, state = tx.update({"table": gradient}, state, params)
         return optax.apply_updates(params, updates), state
 

@@ -46,7 +46,9 @@ def gradient(seed: int, kind: str, num_rows: int = V, dtype: Any = jnp.float32) 
         if kind == "dense":
             return jnp.zeros((num_rows, D), dtype).at[:V].set(values)
         indices = rng.integers(0, V + 1, V)
-        return at.SparseRows(np.where(indices == V, num_rows, indices), values, num_rows)
+        return at.SparseRows(
+            np.where(indices == V, num_rows, indices), values, num_rows, synchronized=True
+        )
 
     return {
         "net": {"table": table(seed, num_rows)},
@@ -330,7 +332,7 @@ def test_deferred_rows_keep_owing_and_new_ones_owe_nothing(arguments: dict[str, 
 
 
 def _of_row(row: int, num_rows: int) -> at.SparseRows:
-    return at.SparseRows(jnp.array([row]), jnp.ones((1, D)), num_rows)
+    return at.SparseRows(jnp.array([row]), jnp.ones((1, D)), num_rows, synchronized=True)
 
 
 def test_deferred_stays_on_dense_adams_trajectory_though_turns_change(
@@ -346,7 +348,9 @@ def test_deferred_stays_on_dense_adams_trajectory_though_turns_change(
 
     def rows(step: int, size: int) -> at.SparseRows:
         indices = np.arange(num_rows) if step == 0 else np.array([step % 3])
-        return at.SparseRows(indices, jnp.asarray(normal(step, len(indices), D)), size)
+        return at.SparseRows(
+            indices, jnp.asarray(normal(step, len(indices), D)), size, synchronized=True
+        )
 
     old = {"table": jnp.asarray(table[:num_rows])}
     added = {"table": jnp.asarray(table[num_rows:])}

@@ -22,7 +22,9 @@ def random_rows(seed: int, num_rows: int, n: int) -> at.SparseRows:
     """With duplicates and padding."""
     generator = np.random.default_rng(seed)
     ids = generator.integers(0, num_rows + 2, n, np.int32)
-    return at.SparseRows(ids, generator.standard_normal((n, WIDTH)).astype(np.float32), num_rows)
+    return at.SparseRows(
+        ids, generator.standard_normal((n, WIDTH)).astype(np.float32), num_rows, synchronized=True
+    )
 
 
 def trained(tx: Any, dtype: Any = jnp.float32) -> tuple[Any, str]:
@@ -172,7 +174,9 @@ def test_many_rows_need_no_memory_for_what_is_computed_on_the_way(
         tx = LARGE[name]()
 
         def step(params: Any, state: Any, ids: jax.Array, values: jax.Array) -> Any:
-            updates, state = tx.update({"table": at.SparseRows(ids, values, ROWS)}, state, params)
+            updates, state = tx.update(
+                {"table": at.SparseRows(ids, values, ROWS, synchronized=True)}, state, params
+            )
             return optax.apply_updates(params, updates), state
 
         params = {"table": jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float32)}

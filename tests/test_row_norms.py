@@ -15,7 +15,7 @@ INDICES = [2, 5, 2, V, 0]
 
 
 def gradients():
-    rows = at.SparseRows(np.array(INDICES), 2 * normal(3, 5, D), V)
+    rows = at.SparseRows(np.array(INDICES), 2 * normal(3, 5, D), V, synchronized=True)
     return {"table": rows, "kernel": normal(4, D, 2), "bias": normal(5, 4)}
 
 

@@ -18,7 +18,10 @@ pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 V = 10
 PARAMS = {"table": jnp.ones((V, 2)), "w": jnp.ones(2)}
 DENSE = jax.tree.map(jnp.ones_like, PARAMS)
-ROWS = {"table": at.SparseRows(np.array([1]), np.ones((1, 2), np.float32), V), "w": jnp.ones(2)}
+ROWS = {
+    "table": at.SparseRows(np.array([1]), np.ones((1, 2), np.float32), V, synchronized=True),
+    "w": jnp.ones(2),
+}
 HEADING = "the state is not as this configuration makes it:"
 
 

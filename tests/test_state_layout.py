@@ -127,7 +127,7 @@ def test_a_new_state_class_is_one_entry() -> None:
     register(velocity=Role.SLOT, steps=Role.SCALAR)(MomentumState)
     try:
         tx = at.lazy(optax.GradientTransformation(init, update))
-        rows = at.SparseRows(jnp.array([4]), jnp.ones((1, 3)), 7)
+        rows = at.SparseRows(jnp.array([4]), jnp.ones((1, 3)), 7, synchronized=True)
         grads = {"table": rows, "w": PARAMS["w"]}
         _, state = tx.update(grads, tx.init(PARAMS), PARAMS)
         larger, state = at.resize(PARAMS, state, {"table": 9})

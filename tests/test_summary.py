@@ -48,7 +48,10 @@ def column(text: str, name: str) -> dict[str, str]:
 
 def row_gradients(*ids: int) -> dict[str, Any]:
     dense = jax.tree.map(jnp.ones_like, make_params()["dense"])
-    return {"table": at.SparseRows(jnp.array(ids), jnp.ones((len(ids), D)), V), "dense": dense}
+    return {
+        "table": at.SparseRows(jnp.array(ids), jnp.ones((len(ids), D)), V, synchronized=True),
+        "dense": dense,
+    }
 
 
 def train(tx: Any, params: Any, *steps: tuple[int, ...]) -> Any:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 def gradients(t: int, *, rows: bool = False) -> Any:
     dense = jax.tree.map(lambda p: normal(100 + t, *p.shape), PARAMS)
     ids = jnp.array([t % V, (5 * t) % V, V])
-    table = at.SparseRows(ids, jnp.asarray(normal(t, 3, 2)), V)
+    table = at.SparseRows(ids, jnp.asarray(normal(t, 3, 2)), V, synchronized=True)
     return {**dense, "table": table if rows else table.to_dense()}
 
 

@@ -1,5 +1,6 @@
 """The gradient of a table by the rows it touches."""
 
+import copy
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -52,6 +53,9 @@ class SparseRows(metaclass=_Described):
       unique: static; whether no row is named twice, padding aside.
       leading_shape: static; of stacked tables the leading axes, whose product is `num_rows`. Row
         (f, v) of (F, V, D...) has the index f V + v. None for (num_rows,), a single table.
+      synchronized: static; whether the gradient was computed from rows without pending updates.
+        `deferred_adam` takes no other row gradients. `value_and_grad` sets it for the tables of
+        `rows_from`, and every operation keeps it; a sum of two has it if both have it.
 
     Raises:
       TypeError, ValueError: a wrong dtype, shape or number of rows.
@@ -90,6 +94,7 @@ class SparseRows(metaclass=_Described):
     num_rows: int
     unique: bool
     leading_shape: tuple[int, ...]
+    synchronized: bool
     _keys: Any
     _indices: Any = None  # what `_keys` says, in rows that have not been a pytree since
 
@@ -101,6 +106,7 @@ class SparseRows(metaclass=_Described):
         *,
         unique: bool = False,
         leading_shape: Sequence[int] | None = None,
+        synchronized: bool = False,
     ) -> None:
         num_rows = operator.index(num_rows)
         if not 0 <= num_rows < 2**31:
@@ -122,6 +128,7 @@ class SparseRows(metaclass=_Described):
         self.num_rows = num_rows
         self.unique = unique
         self.leading_shape = leading
+        self.synchronized = synchronized
         self._indices = indices
         self._keys = _as_keys(indices)
 
@@ -176,19 +183,21 @@ class SparseRows(metaclass=_Described):
 
     def with_values(self, values: jax.Array) -> "SparseRows":
         """The same rows with other values, (n, D...)."""
-        rows = object.__new__(type(self))
+        rows = copy.copy(self)
         (rows.values,) = _replicate_rows(values)
-        rows._keys, rows._indices = self._keys, self._indices
-        rows.num_rows, rows.unique = self.num_rows, self.unique
-        rows.leading_shape = self.leading_shape
         return rows
 
     def with_rows(self, indices: Any, values: Any, *, unique: bool = False) -> "SparseRows":
-        """Other rows of the same table."""
-        leading_shape = self.leading_shape
-        return type(self)(
-            indices, values, self.num_rows, unique=unique, leading_shape=leading_shape
-        )
+        """Other rows of the same table, (m,) and (m, D...)."""
+        static = {"leading_shape": self.leading_shape, "synchronized": self.synchronized}
+        return type(self)(indices, values, self.num_rows, unique=unique, **static)
+
+    def as_synchronized(self) -> "SparseRows":
+        """The same rows with `synchronized` set: for a gradient that was computed after `catch_up`
+        or `flush` had applied the pending updates of these rows."""
+        rows = copy.copy(self)
+        rows.synchronized = True
+        return rows
 
     def after_read(self, read: jax.Array) -> "SparseRows":
         """The same rows, available only after `read`, rows of a table, has been gathered: added to
@@ -239,7 +248,8 @@ class SparseRows(metaclass=_Described):
             if (self.shape, self.leading_shape) != (other.shape, other.leading_shape):
                 raise ValueError(f"row gradients {self} and {other} do not add")
             dtype = dtypes.promote(self.dtype, other.dtype)
-            return self.with_rows(
+            like = other if self.synchronized else self  # the sum is marked if both are
+            return like.with_rows(
                 jnp.concatenate([self.indices, other.indices]),
                 jnp.concatenate([self.values.astype(dtype), other.values.astype(dtype)]),
             )
@@ -314,27 +324,28 @@ class SparseRows(metaclass=_Described):
             return f"SparseRows({keys!r}, {values!r}, num_rows={num_rows})"
         sizes = ",".join(map(str, self.shape))
         rows = "distinct rows" if self.unique else "rows"
-        batched = ", batched" if len(n) > 1 else ""
-        return f"SparseRows({values.dtype}[{sizes}], {n[-1]} of {num_rows} {rows}{batched})"
+        marks = ", batched" * (len(n) > 1) + ", synchronized" * self.synchronized
+        return f"SparseRows({values.dtype}[{sizes}], {n[-1]} of {num_rows} {rows}{marks})"
 
     def tree_flatten_with_keys(self) -> Any:
         # The values first: whoever asks the first leaf for a dtype, as `optax.inject_hyperparams`
         # does, wants one of numbers.
         names = (jax.tree_util.GetAttrKey("values"), jax.tree_util.GetAttrKey("indices"))
         leaves = (self.values, self._keys)
-        static = (self.num_rows, self.unique, self.leading_shape)
+        static = (self.num_rows, self.unique, self.leading_shape, self.synchronized)
         return tuple(zip(names, leaves, strict=True)), static
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], leaves: tuple[Any, Any]) -> "SparseRows":
         rows = object.__new__(cls)
         rows.values, rows._keys = leaves
-        rows.num_rows, rows.unique, rows.leading_shape = static
+        rows.num_rows, rows.unique, rows.leading_shape, rows.synchronized = static
         return rows
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
-        # Pickles of earlier versions are of single tables.
-        vars(self).update({"leading_shape": (attributes["num_rows"],)} | attributes)
+        # Pickles of earlier versions are of single tables, and have no mark.
+        defaults = {"leading_shape": (attributes["num_rows"],), "synchronized": False}
+        vars(self).update(defaults | attributes)
 
 
 @serializable_node
@@ -472,7 +483,7 @@ def to_parts(tree: Any) -> Any:
 
 
 def from_parts(like: Any, parts: Any) -> Any:
-    """What `to_parts` took apart; tables' sizes and uniqueness are those of the rows in `like`."""
+    """What `to_parts` took apart; all that is static is that of the rows in `like`."""
     return jax.tree.map(
         lambda x, part: x.with_rows(*part, unique=x.unique) if is_rows(x) else part,
         like,

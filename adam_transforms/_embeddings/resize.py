@@ -199,7 +199,8 @@ def _grown_leaf(growth: _Growth, path: str, x: Any, fill: _Fill) -> Any:
         leading_shape = (num_rows + appended.shape[0], *x.leading_shape[1:])
         size = math.prod(leading_shape)
         indices = jnp.where(x.is_valid, x.indices, size)  # padding stays behind the last row
-        return SparseRows(indices, x.values, size, unique=x.unique, leading_shape=leading_shape)
+        static = {"unique": x.unique, "synchronized": x.synchronized}
+        return SparseRows(indices, x.values, size, leading_shape=leading_shape, **static)
     if num_rows not in shape:
         return x
     is_by_row = shape[0] == num_rows and num_rows not in (*shape[1:], *width)

@@ -68,9 +68,10 @@ def value_and_grad(
         expressions, searched for in the leaf's path within its argument; or a predicate
         ``(path, leaf) -> bool``.
       rows_from: an optimizer state with a `DeferredAdamState` in it, however deep. Its tables are
-        found among the leaves by path and get row gradients; with ``tables="auto"`` no other leaf
-        does. Their rows are read with all pending updates applied. A table that is also used in
-        another way is synchronized as a whole, in O(V), and its gradient is dense.
+        found among the leaves by path and get row gradients, marked as `synchronized`; with
+        ``tables="auto"`` no other leaf does. Their rows are read with all pending updates applied.
+        A table that is also used in another way is synchronized as a whole, in O(V), and its
+        gradient is dense.
 
     Returns:
       A function from `fun`'s arguments to (value, gradient): `fun`'s result, and a gradient in the
@@ -142,7 +143,9 @@ def value_and_grad(
         rest = iter(dense)
         grads = treedef.unflatten(
             [
-                _assemble(i, leaf.value, choice, indices, taps) if i in chosen else next(rest)
+                _assemble(i, leaf.value, choice, indices, taps, synchronized=i in deferred)
+                if i in chosen
+                else next(rest)
                 for i, leaf in enumerate(leaves)
             ]
         )
@@ -204,7 +207,13 @@ def positions_of(argnums: Any) -> tuple[int, ...]:
 
 
 def _assemble(
-    i: int, table: Any, choice: Choice, indices: Sequence[Any], taps: Sequence[Any]
+    i: int,
+    table: Any,
+    choice: Choice,
+    indices: Sequence[Any],
+    taps: Sequence[Any],
+    *,
+    synchronized: bool,
 ) -> SparseRows:
     """The row gradient of leaf `i` from the indices of all reads and the gradients of the taps."""
     dtype = jnp.result_type(table)
@@ -222,5 +231,6 @@ def _assemble(
         jnp.concatenate(values or [jnp.zeros((0, *width), wide)]),
         num_rows=math.prod(row_shape),
         leading_shape=row_shape,
+        synchronized=synchronized,
     ).sum_duplicates()
     return rows.with_values(rows.values.astype(dtype))

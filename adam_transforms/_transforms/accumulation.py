@@ -155,7 +155,9 @@ def accumulate(
         size = every * x.values.shape[0]
         table, axes = (x.values, 1) if param is None else (param, len(x.leading_shape))
         values = trees.zero_rows(table, size, dtype or dtypes.compute_dtype(x.dtype), axes)
-        return x.with_rows(jnp.full((size,), x.num_rows), values)
+        # Without the mark of `like`: each step asks its own gradient.
+        indices = jnp.full((size,), x.num_rows)
+        return SparseRows(indices, values, x.num_rows, leading_shape=x.leading_shape)
 
     def init(params: Params) -> State:
         # nnx.Optimizer does not update a variable that contains a tree.
@@ -220,7 +222,11 @@ def accumulate(
         old_acc = trees.wrap_like(updates, state.acc)
         if isinstance(emit, _Flush):
             emit.has_arrived = True
-            cycle = _Cycle(state.mini_step, old_acc, state.weight if weighted else None)
+            # The steps that collected these gradients have refused those that are not synchronized.
+            total = jax.tree.map(
+                lambda x: x.as_synchronized() if is_rows(x) else x, old_acc, is_leaf=is_rows
+            )
+            cycle = _Cycle(state.mini_step, total, state.weight if weighted else None)
             ends = cycle.count > 0
         else:
             cycle = collect(updates, state, weight)
@@ -250,10 +256,9 @@ def accumulate(
             if total is None:
                 return _skip_gradient(acc, state.mini_step, every)
             if isinstance(acc, SparseRows):
-                if carried.values.shape != acc.values.shape:
-                    return total  # the updates have another number of rows
-                values = carried.values.astype(acc.dtype)
-                return acc.with_rows(carried.indices, values)
+                # The updates may have another number of rows.
+                rows = carried if carried.values.shape == acc.values.shape else total
+                return acc.with_rows(rows.indices, rows.values.astype(acc.dtype))
             return carried.astype(acc.dtype)
 
         total = cycle.total
@@ -478,11 +483,11 @@ def _skip_gradient(acc: Any, mini_step: jax.Array, every: Any) -> Any:
 
 
 def _store_rows(acc: SparseRows, rows: SparseRows, mini_step: jax.Array) -> SparseRows:
-    """Writes the rows of one step to its position in `acc`."""
+    """`acc` with the rows of one step at their position, and marked as these are."""
     size = rows.values.shape[0]
     at = mini_step * size + jnp.arange(size, dtype=jnp.int32)
     # XLA scatters in place; it would copy `acc` for a dynamic_update_slice.
-    return acc.with_rows(
+    return rows.with_rows(
         acc.indices.at[at].set(rows.indices), acc.values.at[at].set(rows.values.astype(acc.dtype))
     )
 

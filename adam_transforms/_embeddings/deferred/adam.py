@@ -110,16 +110,22 @@ def deferred_adam(
 
     Returns:
       A transformation with `DeferredAdamState`; `update` needs `params`. A table takes a
-      `SparseRows` gradient; its update has the rows touched and the rows of the round robin. A
-      gradient of no rows is a step in which all rows are idle. A dense gradient or None first
-      applies all pending updates of the whole table. With None, the step itself then adds nothing.
+      `SparseRows` gradient marked as `synchronized`, as ``value_and_grad(loss, rows_from=state)``
+      makes it; its update has the rows touched and the rows of the round robin. A gradient of no
+      rows is a step in which all rows are idle. A dense gradient or None first applies all pending
+      updates of the whole table. With None, the step itself then adds nothing.
 
     Raises:
       ValueError: b1 >= sqrt(b2), eps = 0, a momentum that outlasts `max_idle`; `tables` matches
-        nothing, or a scalar; `update` got the state of another configuration: of other tables,
-        another max_idle, b1, b2, eps, form or weight decay than None or not.
+        nothing, or a scalar; `update` got rows that are not marked as `synchronized`, or the state
+        of another configuration: of other tables, another max_idle, b1, b2, eps, form or weight
+        decay than None or not.
       TypeError: a table is not of a real floating dtype; b1, b2, eps or max_idle is traced, as
         ``optax.inject_hyperparams`` does with arguments that are not in its ``static_args``.
+
+    After `catch_up` or `flush` a gradient computed without `rows_from` is right too: mark it, by
+    ``rows.as_synchronized()``. Rows built by hand are marked by
+    ``SparseRows(..., synchronized=True)``, as in the example below.
 
     L2 decay, added to the gradient, is not of this form: use `weight_decay`. Clip before, inside
     `lazy`: ``optax.chain(lazy(optax.clip_by_global_norm(1.0)), deferred_adam(...))``.
@@ -130,7 +136,8 @@ def deferred_adam(
     >>> params = {"table": jnp.zeros((4, 1))}
     >>> state = tx.init(params)
     >>> for row in (2, 0):
-    ...     grads = {"table": SparseRows(jnp.array([row]), jnp.ones((1, 1)), num_rows=4)}
+    ...     rows = SparseRows(jnp.array([row]), jnp.ones((1, 1)), num_rows=4, synchronized=True)
+    ...     grads = {"table": rows}
     ...     updates, state = tx.update(grads, state, params)
     ...     params = optax.apply_updates(params, updates)
     >>> params["table"].round(3).tolist()  # row 2 has moved once; one update is pending
@@ -247,6 +254,7 @@ def deferred_adam(
                 g = trees.as_gradient(path, g)
             if path in idle:
                 _refuse_stacked(path, g)
+                _refuse_stale(path, g)
                 table = TableRows(jnp.asarray(p), tuple(slots), idle[path].last_step)
                 step_of_table = functools.partial(step, path, decays)
                 counts = state.count, count_after
@@ -385,6 +393,17 @@ def _refuse_stacked(path: Path, g: Any) -> None:
             f"{path!r} has a row gradient of stacked tables, {g}, but deferred_adam keeps rows "
             f"along the first axis: make it one table of {g.num_rows} rows, in which row (f, v) is "
             f"row f * {math.prod(g.leading_shape[1:])} + v, or use lazy_adam"
+        )
+
+
+def _refuse_stale(path: Path, g: Any) -> None:
+    if isinstance(g, SparseRows) and g.values.shape[0] and not g.synchronized:
+        raise ValueError(
+            f"{path!r} is a table of deferred_adam, whose rows in params may have pending updates, "
+            "but its row gradient is not marked as computed from synchronized rows. Compute it by "
+            "value_and_grad(loss, rows_from=state)(params, ...). If catch_up or flush has "
+            "synchronized the rows that the loss reads, mark it: rows.as_synchronized(). Rows "
+            "built by hand: SparseRows(indices, values, num_rows, synchronized=True)"
         )
 
 

@@ -41,13 +41,17 @@ def catch_up(params: P, state: S, ids: Mapping[Path, Any]) -> tuple[P, S]:
     Raises:
       ValueError: a path is of no deferred table.
 
+    Code that reads these rows afterwards needs no `rows_from`. `deferred_adam` takes its row
+    gradient once it is marked: ``grads["table"].as_synchronized()``.
+
     >>> import jax.numpy as jnp
     >>> from adam_transforms import deferred_adam
     >>> tx = deferred_adam(0.1, tables="table")
     >>> params = {"table": jnp.zeros((4, 1))}
     >>> state = tx.init(params)
     >>> for row in (2, 0):
-    ...     grads = {"table": SparseRows(jnp.array([row]), jnp.ones((1, 1)), num_rows=4)}
+    ...     rows = SparseRows(jnp.array([row]), jnp.ones((1, 1)), num_rows=4, synchronized=True)
+    ...     grads = {"table": rows}
     ...     updates, state = tx.update(grads, state, params)
     ...     params = {"table": params["table"] + updates["table"]}
     >>> params, state = catch_up(params, state, {"table": jnp.array([2, 3])})
@@ -80,7 +84,8 @@ def flush(params: P, state: S) -> tuple[P, S]:
     >>> params = {"table": jnp.zeros((4, 1))}
     >>> state = tx.init(params)
     >>> for row in (2, 0):
-    ...     grads = {"table": SparseRows(jnp.array([row]), jnp.ones((1, 1)), num_rows=4)}
+    ...     rows = SparseRows(jnp.array([row]), jnp.ones((1, 1)), num_rows=4, synchronized=True)
+    ...     grads = {"table": rows}
     ...     updates, state = tx.update(grads, state, params)
     ...     params = {"table": params["table"] + updates["table"]}
     >>> params, state = flush(params, state)
@@ -113,7 +118,8 @@ def owed(params: Params, state: State) -> dict[Path, Owed]:
     >>> params = {"table": jnp.zeros((4, 1))}
     >>> state = tx.init(params)
     >>> for row in (2, 0):
-    ...     grads = {"table": SparseRows(jnp.array([row]), jnp.ones((1, 1)), num_rows=4)}
+    ...     rows = SparseRows(jnp.array([row]), jnp.ones((1, 1)), num_rows=4, synchronized=True)
+    ...     grads = {"table": rows}
     ...     updates, state = tx.update(grads, state, params)
     ...     params = {"table": params["table"] + updates["table"]}
     >>> int(owed(params, state)["table"].rows)  # row 2
