@@ -170,20 +170,25 @@ def lazy_adam(
     accumulate_like: Any = None,
     loss_scale: float | jax.Array | Literal["dynamic"] | None = None,
     nu_dtype: Any = None,
+    tables: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`adam` that updates only the touched rows of a table with a row gradient.
 
     The chain of `adam` is inside `lazy`, and the wrappers are around it::
 
-        dynamic_loss_scale(accumulate(lazy(chain), accumulate_every, like=accumulate_like))
+        dynamic_loss_scale(
+            accumulate(lazy(chain, tables=tables), accumulate_every, like=accumulate_like)
+        )
 
     The arguments are those of `adam`, without `ema_overwrite_every` (it sets all rows), and:
       ema: as in `params_ema`, a Python number.
       accumulate_like: with `accumulate_every`, a tree like the gradients, as in `accumulate`.
+      tables: the parameters whose gradients must have rows, as in `lazy`: a dense gradient of one
+        is an error. Under `optax.inject_hyperparams` a predicate belongs in its ``static_args``.
 
     >>> import jax.numpy as jnp, optax
     >>> from adam_transforms import SparseRows
-    >>> tx = lazy_adam(learning_rate=0.1)
+    >>> tx = lazy_adam(learning_rate=0.1, tables="table")
     >>> params = {"table": jnp.zeros((4, 1))}
     >>> rows = SparseRows(jnp.array([2]), jnp.array([[3.0]]), num_rows=4)
     >>> updates, _ = tx.update({"table": rows}, tx.init(params), params)
@@ -193,9 +198,9 @@ def lazy_adam(
     arguments = dict(locals())
     if accumulate_like is not None and accumulate_every is None:
         raise ValueError("accumulate_like needs accumulate_every, got None")
-    like = arguments.pop("accumulate_like")
+    like, tables = arguments.pop("accumulate_like"), arguments.pop("tables")
     options = _Options(**arguments, ema_overwrite_every=None)
-    return _add_wrappers(lazy(_chain(options)), options, like)
+    return _add_wrappers(lazy(_chain(options), tables=tables), options, like)
 
 
 class _Options(NamedTuple):

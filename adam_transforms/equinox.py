@@ -48,7 +48,7 @@ def filter_value_and_grad(
     >>> import equinox as eqx, jax, jax.numpy as jnp
     >>> import adam_transforms as at
     >>> model = eqx.nn.Embedding(1000, 2, key=jax.random.key(0))
-    >>> tx = at.lazy_adam(0.1)
+    >>> tx = at.lazy_adam(0.1, tables="weight")
     >>> state = tx.init(eqx.filter(model, eqx.is_inexact_array))
     >>> def loss(model, ids):
     ...     return jnp.sum((jax.vmap(model)(ids) - 1.0) ** 2)

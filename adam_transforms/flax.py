@@ -54,7 +54,8 @@ def value_and_grad(
     >>> from flax import nnx
     >>> import adam_transforms as at
     >>> model = nnx.Embed(1000, 2, rngs=nnx.Rngs(0))
-    >>> optimizer = nnx.Optimizer(model, at.lazy_adam(0.1), wrt=nnx.Param)
+    >>> tx = at.lazy_adam(0.1, tables="embedding")
+    >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     >>> def loss(model, ids):
     ...     return jnp.sum((model(ids) - 1.0) ** 2)
     >>> @nnx.jit

@@ -206,18 +206,19 @@ class Program(Described):
     def _base(self, given: Mapping[str, Any]) -> Any:
         if self.family == "deferred":
             names = ("learning_rate", "b1", "b2", "eps", "weight_decay")
-            tables = [self._pattern(i) for i, x in enumerate(self.leaves) if x.ids is not None]
             options = {"amsgrad": "max_of" in self.options} | dict(self.options)
             adam = at.deferred_adam(
                 **{name: given[name] for name in names if name in given},
                 weight_decay_mask=self._mask(),
-                tables=tables,
+                tables=self._tables(),
                 **options,
             )
-            return adam if self.clip is None else optax.chain(at.lazy(self._clip(given)), adam)
+            if self.clip is None:
+                return adam
+            return optax.chain(at.lazy(self._clip(given), tables=self._always_by_row()), adam)
         chain = self._preset(given) if self.preset else self._chain(given)
         if self.family == "lazy" and not self.preset:
-            chain = at.lazy(chain)
+            chain = at.lazy(chain, tables=self._always_by_row())
         if self.averages_outside:
             chain = optax.chain(chain, at.params_ema(given["ema"], **self.ema))
         return chain
@@ -253,7 +254,20 @@ class Program(Described):
             options["ema_overwrite_every"] = self.ema["overwrite_every"]
         for name in OUTSIDE_PRESETS:
             options.pop(name, None)
-        return (at.lazy_adam if self.family == "lazy" else at.adam)(**options)
+        if self.family == "lazy":
+            return at.lazy_adam(**options, tables=self._always_by_row())
+        return at.adam(**options)
+
+    def _tables(self) -> list[str]:
+        return [self._pattern(i) for i, leaf in enumerate(self.leaves) if leaf.ids is not None]
+
+    def _always_by_row(self) -> list[str]:
+        """The tables of which no step has a dense gradient."""
+        return [
+            self._pattern(i)
+            for i, leaf in enumerate(self.leaves)
+            if leaf.ids is not None and self.alternative != (i, "dense")
+        ]
 
     def _clip(self, given: Mapping[str, Any]) -> Any:
         makes = {

@@ -57,7 +57,7 @@ TRANSFORMATIONS = {
     "scale_by_path_learning_rate": lambda: at.scale_by_path_learning_rate(
         [("kernel", 0.1)], decaying(0.2)
     ),
-    "lazy": lambda: at.lazy(at.scale_by_adam()),
+    "lazy": lambda: at.lazy(at.scale_by_adam(), tables=()),
     "by_path": lambda: at.by_path([("kernel", at.scale_by_adam())], at.clip_by_norm(1.0)),
     "adam": lambda: at.adam(decaying(0.1)),
     "adam raw AMSGrad": lambda: at.adam(amsgrad=True, eps_hat=True),
@@ -80,7 +80,9 @@ TRANSFORMATIONS = {
         weight_decay=0.1,
         max_idle=300,
     ),
-    "lazy_adam": lambda: at.lazy_adam(0.1, amsgrad=True, accumulate_every=2, weight_decay=0.1),
+    "lazy_adam": lambda: at.lazy_adam(
+        0.1, amsgrad=True, accumulate_every=2, weight_decay=0.1, tables=()
+    ),
     "freeze_rows": lambda: at.freeze_rows(at.scale_by_adam(), {"kernel": 0}),
     "master_weights": lambda: at.master_weights(at.scale_by_adam()),
     "shard_slots": lambda: at.shard_slots(at.scale_by_adam(), ONE_DEVICE),
@@ -382,7 +384,7 @@ def test_unknown_extra_arguments_are_ignored(tx: Any) -> None:
         at.dynamic_loss_scale,
         at.skip_nonfinite,
         lambda inner: at.by_path([("kernel", inner)], inner),
-        at.lazy,
+        lambda inner: at.lazy(inner, tables=()),
         lambda inner: at.freeze_rows(inner, {"kernel": 0}),
         at.master_weights,
         lambda inner: at.shard_slots(inner, ONE_DEVICE),

@@ -819,7 +819,7 @@ def test_a_table_of_no_rows_is_one(jit: bool) -> None:
         "w": params["w"],
     }
     for tx in (
-        at.lazy_adam(0.1, amsgrad=True, clip_global_norm=1.0),
+        at.lazy_adam(0.1, amsgrad=True, clip_global_norm=1.0, tables=()),
         at.deferred_adam(0.1, tables="t", weight_decay=0.1),
         at.freeze_rows(at.deferred_adam(0.1, tables="t"), {"t": []}),
         at.accumulate(at.master_weights(at.lazy_adam(0.1)), 1, like=grads),

@@ -142,8 +142,8 @@ STARTS = {
     "zero": (dict(debias=True), dict(debias=True)),
 }
 PLACES = {
-    "inside": lambda ema: at.lazy(optax.chain(at.clip_by_value(9.0), ema)),
-    "after": lambda ema: optax.chain(at.lazy(at.clip_by_value(9.0)), ema),
+    "inside": lambda ema: at.lazy(optax.chain(at.clip_by_value(9.0), ema), tables=()),
+    "after": lambda ema: optax.chain(at.lazy(at.clip_by_value(9.0), tables=()), ema),
 }
 
 

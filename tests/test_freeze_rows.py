@@ -74,9 +74,9 @@ INNER = {
 }
 NESTED = {
     "dense": lambda inner: freeze_rows(inner, ROWS),
-    "outside lazy": lambda inner: freeze_rows(at.lazy(inner), ROWS),
-    "inside lazy": lambda inner: at.lazy(freeze_rows(inner, ROWS)),
-    "outside lazy, dense": lambda inner: freeze_rows(at.lazy(inner), ROWS),
+    "outside lazy": lambda inner: freeze_rows(at.lazy(inner, tables=()), ROWS),
+    "inside lazy": lambda inner: at.lazy(freeze_rows(inner, ROWS), tables=()),
+    "outside lazy, dense": lambda inner: freeze_rows(at.lazy(inner, tables=()), ROWS),
 }
 
 
@@ -107,7 +107,7 @@ def test_frozen_rows_and_their_slots_stay_and_the_others_move_as_ever(
 ) -> None:
     """Frozen in mid-training, when the rows have momentum."""
     kind = "dense" if "dense" in nested else "rows"
-    bare = at.lazy(INNER[inner]()) if "lazy" in nested else INNER[inner]()
+    bare = at.lazy(INNER[inner](), tables=()) if "lazy" in nested else INNER[inner]()
     params, state = train(bare, start(), [gradient(i, kind) for i in range(3)])
     tx = NESTED[nested](INNER[inner]())
     fresh = tx.init(params)
@@ -139,7 +139,8 @@ def _silenced(g: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["dense", "rows"])
 def test_gradient_of_a_frozen_row_leaves_no_trace_even_if_it_is_nan(kind: str) -> None:
-    inner = optax.chain(at.lazy(at.clip_by_global_norm(1.0)), at.lazy(at.scale_by_adam()))
+    clip = at.lazy(at.clip_by_global_norm(1.0), tables=())
+    inner = optax.chain(clip, at.lazy(at.scale_by_adam(), tables=()))
     tx = freeze_rows(at.skip_nonfinite(inner), ROWS)
     g = gradient(1, kind)
     if kind == "dense":
@@ -162,7 +163,7 @@ def test_gradient_of_a_frozen_row_leaves_no_trace_even_if_it_is_nan(kind: str) -
 def test_works_among_wrappers_that_hold_steps_back(
     order: str, kind: str, relaxed_promotion: None
 ) -> None:
-    inner, g = at.lazy(decayed_l2()), gradient(0, kind)
+    inner, g = at.lazy(decayed_l2(), tables=()), gradient(0, kind)
 
     def accumulate(inner: Any) -> Any:
         return at.accumulate(inner, 2, like=jax.eval_shape(lambda: g))

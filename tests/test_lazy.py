@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import warnings
 from typing import Any
 
 import chex
@@ -176,7 +177,7 @@ def test_no_row_at_all_is_a_step_of_the_rest(indices: tuple[int, ...]) -> None:
 def test_dense_gradients_pass_through() -> None:
     params, gradients = params_and_rows()
     dense = at.to_dense(gradients)
-    actual, state = run(at.lazy(at.adam(0.1)), params, [dense])
+    actual, state = run(at.lazy(at.adam(0.1), tables=()), params, [dense])
     expected, inner = run(at.adam(0.1), params, [dense])
     assert_bits_equal((actual, state.inner_state), (expected, inner))
 
@@ -564,7 +565,11 @@ def test_flax_linen_train_state_applies_row_gradients() -> None:
         return step(step(train)).params
 
     # The same rows at every step: lazy is dense.
-    assert_close(trained(at.lazy_adam(0.1), at.grad), trained(at.adam(0.1), jax.grad), 1e-5)
+    assert_close(
+        trained(at.lazy_adam(0.1, tables="embedding"), at.grad),
+        trained(at.adam(0.1), jax.grad),
+        1e-5,
+    )
 
 
 def test_flax_nnx_optimizer_applies_row_gradients() -> None:
@@ -586,7 +591,11 @@ def test_flax_nnx_optimizer_applies_row_gradients() -> None:
             step(model, optimizer)
         return jax.tree.leaves(nnx.state(model))
 
-    assert_close(trained(at.lazy_adam(0.1), at.grad), trained(at.adam(0.1), jax.grad), 1e-5)
+    assert_close(
+        trained(at.lazy_adam(0.1, tables="embedding"), at.grad),
+        trained(at.adam(0.1), jax.grad),
+        1e-5,
+    )
 
 
 IN_PLACE = {
@@ -824,3 +833,130 @@ def test_lazy_adam_is_adam_inside_lazy_with_the_wrappers_around() -> None:
         at.lazy_adam(accumulate_like=like)
     with pytest.raises(ValueError, match="clip_norm"):
         at.lazy_adam(clip_norm=-1.0)
+
+
+# Named tables
+
+
+def dense_of_a_table() -> Any:
+    params, rows = params_and_rows()
+    return params, rows, at.to_dense(rows)
+
+
+AROUND: dict[str, Any] = {
+    "bare": lambda tx, like: tx,
+    "chain": lambda tx, like: optax.chain(optax.identity(), tx),
+    "masked": lambda tx, like: optax.masked(tx, {"t": True, "w": False}),
+    "multi_transform": lambda tx, like: optax.multi_transform(
+        {"tables": tx, "rest": optax.sgd(0.1)}, {"t": "tables", "w": "rest"}
+    ),
+    "by_path": lambda tx, like: at.by_path([("t", tx)], optax.sgd(0.1)),
+    "accumulate": lambda tx, like: at.accumulate(tx, 2, like=like),
+    "loss scale": lambda tx, like: at.dynamic_loss_scale(tx),
+    "skip_nonfinite": lambda tx, like: at.skip_nonfinite(tx),
+    "freeze_rows": lambda tx, like: at.freeze_rows(tx, {"t": 0}),
+    "master_weights": lambda tx, like: at.master_weights(tx),
+}
+NAMED: dict[str, Any] = AROUND | {
+    "inject_hyperparams": lambda tx, like: optax.inject_hyperparams(at.lazy_adam)(
+        learning_rate=0.1, tables="t"
+    ),
+    "preset": lambda tx, like: at.lazy_adam(
+        0.1, tables="t", accumulate_every=2, accumulate_like=like, loss_scale="dynamic"
+    ),
+    "TensorFlow's": lambda tx, like: at.compat.tf1.LazyAdamOptimizer(tables="t").transform(),
+}
+QUICK_NAMED = ("multi_transform", "inject_hyperparams", "accumulate", "preset")
+
+
+@pytest.mark.parametrize("name", in_tiers(NAMED, lambda name: name in QUICK_NAMED))
+def test_a_named_table_has_rows_or_no_gradient(name: str) -> None:
+    params, rows, dense = dense_of_a_table()
+
+    def step(like: Any, gradients: Any) -> Any:
+        tx = NAMED[name](at.lazy(at.adam(0.1), tables="t"), like)
+        return jax.eval_shape(lambda: tx.update(gradients, tx.init(params), params))
+
+    step(rows, rows)
+    step(rows, rows | {"t": None})
+    with pytest.raises(
+        ValueError,
+        match=r"'t' is named by tables.*all 9 rows.*explain\(.*tables='t'\).*sampled soft",
+    ):
+        step(dense, dense)
+
+
+def test_tables_are_named_as_for_row_gradients() -> None:
+    params, rows, dense = dense_of_a_table()
+    for tables in ("t", re.compile("^t$"), ["t"], lambda path, leaf: jnp.ndim(leaf) > 1):
+        tx = at.lazy(optax.sgd(0.1), tables=tables)
+        tx.update(rows, tx.init(params), params)
+        with pytest.raises(ValueError, match="'t' is named by tables"):
+            tx.update(dense, tx.init(params), params)
+    for tables, error, message in [
+        ("nothing", ValueError, "no leaf matches 'nothing' of tables; the paths are 'b', 't', 'w'"),
+        (["t", "nothing"], ValueError, "no leaf matches 'nothing'"),
+        ("b", ValueError, "'b' is selected by tables, but is a scalar"),
+        (3, TypeError, "tables must be a pattern"),
+        ("(", ValueError, "no regular expression"),
+    ]:
+        with pytest.raises(error, match=message):
+            at.lazy(optax.sgd(0.1), tables=tables).init({**params, "b": jnp.ones(())})
+    hidden = optax.masked(at.lazy(optax.sgd(0.1), tables="t"), {"t": False, "w": True})
+    with pytest.raises(ValueError, match="no leaf matches 't' of tables; the paths are 'w'"):
+        hidden.init(params)
+    tx = at.lazy(optax.sgd(0.1), tables="t")
+    with pytest.raises(ValueError, match="needs params"):
+        tx.update(dense, tx.init(params))
+    assert optax.tree_utils.tree_map_params(tx, id, tx.init(params)) == tx.init(params)
+
+
+def warnings_of(tx: Any, *gradients: Any, params: Any = None, jit: bool = False) -> list[Any]:
+    """Those of one step with each gradient."""
+    params = params_and_rows()[0] if params is None else params
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        state = tx.init(params)
+        for g in gradients:
+            (jax.jit(tx.update) if jit else tx.update)(g, state, params)
+    return caught
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_no_row_gradient_at_all_is_told_once(jit: bool) -> None:
+    _, rows, dense = dense_of_a_table()
+    tx = at.lazy(optax.sgd(0.1))
+    (caught,) = warnings_of(tx, rows, dense, dense, jit=jit)
+    assert caught.category is UserWarning and caught.filename == __file__
+    assert re.search(r"no row gradient.*explain\(.*tables=", str(caught.message))
+    assert not warnings_of(tx, dense, jit=jit)
+    assert len(warnings_of(at.lazy(optax.sgd(0.1)), dense, jit=jit)) == 1
+    other = {**dense, "b": jnp.ones(1)}
+    assert len(warnings_of(tx, other, params=other, jit=jit)) == 1
+
+
+@pytest.mark.parametrize("name", in_tiers(AROUND, lambda name: name in ("loss scale", "by_path")))
+def test_it_is_told_where_the_training_loop_is_and_no_warning_is_false(name: str) -> None:
+    _, rows, dense = dense_of_a_table()
+
+    def wrapped(like: Any, **options: Any) -> Any:
+        return AROUND[name](at.lazy(optax.sgd(0.1), **options), like)
+
+    (caught,) = warnings_of(wrapped(dense), dense, dense)
+    assert caught.filename == __file__
+    assert not warnings_of(wrapped(dense, tables=()), dense)
+    assert not warnings_of(wrapped(rows), rows)
+
+
+def test_steps_without_a_gradient_and_scalars_are_no_reason_to_warn() -> None:
+    params, rows, dense = dense_of_a_table()
+    nothing = dict.fromkeys(params)
+    assert not warnings_of(at.lazy(optax.sgd(0.1)), nothing, {**dense, "t": None})
+    scalars = {"s": jnp.ones(()), "f": 1.0}
+    assert not warnings_of(at.lazy(optax.sgd(0.1)), scalars, params=scalars)
+    tx = at.accumulate(at.lazy(at.adam(0.1)), 2, like=rows)
+    _, state = tx.update(rows, tx.init(params), params)
+    at.flush_accumulated(tx, state, params)
+    # A parameter that is None has no gradient to miss.
+    with_none = [{**x, "n": None} for x in (dense, params)]
+    assert len(warnings_of(at.lazy(optax.sgd(0.1)), with_none[0], params=with_none[1])) == 1

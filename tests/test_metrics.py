@@ -163,7 +163,7 @@ def test_multi_steps_tell_their_mini_step(relaxed_promotion: None) -> None:
 
 PRESETS = {
     "adamw": lambda rate: at.adamw(rate, accumulate_every=1, loss_scale="dynamic"),
-    "lazy_adam": lambda rate: at.lazy_adam(rate),
+    "lazy_adam": lambda rate: at.lazy_adam(rate, tables=()),
     "deferred_adam": lambda rate: at.deferred_adam(rate, tables="table", max_idle=300),
 }
 

@@ -239,10 +239,11 @@ def test_the_leading_axes_of_a_stack_go_where_the_rows_go() -> None:
     again = pickle.loads(pickle.dumps(rows))
     for copy in (again, jax.jit(lambda rows: rows)(rows), rows.with_values(rows.values)):
         assert (copy.shape, copy.leading_shape) == ((2, 4, D), STACK)
-    without = {name: x for name, x in vars(rows_of([5, 2])).items() if name != "leading_shape"}
+    later = {"leading_shape", "synchronized"}
+    without = {name: x for name, x in vars(rows_of([5, 2])).items() if name not in later}
     old = object.__new__(at.SparseRows)
-    old.__setstate__(without)  # as it was pickled before there were stacks
-    assert old.shape == (V, D)
+    old.__setstate__(without)  # as it was pickled before there were stacks and marks
+    assert old.shape == (V, D) and not old.synchronized
 
 
 def test_stacks_without_rows_take_padding() -> None:
@@ -554,8 +555,10 @@ FOREIGN: dict[str, tuple[Callable[[at.SparseRows], Any], str]] = {
         "indices.*lazy",
     ),
     "MultiSteps": (
-        lambda rows: optax.MultiSteps(at.lazy_adam(), 2).update(
-            rows, optax.MultiSteps(at.lazy_adam(), 2).init(jnp.ones((V, D))), jnp.ones((V, D))
+        lambda rows: optax.MultiSteps(at.lazy_adam(tables=()), 2).update(
+            rows,
+            optax.MultiSteps(at.lazy_adam(tables=()), 2).init(jnp.ones((V, D))),
+            jnp.ones((V, D)),
         ),
         "accumulate",
     ),
@@ -634,6 +637,42 @@ def test_leaves_that_other_code_filled_are_padding(fill: Callable[[at.SparseRows
     assert_bits_equal(*moments)
 
 
+UNSCALE = at.static_loss_scale(optax.identity(), 2.0)
+OPERATIONS: dict[str, Any] = {
+    "with_values": lambda rows: rows.with_values(2.0 * rows.values),
+    "with_rows": lambda rows: rows.with_rows(rows.indices[:1], rows.values[:1]),
+    "scaled": lambda rows: -(2.0 * rows / 3.0),
+    "astype": lambda rows: rows.astype(jnp.complex64).conj().real,
+    "sum_duplicates": lambda rows: rows.sum_duplicates(),
+    "sum": lambda rows: rows + rows - rows,
+    "zeros": lambda rows: jax.tree.map(jnp.zeros_like, rows),
+    "jit": lambda rows: jax.jit(lambda x: x)(rows),
+    "clipped": lambda rows: at.lazy(at.clip_by_global_norm(1.0)).update(
+        rows, at.LazyState(optax.EmptyState()), jnp.ones((V, D))
+    )[0],
+    "unscaled": lambda rows: UNSCALE.update(rows, UNSCALE.init(rows))[0],
+    "reduced": lambda rows: jax.vmap(
+        lambda x: at.all_reduce_rows(x, "i", average=True), axis_name="i"
+    )(jax.tree.map(lambda x: x[None], rows)),
+    "pickled": lambda rows: pickle.loads(pickle.dumps(rows)),
+}
+
+
+@pytest.mark.parametrize("name", in_tiers(OPERATIONS, lambda name: name in ("sum", "reduced")))
+def test_every_operation_keeps_the_mark_of_synchronized_rows(name: str) -> None:
+    rows = rows_of([1, 1, 3])
+    assert not rows.synchronized and "synchronized" not in repr(rows)
+    marked = at.SparseRows(rows.indices, rows.values, V, synchronized=True)
+    assert jax.tree.structure(marked) == jax.tree.structure(rows.as_synchronized())
+    assert repr(marked).endswith("3 of 7 rows, synchronized)")
+    for x in (rows, marked):
+        result = OPERATIONS[name](x)
+        assert isinstance(result, at.SparseRows) and result.synchronized == x.synchronized
+    assert not rows.synchronized
+    for mixed in (rows + marked, marked + rows, marked - rows):
+        assert not mixed.synchronized
+
+
 def test_a_program_that_takes_rows_is_exported() -> None:
     pytest.importorskip("flatbuffers")
     for cls in (optax.ScaleByAdamState, optax.EmptyState):
@@ -646,7 +685,7 @@ def test_a_program_that_takes_rows_is_exported() -> None:
         updates, state = tx.update(grads, state, params)
         return at.apply_updates(params, updates), state, updates
 
-    inputs = (params, tx.init(params), {"t": rows_of([1, 1, 3])})
+    inputs = (params, tx.init(params), {"t": rows_of([1, 1, 3]).as_synchronized()})
     program = export.deserialize(export.export(step)(*inputs).serialize())
     assert_bits_equal(program.call(*inputs), step(*inputs))
     rows = stacked(rows_of_eight())

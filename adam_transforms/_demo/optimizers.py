@@ -49,7 +49,7 @@ OPTIMIZERS = {
     ),
     "lazy": Optimizer(
         "adam_transforms.lazy_adam on row gradients",
-        at.lazy_adam,
+        lambda learning_rate: at.lazy_adam(learning_rate, tables="ngram_table"),
         value_and_grad=lambda loss, state: at.value_and_grad(loss),
     ),
     "deferred": Optimizer(

@@ -1,5 +1,7 @@
 """Any per-row chain of transformations, run on the touched rows alone."""
 
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adam_transforms._core import arguments, trees
+from adam_transforms._core import arguments, patterns, trees
 from adam_transforms._core.slots import StateLeaf, find_slots
 from adam_transforms._core.sparse_rows import SparseRows
 from adam_transforms._core.state_check import wrong_state
@@ -26,7 +28,9 @@ class LazyState(NamedTuple):
     inner_state: Any
 
 
-def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def lazy(
+    inner: optax.GradientTransformation, *, tables: Any = None
+) -> optax.GradientTransformationExtraArgs:
     r"""Makes a chain lazy: of a table with a row gradient, only the touched rows are updated.
 
     For each gradient that is a `SparseRows`, `lazy` gathers the touched rows of the parameter and
@@ -60,27 +64,58 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
         others. A transformation that mixes rows and shows it in the shapes of its state (Adafactor,
         SM3) is refused. One that mixes rows without such a state (`optax.scale_by_trust_ratio`,
         say) cannot be detected, and sees the touched rows only.
+      tables: the parameters whose gradients must have rows: one regular expression or several,
+        searched for in the path as `lazy` sees it (without the parameters that `optax.masked` or a
+        group hides), or a predicate ``(path, leaf) -> bool``. A dense gradient of one is an error;
+        None is allowed. ``()``: there are none. Without `tables` a warning says that no gradient
+        has rows, once for each structure of gradients.
 
     Returns:
       A transformation with `LazyState`. Updates are `SparseRows` where the gradients are.
 
     Raises:
       ValueError: `inner` collects gradients over steps, averages a table's parameters with a
-        scheduled decay or overwrites them, or has a state that is not kept by row; update was given
-        row gradients but no `params`, or a state of other parameters.
+        scheduled decay or overwrites them, or has a state that is not kept by row; `tables` matches
+        nothing, or a scalar; update was given a dense gradient of one of `tables`, row gradients or
+        `tables` but no `params`, or a state of other parameters.
+
+    A loss that uses a table as a whole has a dense gradient of it. In place of a softmax over all
+    rows, sampled softmax reads the rows of the targets and of a sample; in place of an L2 term of
+    the table, `inner` decays the rows read (the second example).
 
     References:
-      The rule is that of TensorFlow's contrib.opt.LazyAdamOptimizer.
+      The rule is that of TensorFlow's contrib.opt.LazyAdamOptimizer; sampled softmax is that of
+      Jean et al., `On Using Very Large Target Vocabulary <https://arxiv.org/abs/1412.2007>`_, 2015.
 
-    >>> import jax.numpy as jnp, optax
+    >>> import jax, jax.numpy as jnp, optax
     >>> tx = lazy(optax.adam(0.1))
     >>> params = {"table": jnp.zeros((4, 1))}
     >>> rows = SparseRows(jnp.array([2, 2]), jnp.array([[1.0], [1.0]]), num_rows=4)
     >>> updates, state = tx.update({"table": rows}, tx.init(params), params)
     >>> optax.apply_updates(params, updates)["table"].round(3).tolist()
     [[0.0], [0.0], [-0.1...], [0.0]]
+
+    >>> from adam_transforms import value_and_grad
+    >>> def loss(params, hidden, targets, sample):  # for logsumexp(hidden @ table.T, axis=1)
+    ...     table = params["table"]
+    ...     of_targets = jnp.sum(hidden * table[targets], axis=1, keepdims=True)
+    ...     # A uniform sample of n rows has n / V of the sum, the target's part of which is known.
+    ...     of_sample = hidden @ table[sample].T + jnp.log(table.shape[0] / sample.size)
+    ...     of_sample = jnp.where(sample == targets[:, None], -jnp.inf, of_sample)
+    ...     logits = jnp.concatenate([of_targets, of_sample], axis=1)
+    ...     return jnp.mean(jax.nn.logsumexp(logits, axis=1) - of_targets[:, 0])
+    >>> tx = lazy(optax.chain(optax.add_decayed_weights(0.1), optax.adam(0.1)), tables="table")
+    >>> params = {"table": jnp.ones((1000, 2))}
+    >>> batch = jnp.ones((2, 2)), jnp.array([3, 5]), jnp.array([3, 7, 9])
+    >>> value, grads = value_and_grad(loss)(params, *batch)
+    >>> updates, state = tx.update(grads, tx.init(params), params)
+    >>> updates["table"]
+    SparseRows(float32[1000,2], 5 of 1000 distinct rows)
     """
     inner = arguments.transformation("inner", inner)
+    has_tables = tables is not None and not (isinstance(tables, tuple | list) and not tables)
+    select = patterns.selector("tables", tables) if has_tables else None
+    warned: set[Any] = set()
 
     def init(params: Params) -> LazyState:
         state = inner.init(params)
@@ -96,6 +131,8 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
                 "lazy cannot hold deferred_adam, which takes row gradients itself: "
                 "optax.chain(lazy(clip), deferred_adam(...))"
             )
+        if select is not None:
+            select(trees.non_none(params))
         return LazyState(state)
 
     def update(
@@ -104,14 +141,19 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
         if type(state) is not LazyState:
             raise wrong_state(init, updates, state, params)
         gradients = jax.tree.leaves(updates, is_leaf=trees.is_leaf)
-        if not any(isinstance(g, SparseRows) for g in gradients):
-            updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-            return updates, LazyState(inner_state)
-        if params is None:
+        has_rows = any(isinstance(g, SparseRows) for g in gradients)
+        if params is None and (has_rows or select is not None):
             raise ValueError(
                 "lazy takes the touched rows out of params: update needs params, got None: "
                 "call update(grads, state, params)"
             )
+        if select is not None:
+            _refuse_dense(select, updates, params)
+        if not has_rows:
+            if tables is None:
+                _warn_of_dense(updates, params, warned)
+            updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+            return updates, LazyState(inner_state)
         rows = {i: g.sum_duplicates() for i, g in enumerate(gradients) if isinstance(g, SparseRows)}
         aligned, treedef = trees.align(updates, params, names=("the updates", "the parameters"))
         _, _, param_leaves = zip(*aligned, strict=True)
@@ -258,6 +300,54 @@ class _RowUpdate(NamedTuple):
             for i, x in zip(slot_places, slots, strict=True):
                 outputs[i] = x
         return outputs[:k], outputs[k:]
+
+
+def _refuse_dense(select: Callable[..., set[int]], updates: Updates, params: Params | None) -> None:
+    """Refuses a dense gradient of a parameter that `select` selects."""
+    leaves = trees.non_none(params)
+    tables = {leaves[i][0]: leaves[i][1] for i in select(leaves)}
+    for path, g in trees.non_none(updates):
+        if path not in tables or isinstance(g, SparseRows):
+            continue
+        raise ValueError(
+            f"{path!r} is named by tables, but its gradient is dense: dense Adam would move all "
+            f"{jnp.shape(tables[path])[0]} rows of the table, at O(V) cost. Compute gradients by "
+            "adam_transforms.value_and_grad: those of jax.grad are dense. If it computed this "
+            f"one, adam_transforms.explain(loss, params, ..., tables={path!r}) says which "
+            "operation made it dense. An operation that needs the whole table has a substitute by "
+            "rows: sampled softmax for a softmax over the table, weight_decay inside lazy for an "
+            "L2 term of the table; help(adam_transforms.lazy) shows both"
+        )
+
+
+def _warn_of_dense(updates: Updates, params: Params | None, warned: set[Any]) -> None:
+    """Warns that no gradient has rows; once for each structure that is not in `warned`. In scalars
+    there are no rows, and a parameter without a gradient may be a table that the step leaves."""
+    gradients, structure = jax.tree.flatten(updates)
+    is_missing = len(gradients) < len(jax.tree.leaves(params))
+    if structure in warned or is_missing or not any(map(trees.shape_of, gradients)):
+        return
+    warnings.warn(
+        "lazy got no row gradient (SparseRows): all rows of all tables move, as without lazy, at "
+        "O(V) cost. Compute gradients by adam_transforms.value_and_grad; "
+        "adam_transforms.explain(loss, params, ...) says which operation makes one dense. Name "
+        'the tables, as in lazy_adam(..., tables="embedding"), to make a dense gradient of one an '
+        "error; tables=() says that there are none",
+        stacklevel=_level_of_caller(),
+    )
+    warned.add(structure)
+
+
+def _level_of_caller() -> int:
+    """The `stacklevel`, in the calling function, of the innermost frame of no library."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+# What calls `update` on behalf of a training loop.
+_LIBRARIES = {"adam_transforms", "optax", "jax", "flax", "equinox", "contextlib"}
 
 
 def _refuse_averages_by_row(

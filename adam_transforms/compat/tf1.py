@@ -344,7 +344,8 @@ class LazyAdamOptimizer(_Adam):
     """`tf.contrib.opt.LazyAdamOptimizer`: a row gradient updates only its own rows.
 
     Moments and parameters of the other rows stay bit-identical; the bias correction counts all
-    steps. Arguments and the update of dense gradients are those of `AdamOptimizer`.
+    steps. Arguments and the update of dense gradients are those of `AdamOptimizer`, and:
+      tables: the parameters whose gradients must have rows, as in `adam_transforms.lazy`.
 
     References:
       https://github.com/tensorflow/tensorflow/blob/r1.15/tensorflow/contrib/opt/python/training/lazy_adam_optimizer.py
@@ -359,6 +360,9 @@ class LazyAdamOptimizer(_Adam):
     [[0.0], [0.0], [-0.1...], [0.0]]
     """
 
+    _: dataclasses.KW_ONLY
+    tables: Any = None
+
     def transform(self) -> optax.GradientTransformationExtraArgs:
         """The optimizer as a transformation, for an Optax chain; accepts row gradients too."""
-        return lazy(self._adam())
+        return lazy(self._adam(), tables=self.tables)
