@@ -244,6 +244,9 @@ def test_the_leading_axes_of_a_stack_go_where_the_rows_go() -> None:
     old = object.__new__(at.SparseRows)
     old.__setstate__(without)  # as it was pickled before there were stacks and marks
     assert old.shape == (V, D) and not old.synchronized
+    marked = (rows + rows.as_synchronized(), rows.as_synchronized().sum_duplicates())
+    assert [x.synchronized for x in marked] == [False, True]
+    assert {x.leading_shape for x in marked} == {STACK}
 
 
 def test_stacks_without_rows_take_padding() -> None:
