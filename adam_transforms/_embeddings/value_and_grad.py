@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from adam_transforms._core import dtypes, patterns
 from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._embeddings.collectives import varying_axes
 from adam_transforms._embeddings.reads.choosing import Choice
 from adam_transforms._embeddings.reads.direct import Read, replicated
 from adam_transforms._embeddings.reads.program import Value
@@ -53,6 +54,8 @@ def value_and_grad(
       ``table.at[0].set(0)[ids]``, ``jnp.where(mask, table, 0)[ids]``, concatenated tables;
     - of parts of rows, ``table[ids, :8]``, and of a table in another layout, ``table.T[:, ids]``;
     - of stacked tables (F, V, D): ``tables[f, ids]``, or `jax.vmap` over the first axis.
+
+    Leading axes number the rows: of a (D, V) array, ``array[:, ids]`` reads all rows.
 
     `explain` tells for each leaf where its rows are read, or why its gradient is dense.
 
@@ -226,6 +229,7 @@ def _assemble(
     values = [
         read.all_values(taps[k], columns, wide) for k, read in zip(of_table, reads, strict=True)
     ]
+    values = _once(values)
     rows = SparseRows(
         jnp.concatenate([replicated(indices[k]) for k in of_table] or [jnp.zeros((0,), jnp.int32)]),
         jnp.concatenate(values or [jnp.zeros((0, *width), wide)]),
@@ -234,3 +238,20 @@ def _assemble(
         synchronized=synchronized,
     ).sum_duplicates()
     return rows.with_values(rows.values.astype(dtype))
+
+
+def _once(values: Sequence[jax.Array]) -> list[jax.Array]:
+    """Values of several reads, where those that are the same on all devices, and thus summed over
+    them already, are beside others that differ: they stay on one device only."""
+    axes = {axis for x in values for axis in varying_axes(jax.typeof(x))}
+
+    def on_one_device(x: jax.Array) -> jax.Array:
+        same = [*axes.difference(varying_axes(jax.typeof(x)))]
+        if not same:
+            return x
+        is_first = jnp.asarray(True)
+        for axis in same:
+            is_first = is_first & (jax.lax.axis_index(axis) == 0)
+        return jnp.where(is_first, x, jnp.zeros_like(x))
+
+    return [on_one_device(x) for x in values] if axes else [*values]

@@ -52,7 +52,8 @@ def choose(
     while True:
         plan = Plan(row_axes, one_row_axis)
         scope = Scope(jaxpr, consts, outputs, [False] * len(outputs))
-        plan.table_of.update({Value(scope, jaxpr.invars[i]): i for i in tables})
+        for i in sorted(tables):
+            plan.add_table(Value(scope, jaxpr.invars[i]), i)
         program = plan.program(scope)
         shapes = {i: jaxpr.invars[i].aval.shape for i in tables}
         found = {i: [read for read in program.reads if read.table == i] for i in tables}
@@ -60,7 +61,7 @@ def choose(
         reads |= found
         kept = tables - set(plan.uses)
         axes = {
-            i: 1 if i in one_row_axis else choose_row_axes(plan.singles.get(i, []), len(shapes[i]))
+            i: 1 if i in one_row_axis else choose_row_axes(plan.singles.get(i, []), shapes[i])
             for i in kept
         }
         row_shapes = {i: shapes[i][: axes[i]] for i in kept}

@@ -93,19 +93,20 @@ def _scan(plan: Any, scope: Scope, eqn: Any) -> Scan:
     wanted = [x in scope.needed for x in eqn.outvars]
     wanted = needed_of_body(jaxpr, consts, num_carry, wanted)
     values = [scope.value(x) for x in eqn.invars]
-    states = [plan.state_of(x) for x in values]
+    states = [None if isinstance(x, Literal) else scope.states.get(x) for x in eqn.invars]
     carries, sequences, stacks = [], [], []
     handed_on: list[bool | None] = [False] * len(jaxpr.outvars)
     for i in range(consts, len(values)):
         out = i - consts
-        is_tables = states[i] is not None and states[i].is_needed
+        state = states[i]
+        is_tables = state is not None and state.is_needed
         if out >= num_carry:
             (stacks if is_tables else sequences).append(i)
-        elif states[i] is not None and jaxpr.outvars[out] is jaxpr.invars[i]:
+        elif state is not None and jaxpr.outvars[out] is jaxpr.invars[i]:
             handed_on[out] = None
             scope.bind([eqn.outvars[out]], [values[i]])
-        elif is_tables:
-            raise NotByRow("the loop changes it").of(states[i].tables)
+        elif state is not None and state.is_needed:
+            raise NotByRow("the loop changes it").of(state.tables)
         else:
             carries.append(i)
     counters: list[Value] = []
@@ -115,7 +116,8 @@ def _scan(plan: Any, scope: Scope, eqn: Any) -> Scan:
         body.bind([jaxpr.invars[i] for i in same], [values[i] for i in same])
         for i in stacks:
             if jaxpr.invars[i] not in body.selected:
-                raise AllRows("it goes through all rows").of(states[i].tables)
+                tables = scope.states[eqn.invars[i]].tables
+                raise AllRows("it goes through all rows").of(tables)
             counters[:] = [Value(body, _Counter(jax.typeof(np.int32(0))))]
             plan.add_element(Value(body, jaxpr.invars[i]), values[i], counters[0])
 

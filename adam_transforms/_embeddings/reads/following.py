@@ -27,6 +27,7 @@ from adam_transforms._embeddings.reads.program import (
     Program,
     RowRead,
     Scope,
+    State,
     Value,
 )
 from adam_transforms._embeddings.reads.rows import KEEP, SELECT, Equation, Rows, has_rule
@@ -43,22 +44,6 @@ from adam_transforms._xla.row_independence import ELEMENTWISE
 # The most equations between a table and a read of it. A whole network may compute each example
 # apart; what is meant here is what a model makes of a table before it is read.
 _MAX_DEPTH = 64
-
-
-class Pending(NamedTuple):
-    """A value that is computed from tables by rows.
-
-    Attributes:
-      tables: which tables.
-      is_part: whether it may have fewer rows than the tables.
-      is_needed: whether the differentiated output depends on it.
-      depth: the number of equations between it and the tables.
-    """
-
-    tables: frozenset[int]
-    is_part: bool
-    is_needed: bool
-    depth: int = 0
 
 
 class Use(NamedTuple):
@@ -95,7 +80,6 @@ class Plan:
 
     Attributes:
       table_of: {value: table}, of the inputs that are tables.
-      pending: the values computed from tables by rows, which are not computed themselves.
       elements: {input of a loop's body: (the stack that it is an element of, which element)}.
       uses: {table: its first use that reads no rows}.
       singles: {table: for each read, whether it reads single positions along each axis}.
@@ -105,7 +89,6 @@ class Plan:
         self.row_axes, self.one_row_axis = row_axes, one_row_axis
         self._around: list[Callable[[Any], Any]] = []
         self.table_of: dict[Value, int] = {}
-        self.pending: dict[Value, Pending] = {}
         self.elements: dict[Value, tuple[Value, Any]] = {}
         self.uses: dict[int, Use] = {}
         self.singles: dict[int, list[tuple[bool, ...]]] = {}
@@ -121,8 +104,8 @@ class Plan:
 
     def _extend(self, program: Program, scope: Scope) -> None:
         for eqn in scope.jaxpr.eqns:
-            found = [self.state_of(scope.value(x)) for x in eqn.invars]
-            pending = [x for x in found if x is not None]
+            inputs = [x for x in eqn.invars if not isinstance(x, Literal)]
+            pending = [scope.states[x] for x in inputs if x in scope.states]
             if not pending:
                 program.steps.append(Plain(scope, eqn, waits=False))
             elif any(x.is_needed for x in pending) and _carries_gradient(scope, eqn):
@@ -131,35 +114,31 @@ class Plan:
                 has_rule(eqn)
                 and not is_part(eqn)
                 and not any(x.is_part for x in pending)
-                and not any(
-                    state is None and not isinstance(x, Literal) and x in scope.needed
-                    for x, state in zip(eqn.invars, found, strict=True)
-                )
+                and not any(x in scope.needed and x not in scope.states for x in inputs)
             ):
                 self._leave(scope, eqn, pending, is_needed=False)
             else:
                 program.steps.append(Plain(scope, eqn, waits=True))
 
-    def state_of(self, value: Any) -> Pending | None:
-        if isinstance(value, Literal):
-            return None
-        table = self.table_of.get(value)
-        if table is None:
-            return self.pending.get(value)
-        return Pending(frozenset([table]), is_part=False, is_needed=True)
+    def add_table(self, value: Value, table: int) -> None:
+        """Makes an input of a jaxpr a table."""
+        self.table_of[value] = table
+        value.scope.states[value.variable] = State(frozenset([table]), False, True)
 
-    def _leave(
-        self, scope: Scope, eqn: Any, pending: Sequence[Pending], *, is_needed: bool
-    ) -> None:
+    def is_pending(self, value: Value) -> bool:
+        """Whether a value is computed from tables by rows, and is not computed itself."""
+        return value.variable in value.scope.states and value not in self.table_of
+
+    def _leave(self, scope: Scope, eqn: Any, pending: Sequence[State], *, is_needed: bool) -> None:
         """Leaves the outputs of an equation pending."""
         tables = frozenset[int]().union(*(x.tables for x in pending))
         part = is_part(eqn) or any(x.is_part for x in pending)
         depth = 1 + max(x.depth for x in pending)
         for x in eqn.outvars:
             needed = is_needed and x in scope.needed
-            self.pending[scope.value(x)] = Pending(tables, part, needed, depth)
+            scope.states[x] = State(tables, part, needed, depth)
 
-    def _follow(self, program: Program, scope: Scope, eqn: Any, pending: Sequence[Pending]) -> None:
+    def _follow(self, program: Program, scope: Scope, eqn: Any, pending: Sequence[State]) -> None:
         """An equation through which a gradient reaches a table."""
         name = eqn.primitive.name
         if name in CALLS or (name in CHECKPOINTS and not scope.selected.isdisjoint(eqn.outvars)):
@@ -185,7 +164,7 @@ class Plan:
             part = part or self.one_hot(Equation(scope, eqn)) is not None
             for x in eqn.outvars:
                 if x in scope.needed and x not in scope.selected:
-                    del self.pending[scope.value(x)]
+                    del scope.states[x]
                     self._read_now(program, scope, eqn, scope.value(x), pending, part)
 
     def _read_now(
@@ -194,7 +173,7 @@ class Plan:
         scope: Scope,
         eqn: Any,
         value: Value,
-        pending: Sequence[Pending],
+        pending: Sequence[State],
         part: bool,
     ) -> None:
         try:
@@ -209,7 +188,7 @@ class Plan:
         program: Program,
         scope: Scope,
         eqn: Any,
-        pending: Sequence[Pending],
+        pending: Sequence[State],
         reason: NotByRow,
     ) -> None:
         where = reason.where or Equation(scope, eqn)
@@ -244,7 +223,7 @@ class Plan:
     def cast_of_table(self, value: Value) -> int | None:
         """The table that a value is, apart from casts."""
         while (table := self.table_of.get(value)) is None:
-            state = self.pending.get(value)
+            state = value.scope.states.get(value.variable)
             if state is None or not state.is_needed or value in self.elements:
                 return None
             scope, eqn, out = self.producer(value)
@@ -260,7 +239,7 @@ class Plan:
         def read(value: Value, table: int, selection: Selection) -> jax.Array:
             aval, singles = value.aval, tuple(map(is_single, selection.axes))
             self.singles.setdefault(table, []).append(singles)
-            row_axes = self.row_axes.get(table) or choose_row_axes([singles], len(aval.shape))
+            row_axes = self.row_axes.get(table) or choose_row_axes([singles], aval.shape)
 
             def read_rows(index: jax.Array) -> jax.Array:
                 rows = gather_rows(zeros_like(aval), index, row_axes)
@@ -295,10 +274,9 @@ class Plan:
 
     def add_element(self, value: Value, stack: Value, counter: Any) -> None:
         """Makes an input of a loop's body an element of a stack of tables."""
-        state = self.state_of(stack)
-        assert state is not None
         self.elements[value] = (stack, counter)
-        self.pending[value] = state._replace(is_part=True)
+        state = stack.scope.states[stack.variable]
+        value.scope.states[value.variable] = state._replace(is_part=True)
 
     @contextlib.contextmanager
     def inside_of(self, around: Callable[[Any], Any]) -> Iterator[None]:
@@ -363,7 +341,10 @@ class Plan:
         for side in (0, 1):
             axis = contract[side][0]
             value, other = eqn.operands[side], eqn.operands[1 - side]
-            if self.state_of(other) is not None and self.state_of(value) is None:
+            has_table = [
+                not isinstance(x, Literal) and x.variable in x.scope.states for x in (value, other)
+            ]
+            if has_table == [False, True]:
                 ids = self._ids_of_one_hot(value, axis)
                 if ids is not None:
                     return side, ids, axis

@@ -25,6 +25,22 @@ class Value(NamedTuple):
         return self.variable.aval
 
 
+class State(NamedTuple):
+    """What a value has to do with tables: it is one, or is computed from some by rows.
+
+    Attributes:
+      tables: which tables.
+      is_part: whether it may have fewer rows than the tables.
+      is_needed: whether the differentiated output depends on it.
+      depth: the number of equations between it and the tables.
+    """
+
+    tables: frozenset[int]
+    is_part: bool
+    is_needed: bool
+    depth: int = 0
+
+
 class Scope:
     """A jaxpr where it is called.
 
@@ -36,6 +52,8 @@ class Scope:
     Attributes:
       needed: the variables that the differentiated output depends on, with a gradient.
       selected: the variables of which every use that carries a gradient reads a part.
+      names: {variable: the value of another scope that it is}.
+      states: {variable: its state}, of those that are tables or are left pending.
     """
 
     def __init__(
@@ -50,8 +68,9 @@ class Scope:
         self.consts = dict(zip(jaxpr.constvars, consts, strict=True))
         self.needed = needed_variables(jaxpr, outputs)
         self.selected = _selected_variables(jaxpr, self.needed, selected)
+        self.states: dict[Any, State] = {}
         self.call = call
-        self._bound: dict[Any, Any] = {}
+        self.names: dict[Any, Any] = {}
 
     def site(self, eqn: Any) -> tuple[Any, ...]:
         """The equation, and the calls around it."""
@@ -61,12 +80,16 @@ class Scope:
         """The `Value` of a variable, where it is computed; a literal is one itself."""
         if isinstance(atom, Literal):
             return atom
-        bound = self._bound.get(atom)
+        bound = self.names.get(atom)
         return Value(self, atom) if bound is None else bound
 
     def bind(self, variables: Iterable[Any], values: Iterable[Any]) -> None:
         """Makes variables names of values."""
-        self._bound.update(zip(variables, values, strict=True))
+        for x, value in zip(variables, values, strict=True):
+            self.names[x] = value
+            state = None if isinstance(value, Literal) else value.scope.states.get(value.variable)
+            if state is not None:
+                self.states[x] = state
 
     @functools.cached_property
     def producers(self) -> dict[Any, tuple[Any, int]]:
@@ -140,7 +163,7 @@ def body_of(
     bind(scope)
     program = plan.program(scope)
     for x, on in zip(jaxpr.outvars, handed_on, strict=True):
-        state = plan.state_of(scope.value(x))
+        state = None if isinstance(x, Literal) else scope.states.get(x)
         if on is not None and state is not None and state.is_needed:
             raise NotByRow("its body returns the array").of(state.tables)
     return program

@@ -138,7 +138,9 @@ class Rows:
             index = jnp.broadcast_to(self.plain(counter), (selection.n,))
             return self.pull(stack, Selection(selection.n, (index, *selection.axes)))
         is_small = not selection.has_positions
-        if value not in self.plan.pending and (is_small or not self.plan.is_made_of_indices(value)):
+        if not self.plan.is_pending(value) and (
+            is_small or not self.plan.is_made_of_indices(value)
+        ):
             return take(self.plain(value), selection)
         return self.compute(value, selection)
 
@@ -159,13 +161,13 @@ class Rows:
         """A value of shape ()."""
         if isinstance(value, Literal):
             return as_array(value)
-        if value in self.plan.pending:
+        if self.plan.is_pending(value):
             return self.pull(value, Selection(1, ()))[0]
         return self.plain(value)
 
     def before_reshapes(self, value: Any) -> Any:
         """The value that a value is a reshape of."""
-        while value in self.plan.pending and (origin := self.plan.origin(value)) is not None:
+        while self.plan.is_pending(value) and (origin := self.plan.origin(value)) is not None:
             scope, eqn, _ = origin
             if eqn.primitive.name != "reshape":
                 break

@@ -4,6 +4,7 @@ The gradient of a tap is the gradient of the rows read there.
 """
 
 import collections
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -15,7 +16,14 @@ import jax.numpy as jnp
 from adam_transforms._core.sparse_rows import SparseRows
 from adam_transforms._embeddings.reads.direct import in_mesh_of
 from adam_transforms._embeddings.reads.following import Plan
-from adam_transforms._embeddings.reads.program import DirectRead, Plain, Program, RowRead, Value
+from adam_transforms._embeddings.reads.program import (
+    DirectRead,
+    Plain,
+    Program,
+    RowRead,
+    Scope,
+    Value,
+)
 from adam_transforms._embeddings.reads.rows import KEEP, Rows
 from adam_transforms._embeddings.reads.selection import Selection
 from adam_transforms._embeddings.reads.tables import gather_rows, read_table
@@ -93,31 +101,39 @@ class Runner:
             x = self.plain(element[0])[self.plain(element[1])]
         else:
             scope, eqn, out = self._plan.producer(value)
-            inputs = [self.plain(scope.value(x)) for x in eqn.invars]
+            inputs = [self.read(scope, x) for x in eqn.invars]
             x = run_equation(scope.jaxpr, eqn, inputs)[out]
         self.set(value, x)
         return x
 
+    def read(self, scope: Scope, atom: Any) -> Any:
+        """The value of a variable or a literal of a jaxpr."""
+        if isinstance(atom, Literal):
+            return atom.val
+        return self.plain(scope.names.get(atom) or Value(scope, atom))
+
     def run(self, program: Program, taps: Sequence[jax.Array]) -> tuple[list[Any], list[jax.Array]]:
         """Its outputs, and the indices of each of its reads."""
         indices: list[jax.Array] = []
-        for key, group in itertools.groupby(program.steps, _group):
+        for key, group in itertools.groupby(
+            program.steps,
+            # Steps of one scope that can run together.
+            lambda step: id(step.scope) if isinstance(step, Plain) and not step.waits else None,
+        ):
             steps = [*group]
             if key is not None:
                 scope = steps[0].scope
                 values = run_equations(
                     scope.jaxpr,
                     [step.eqn for step in steps],
-                    lambda x, scope=scope: self.plain(scope.value(x)),
+                    functools.partial(self.read, scope),
                 )
-                for x, value in values.items():
-                    self.set(scope.value(x), value)
+                self._values.update({Value(scope, x): value for x, value in values.items()})
                 continue
             for step in steps:
                 its_taps = taps[len(indices) : len(indices) + len(step.reads)]
                 outputs, found = self._step(step, its_taps)
-                for value, x in outputs:
-                    self.set(value, x)
+                self._values.update(outputs)
                 indices += found
         scope = program.scope
         return [self._output(scope, x) for x in scope.jaxpr.outvars], indices
@@ -125,11 +141,11 @@ class Runner:
     def _output(self, scope: Any, x: Any) -> Any:
         if isinstance(x, Literal):
             return as_array(x)
-        return self.plain(scope.value(x))
+        return self.read(scope, x)
 
     def _step(self, step: Any, taps: Sequence[jax.Array]) -> Any:
         if isinstance(step, Plain):
-            inputs = [self.plain(step.scope.value(x)) for x in step.eqn.invars]
+            inputs = [self.read(step.scope, x) for x in step.eqn.invars]
             outputs = run_equation(step.scope.jaxpr, step.eqn, inputs)
             return [*zip(map(step.scope.value, step.eqn.outvars), outputs, strict=True)], []
         if isinstance(step, DirectRead):
@@ -142,7 +158,7 @@ class Runner:
         [read], out = step.reads, step.eqn.outvars[0].aval
         table = self._tables[read.table]
         array, casts = self._without_casts(step.table)
-        inputs = [array, *(self.plain(step.scope.value(x)) for x in step.eqn.invars[1:])]
+        inputs = [array, *(self.read(step.scope, x) for x in step.eqn.invars[1:])]
         with in_mesh_of(out):
             indices = step.how.indices(*inputs)
             (x,) = run_equation(step.scope.jaxpr, step.eqn, inputs)
@@ -163,9 +179,7 @@ class Runner:
         array, casts = self._without_casts(scope.value(eqn.invars[out]))
         if eqn.primitive.name not in KEEP:
             return array, [*casts, eqn.outvars[0].aval.dtype]
-        inputs = [
-            array if i == out else self.plain(scope.value(x)) for i, x in enumerate(eqn.invars)
-        ]
+        inputs = [array if i == out else self.read(scope, x) for i, x in enumerate(eqn.invars)]
         return run_equation(scope.jaxpr, eqn, inputs)[out], casts
 
     def _row_read(self, step: RowRead, taps: Sequence[jax.Array]) -> Any:
@@ -187,11 +201,6 @@ class Runner:
         rows = Rows(self._plan, self.plain, read)
         x = rows.compute(step.value, Selection.whole(step.value.aval.shape))
         return [(step.value, x[0])], found
-
-
-def _group(step: Any) -> Any:
-    """Steps of one scope that can run together."""
-    return id(step.scope) if isinstance(step, Plain) and not step.waits else None
 
 
 def _in_this_mesh(x: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from adam_transforms._embeddings.collectives import varying_axes
 from adam_transforms._embeddings.reads.direct import Read
 from adam_transforms._embeddings.reads.program import Program, Scope, Value, body_of
 from adam_transforms._embeddings.reads.selection import NotByRow
-from adam_transforms._xla.jaxprs import open_jaxpr
+from adam_transforms._xla.jaxprs import Literal, open_jaxpr
 
 
 class ShardMap(NamedTuple):
@@ -62,10 +62,10 @@ class ShardMap(NamedTuple):
 def shard_map(plan: Any, scope: Scope, eqn: Any) -> ShardMap:
     params = eqn.params
     jaxpr, _ = open_jaxpr(params["jaxpr"])
-    values = [scope.value(x) for x in eqn.invars]
     tables: dict[Any, int] = {}
-    for x, value, spec in zip(jaxpr.invars, values, params["in_specs"], strict=True):
-        state = plan.state_of(value)
+    for x, atom, spec in zip(jaxpr.invars, eqn.invars, params["in_specs"], strict=True):
+        value = scope.value(atom)
+        state = None if isinstance(atom, Literal) else scope.states.get(atom)
         if state is None or not state.is_needed:
             continue
         table = plan.table_of.get(value)
@@ -80,7 +80,8 @@ def shard_map(plan: Any, scope: Scope, eqn: Any) -> ShardMap:
         tables[x] = table
 
     def bind(body: Scope) -> None:
-        plan.table_of.update({Value(body, x): table for x, table in tables.items()})
+        for x, table in tables.items():
+            plan.add_table(Value(body, x), table)
 
     wanted = [x in scope.needed for x in eqn.outvars]
 

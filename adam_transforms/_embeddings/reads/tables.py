@@ -1,7 +1,7 @@
 """Reads a selection of a table: its rows first, then parts of these rows."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -66,13 +66,15 @@ def is_single(along: Any) -> bool:
     return is_picked(along) or length(along) == 1
 
 
-def choose_row_axes(selections: list[tuple[bool, ...]], ndim: int) -> int:
+def choose_row_axes(selections: list[tuple[bool, ...]], shape: Sequence[Any]) -> int:
     """How many leading axes number the rows of an array, so that each read is of whole rows.
 
     Args:
       selections: for each read, whether it reads single positions along each axis.
     """
-    for axis in range(ndim - 2, 0, -1):
-        if all(single[axis] for single in selections):
-            return axis + 1
-    return 1
+    last = max(len(shape) - 1, 1)
+    first = min(next((i for i, size in enumerate(shape) if size != 1), 0) + 1, last)
+    for row_axes in range(last, first, -1):
+        if all(single[row_axes - 1] for single in selections):
+            return row_axes
+    return first
