@@ -51,7 +51,7 @@ OPTIMIZERS = {
 def gradient(name: str, params: Any, state: Any, *batch: Any) -> Any:
     """Row gradients of `loss`, read as the optimizer needs them to be."""
     rows_from = state if name == "deferred" else None
-    return at.grad(loss, rows_from=rows_from)(params, *batch)
+    return at.grad(loss, tables="t", rows_from=rows_from)(params, *batch)
 
 
 @functools.cache
@@ -131,9 +131,9 @@ def test_row_gradients_of_a_sharded_table(kind: Any, table_spec: Any, ids_spec: 
         sharded = jax.device_put(table, NamedSharding(mesh, table_spec))
         sharded_ids = jax.device_put(ids, NamedSharding(mesh, P(*ids_spec, None)))
         explicit = kind == AxisType.Explicit
-        rows = jax.jit(lambda table, ids: at.grad(loss)(table, ids, *([spec] if explicit else [])))(
-            sharded, sharded_ids
-        )
+        rows = jax.jit(
+            lambda table, ids: at.grad(loss, tables="")(table, ids, *([spec] if explicit else []))
+        )(sharded, sharded_ids)
         assert rows.values.shape == (2 * N + 2, D)
         assert rows.indices.sharding.is_fully_replicated
         actual = jax.device_get(jax.jit(at.SparseRows.to_dense)(rows))
@@ -247,11 +247,11 @@ def test_on_an_explicit_mesh_it_needs_no_jit() -> None:
     spec = P("x", None)
     with jax.set_mesh(mesh):
         params = make_params(spec, mesh)
-        grads = at.grad(loss)(params, IDS[0], TARGETS[0], P(None, None))
+        grads = at.grad(loss, tables="t")(params, IDS[0], TARGETS[0], P(None, None))
         actual, state = step(at.lazy_adam(0.1), params, at.lazy_adam(0.1).init(params), grads)
         assert actual["t"].sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
     tx, params = at.lazy_adam(0.1), make_params()
-    grads = at.grad(loss)(params, IDS[0], TARGETS[0])
+    grads = at.grad(loss, tables="t")(params, IDS[0], TARGETS[0])
     expected = step(tx, params, tx.init(params), grads)
     helpers.assert_close(*map(jax.device_get, ((actual, state), expected)), rtol=1e-5, atol=1e-6)
 
@@ -265,7 +265,7 @@ def test_accumulated_rows_are_sharded_from_the_start_as_they_stay(kind: Any) -> 
         read_spec = P(None, "y") if kind == AxisType.Explicit and mesh is not None else None
 
         def gradients(params: Any, ids: Any, targets: Any) -> Any:
-            return at.grad(loss)(params, ids, targets, read_spec)
+            return at.grad(loss, tables="t")(params, ids, targets, read_spec)
 
         params = make_params(spec, mesh)
         like = jax.eval_shape(gradients, params, IDS[0], TARGETS[0])
@@ -413,7 +413,7 @@ def over_devices(how: str, fun: Any, sharded: int = 2) -> Any:
 @every_map
 def test_a_row_gradient_is_the_share_of_the_rows_that_the_device_read(how: str) -> None:
     def share(params: Any, _: Any, ids: Any, targets: Any) -> Any:
-        rows = at.grad(loss)(params, ids, targets)["t"]
+        rows = at.grad(loss, tables="t")(params, ids, targets)["t"]
         assert rows.indices.shape == (N // 8,)
         return jax.lax.psum(rows.to_dense(), "d")
 
@@ -426,7 +426,9 @@ def test_a_row_gradient_is_the_share_of_the_rows_that_the_device_read(how: str) 
 @every_map
 def test_all_reduced_it_is_the_gradient_of_the_whole_batch(how: str, average: bool) -> None:
     def share(params: Any, _: Any, ids: Any, targets: Any) -> Any:
-        grads = at.all_reduce_rows(at.grad(loss)(params, ids, targets), "d", average=average)
+        grads = at.all_reduce_rows(
+            at.grad(loss, tables="t")(params, ids, targets), "d", average=average
+        )
         assert grads["t"].values.shape == (N, D) and not grads["t"].unique
         assert grads["none"] is None
         return at.to_dense(grads)
@@ -471,7 +473,9 @@ def test_several_axes_and_some(axes: Any, kind: Any, check_vma: bool) -> None:
     mesh = make_mesh(kind)
 
     def share(params: Any, ids: Any, targets: Any) -> Any:
-        return at.to_dense(at.all_reduce_rows(at.grad(loss)(params, ids, targets), axes))
+        return at.to_dense(
+            at.all_reduce_rows(at.grad(loss, tables="t")(params, ids, targets), axes)
+        )
 
     batch_spec = P(axes)
     args = make_params(), IDS[0], TARGETS[0]
@@ -497,11 +501,11 @@ def test_a_map_over_some_axes_of_a_mesh(kind: Any, table_spec: Any) -> None:
     mesh, tx = make_mesh(kind), at.lazy_adam(0.1)
 
     def share(params: Any, ids: Any) -> Any:
-        grads = at.grad(lambda p: jnp.sum(p["t"].at[ids].get() ** 2))(params)
+        grads = at.grad(lambda p: jnp.sum(p["t"].at[ids].get() ** 2), tables="t")(params)
         return step(tx, params, tx.init(params), at.all_reduce_rows(grads, "x"))[0]["t"]
 
     def whole(params: Any) -> Any:
-        grads = at.grad(lambda p: jnp.sum(p["t"][IDS[0]] ** 2))(params)
+        grads = at.grad(lambda p: jnp.sum(p["t"][IDS[0]] ** 2), tables="t")(params)
         return step(tx, params, tx.init(params), grads)[0]["t"]
 
     table = {"t": make_params()["t"]}
@@ -528,7 +532,7 @@ def test_what_does_not_vary_is_the_sum_already(inside: Any) -> None:
             read = params["t"][ids[: len(targets)]]
             return inside((read * params["w"] - targets) ** 2)
 
-        return at.to_dense(at.all_reduce_rows(at.grad(loss)(params), "d"))
+        return at.to_dense(at.all_reduce_rows(at.grad(loss, tables="t")(params), "d"))
 
     def whole(params: Any) -> Any:
         read = params["t"][np.tile(IDS[0][:4], 8)]
@@ -563,7 +567,7 @@ def test_rows_that_users_make_of_what_varies_and_what_does_not(how: str) -> None
 @every_map
 def test_an_axis_that_is_not_mapped_is_refused_by_name(how: str) -> None:
     def share(params: Any, _: Any, ids: Any, targets: Any) -> Any:
-        return at.all_reduce_rows(at.grad(loss)(params, ids, targets), "other")
+        return at.all_reduce_rows(at.grad(loss, tables="t")(params, ids, targets), "other")
 
     with pytest.raises(NameError, match="other"):
         over_devices(how, share)(make_params(), 0.0, IDS[0], TARGETS[0])

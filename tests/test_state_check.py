@@ -83,9 +83,12 @@ def test_the_state_of_any_other_configuration_is_refused(name: str) -> None:
             jax.eval_shape(tx.update, gradients, states[other], PARAMS)
         assert 1 < len(str(error.value).splitlines()) <= 8, other
         assert len(str(error.value)) < 1000, other
-    for nothing in ((), None, {"count": jnp.zeros(())}, jnp.zeros(3)):
+    nothing = [(), {"count": jnp.zeros(())}, jnp.zeros(3)]
+    if states[name] != optax.EmptyState():  # Optax's own tests give None to what keeps no state
+        nothing.append(None)
+    for state in nothing:
         with pytest.raises(ValueError, match=HEADING):
-            tx.update(gradients, nothing, PARAMS)
+            tx.update(gradients, state, PARAMS)
 
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
@@ -199,6 +202,6 @@ def test_a_preset_of_flax_nnx_refuses_too() -> None:
 
 def test_what_keeps_no_state_takes_none() -> None:
     for tx in (at.clip_by_value(1.0), at.clip_by_global_norm(1.0), at.max_row_norm(1.0)):
-        for state in (PARAMS, at.scale_by_adam().init(PARAMS), None):
+        for state in (PARAMS, at.scale_by_adam().init(PARAMS)):
             with pytest.raises(ValueError, match=HEADING):
                 tx.update(DENSE, state, PARAMS)

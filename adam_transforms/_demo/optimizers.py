@@ -50,7 +50,7 @@ OPTIMIZERS = {
     "lazy": Optimizer(
         "adam_transforms.lazy_adam on row gradients",
         lambda learning_rate: at.lazy_adam(learning_rate, tables="ngram_table"),
-        value_and_grad=lambda loss, state: at.value_and_grad(loss),
+        value_and_grad=lambda loss, state: at.value_and_grad(loss, tables="ngram_table"),
     ),
     "deferred": Optimizer(
         "adam_transforms.deferred_adam on row gradients",

@@ -172,7 +172,7 @@ def grad(
       A function from `fun`'s arguments to its gradient, or to (gradient, aux) with `has_aux`.
 
     >>> import jax.numpy as jnp
-    >>> rows = grad(lambda table: jnp.sum(table[1] ** 2))(jnp.ones((3, 2)))
+    >>> rows = grad(lambda table, ids: jnp.sum(table[ids] ** 2))(jnp.ones((3, 2)), jnp.array([1]))
     >>> rows.indices.tolist(), rows.values.tolist()
     ([1], [[2.0, 2.0]])
     """

@@ -45,10 +45,14 @@ class Table(NamedTuple):
         """All of the table, synchronized."""
         return self.array if self.read_now is None else self.read_now(self.array, None)
 
-    def synchronized(self, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(n, D...), these rows with all pending updates applied, and whether they exist."""
-        rows = SparseRows(indices, jnp.zeros((indices.size, 0)), self.array.shape[0])
-        now = jax.tree.map(_in_this_mesh, self.read_now)(self.array, rows)
+    def synchronized(self, array: Any, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(n, D...), these rows with all pending updates applied, and whether they exist.
+
+        Args:
+          array: the table, in the mesh of the read.
+        """
+        rows = SparseRows(indices, jnp.zeros((indices.size, 0)), array.shape[0])
+        now = jax.tree.map(_in_this_mesh, self.read_now)(array, rows)
         exists = jnp.reshape(rows.is_valid, (-1, *[1] * (now.ndim - 1)))
         return now, jnp.broadcast_to(exists, now.shape)
 
@@ -163,7 +167,7 @@ class Runner:
             indices = step.how.indices(*inputs)
             (x,) = run_equation(step.scope.jaxpr, step.eqn, inputs)
             if table.read_now is not None:
-                now, exists = table.synchronized(indices)
+                now, exists = table.synchronized(array, indices)
                 x = jnp.where(step.how.placed(exists, out), step.how.placed(now, out), x)
             for dtype in casts:
                 x = jax.lax.convert_element_type(x, dtype)
@@ -192,7 +196,7 @@ class Runner:
                 found.append(index)
                 rows = gather_rows(self.array(value), index, row_axes)
                 if table.read_now is not None:
-                    now, exists = table.synchronized(index)
+                    now, exists = table.synchronized(self.array(value), index)
                     rows = jnp.where(exists, now, rows)
                 return rows + next(rest)
 
