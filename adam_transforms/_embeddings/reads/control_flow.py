@@ -45,7 +45,13 @@ class Scan(NamedTuple):
     counter: Value | None
     reads: list[Read]
 
+    @property
+    def whole_outside(self) -> list[Value]:
+        return self.program.whole_outside
+
     def run(self, runner: Any, taps: Sequence[jax.Array]) -> Outputs:
+        for value in self.whole_outside:
+            runner.plain(value)  # once, not at every step
         params, body = self.eqn.params, self.program.scope
         variables, num_carry = body.jaxpr.invars, params["num_carry"]
         first = params["num_consts"]
@@ -142,6 +148,10 @@ class Cond(NamedTuple):
     programs: list[Program]
     reads: list[Read]
 
+    @property
+    def whole_outside(self) -> list[Value]:
+        return [value for program in self.programs for value in program.whole_outside]
+
     def run(self, runner: Any, taps: Sequence[jax.Array]) -> Outputs:
         padding = [
             as_varying(
@@ -203,6 +213,10 @@ class Checkpoint(NamedTuple):
     eqn: Any
     program: Program
     reads: list[Read]
+
+    @property
+    def whole_outside(self) -> list[Value]:
+        return self.program.whole_outside
 
     def run(self, runner: Any, taps: Sequence[jax.Array]) -> Outputs:
         params = self.eqn.params

@@ -118,7 +118,14 @@ class Plan:
             ):
                 self._leave(scope, eqn, pending, is_needed=False)
             else:
-                program.steps.append(Plain(scope, eqn, waits=True))
+                self._run_whole(program, scope, eqn)
+
+    def _run_whole(self, program: Program, scope: Scope, eqn: Any) -> None:
+        """Runs an equation as it is; its pending operands are computed whole."""
+        program.steps.append(Plain(scope, eqn, waits=True))
+        program.whole += [
+            scope.value(x) for x in eqn.invars if not isinstance(x, Literal) and x in scope.states
+        ]
 
     def add_table(self, value: Value, table: int) -> None:
         """Makes an input of a jaxpr a table."""
@@ -143,11 +150,14 @@ class Plan:
         name = eqn.primitive.name
         if name in CALLS or (name in CHECKPOINTS and not scope.selected.isdisjoint(eqn.outvars)):
             inner = self.inside(scope, eqn)
+            program.scopes.add(inner)
             self._extend(program, inner)
             scope.bind(eqn.outvars, [inner.value(x) for x in inner.jaxpr.outvars])
         elif name in control_flow.BODIES:
             try:
-                program.steps.append(control_flow.BODIES[name](self, scope, eqn))
+                step = control_flow.BODIES[name](self, scope, eqn)
+                program.steps.append(step)
+                program.whole += step.whole_outside
             except NotByRow as reason:
                 self._use_whole(program, scope, eqn, pending, reason)
         elif (step := self._direct_read(scope, eqn)) is not None:
@@ -198,7 +208,7 @@ class Plan:
             tables = frozenset[int]().union(*(x.tables for x in pending))
         for table in sorted(tables):
             self.uses.setdefault(table, use)
-        program.steps.append(Plain(scope, eqn, waits=True))
+        self._run_whole(program, scope, eqn)
 
     # ---- reads ----------------------------------------------------------------------------------
 

@@ -131,15 +131,27 @@ class RowRead(NamedTuple):
 
 
 class Program:
-    """The steps of a whole program, or of the body of a loop, with calls inlined."""
+    """The steps of a whole program, or of the body of a loop, with calls inlined.
+
+    Attributes:
+      scopes: of the jaxpr and of the calls in it.
+      whole: the pending values that its steps use as a whole.
+    """
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
+        self.scopes = {scope}
         self.steps: list[Any] = []
+        self.whole: list[Value] = []
 
     @functools.cached_property
     def reads(self) -> list[Read]:
         return [read for step in self.steps for read in step.reads]
+
+    @property
+    def whole_outside(self) -> list[Value]:
+        """The pending values of the program around it that it uses as a whole."""
+        return [value for value in self.whole if value.scope not in self.scopes]
 
 
 def body_of(

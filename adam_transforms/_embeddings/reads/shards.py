@@ -31,6 +31,7 @@ class ShardMap(NamedTuple):
     program: Program
     axes: list[tuple[str, ...]]
     reads: list[Read]
+    whole_outside: tuple[Value, ...] = ()  # all that it uses goes into it
 
     def run(self, runner: Any, taps: Sequence[jax.Array]) -> Any:
         params, body = self.eqn.params, self.program.scope
