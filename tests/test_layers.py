@@ -51,7 +51,10 @@ KNOWN_TO = {
         "_xla/row_independence.py",
         *(f"_embeddings/reads/{name}.py" for name in ("program", "following", "rows", "direct")),
         *(f"_embeddings/reads/{name}.py" for name in ("control_flow", "running", "choosing")),
-        *(f"_embeddings/reads/{name}.py" for name in ("layouts", "row_functions", "custom_rules")),
+        *(
+            f"_embeddings/reads/{name}.py"
+            for name in ("layouts", "row_functions", "custom_rules", "origins", "indexing")
+        ),
         "_embeddings/tracing.py",
         "_embeddings/value_and_grad.py",
         "_xla/dependence.py",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from adam_transforms._embeddings.collectives import varying_alike
-from adam_transforms._embeddings.reads import layouts, row_functions
+from adam_transforms._embeddings.reads import indexing, layouts, row_functions
 from adam_transforms._embeddings.reads.selection import NotByRow, Selection, take
 from adam_transforms._xla.jaxprs import Literal, as_array, run_on_other_inputs
 from adam_transforms._xla.row_independence import ELEMENTWISE, REDUCTIONS
@@ -41,16 +41,16 @@ RULES: dict[str, Callable[..., jax.Array]] = {
     "broadcast_in_dim": layouts.broadcast_in_dim,
     "concatenate": layouts.concatenate,
     "dot_general": row_functions.dot_general,
-    "dynamic_slice": layouts.dynamic_slice,
-    "dynamic_update_slice": layouts.dynamic_update_slice,
+    "dynamic_slice": indexing.dynamic_slice,
+    "dynamic_update_slice": indexing.dynamic_update_slice,
     "fft": row_functions.fft,
-    "gather": layouts.gather,
+    "gather": indexing.gather,
     "iota": row_functions.iota,
     "pad": layouts.pad,
     "reshape": layouts.reshape,
     "rev": layouts.reverse,
-    **dict.fromkeys(layouts.SCATTERS, layouts.scatter),
-    **dict.fromkeys((name.replace("-", "_") for name in layouts.SCATTERS), layouts.scatter),
+    **dict.fromkeys(indexing.SCATTERS, indexing.scatter),
+    **dict.fromkeys((name.replace("-", "_") for name in indexing.SCATTERS), indexing.scatter),
     "slice": layouts.slice_,
     "split": layouts.split,
     "squeeze": layouts.squeeze,

@@ -205,3 +205,12 @@ def take_along(rows: jax.Array, positions: Any, axis: int) -> jax.Array:
     shape = [1] * rows.ndim
     shape[0], shape[axis] = positions.shape
     return jnp.take_along_axis(rows, jnp.reshape(positions, shape), axis, mode="promise_in_bounds")
+
+
+def like_rows(mask: jax.Array, selection: Selection, axis: int) -> jax.Array:
+    """A mask (n,) or (n, m) along an axis, to broadcast with what the selection reads."""
+    shape = [1] * len(selection.shape)
+    shape[0] = mask.shape[0]
+    if mask.ndim == 2:
+        shape[selection.position_of(axis)] = mask.shape[1]
+    return jnp.reshape(mask, shape)
