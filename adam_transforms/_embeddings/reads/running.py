@@ -100,9 +100,13 @@ class Runner:
         if variable in scope.consts:
             return scope.consts[variable]
         if (table := self._plan.table_of.get(value)) is not None:
-            x = self._tables[table].whole()
-        elif (element := self._plan.elements.get(value)) is not None:
-            x = self.plain(element[0])[self.plain(element[1])]
+            # Not under the key of the value: that is the table as it is stored.
+            key = ("whole", value)
+            if key not in self._values:
+                self._values[key] = self._tables[table].whole()
+            return self._values[key]
+        if (element := self._plan.elements.get(value)) is not None:
+            x = jnp.asarray(self.plain(element[0]))[self.plain(element[1])]
         else:
             scope, eqn, out = self._plan.producer(value)
             inputs = [self.read(scope, x) for x in eqn.invars]
