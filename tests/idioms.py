@@ -416,9 +416,12 @@ ROW_FUNCTIONS: dict[str, Any] = {
     "t in bfloat16 and back": lambda t, ids: t.astype(jnp.bfloat16).astype(jnp.float32)[ids],
     "t scaled in bfloat16": lambda t, ids: (t.astype(jnp.bfloat16) * 2)[ids].astype(jnp.float32),
     "round(t), straight through": lambda t, ids: straight_through(t)[ids],
-    "round(t) by a frozen scale": lambda t, ids: (
-        lambda s: t + lax.stop_gradient(jnp.round(t / s) * s - t)
-    )(jnp.max(jnp.abs(lax.stop_gradient(t)), axis=1, keepdims=True))[ids],
+    "round(t) by a frozen scale": Idiom(
+        lambda t, ids: (lambda s: t + lax.stop_gradient(jnp.round(t / s) * s - t))(
+            jnp.max(jnp.abs(lax.stop_gradient(t)), axis=1, keepdims=True)
+        )[ids],
+        memory=False,
+    ),
     "t / norm(t) of rows": near(lambda t, ids: (t / norm(t))[ids]),
     "t / maximum(norm(t), 1) of rows": near(lambda t, ids: (t / jnp.maximum(norm(t), 1))[ids]),
     "t with rows of a largest norm": near(

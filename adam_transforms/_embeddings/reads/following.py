@@ -162,8 +162,7 @@ class Plan(Origins):
         elif (step := self._direct_read(scope, eqn)) is not None:
             program.steps.append(step)
         elif max(x.depth for x in pending) >= _MAX_DEPTH:
-            reason = NotByRow(f"more than {_MAX_DEPTH} operations before it are by row")
-            self._use_whole(program, scope, eqn, pending, reason)
+            self._read_operands(program, scope, eqn, pending)
         elif not has_rule(eqn):
             reason = NotByRow("it takes the whole array, and reads in it are not followed")
             self._use_whole(program, scope, eqn, pending, reason)
@@ -191,6 +190,26 @@ class Plan(Origins):
             program.steps.append(RowRead(value, self._reads_of(value, scope.site(eqn))))
         except NotByRow as reason:
             self._use_whole(program, scope, eqn, pending, reason)
+
+    def _read_operands(
+        self, program: Program, scope: Scope, eqn: Any, pending: Sequence[State]
+    ) -> None:
+        """Computes the pending operands from rows, so that the equation runs as it is."""
+        for x in eqn.invars:
+            state = None if isinstance(x, Literal) else scope.states.get(x)
+            if state is None or not state.is_needed:
+                continue
+            value = scope.value(x)
+            try:
+                if not state.is_part or value.scope is not scope:
+                    raise NotByRow(f"more than {_MAX_DEPTH} operations before it are by row")
+                step = RowRead(value, self._reads_of(value, scope.site(eqn)))
+            except NotByRow as reason:
+                self._use_whole(program, scope, eqn, pending, reason)
+                return
+            program.steps.append(step)
+            del scope.states[x]
+        program.steps.append(Plain(scope, eqn, waits=True))
 
     def _use_whole(
         self,
@@ -297,9 +316,13 @@ class Plan(Origins):
             self._around.pop()
 
 
+# Operations through which no gradient passes.
+_FLAT = {"ceil", "floor", "round", "sign", "stop_gradient"}
+
+
 def _carries_gradient(scope: Scope, eqn: Any) -> bool:
     """Whether the differentiated output depends on an equation's operands by it."""
-    return eqn.primitive.name != "stop_gradient" and not scope.needed.isdisjoint(eqn.outvars)
+    return eqn.primitive.name not in _FLAT and not scope.needed.isdisjoint(eqn.outvars)
 
 
 # Operations that only move elements or cast them.

@@ -5,9 +5,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from adam_transforms._embeddings.reads.program import Scope, Value
-from adam_transforms._embeddings.reads.rows import Equation
+from adam_transforms._embeddings.reads.rows import KEEP, Equation
 from adam_transforms._xla.jaxprs import CALLS, Literal, open_jaxpr
 from adam_transforms._xla.row_independence import ELEMENTWISE
+
+# The output has the values of the first operand, perhaps cast.
+_ALIKE = {*KEEP, "convert_element_type"}
 
 
 class Origins:
@@ -86,7 +89,7 @@ class Origins:
                 for ids, positions in ((a, b), (b, a)):
                     if self._is_constant(ids, axis) and self._are_positions(positions, axis):
                         return ids
-            if eqn.primitive.name != "convert_element_type":
+            if eqn.primitive.name not in _ALIKE:
                 return None
             value = scope.value(eqn.invars[0])
         return None
@@ -98,6 +101,8 @@ class Origins:
         if value.aval.shape[axis] == 1:
             return True
         origin = self.origin(value)
+        if origin is not None and origin[1].primitive.name in KEEP:
+            return self._is_constant(origin[0].value(origin[1].invars[origin[2]]), axis)
         if origin is None or origin[1].primitive.name != "broadcast_in_dim":
             return False
         [operand], dims = origin[1].invars[:1], origin[1].params["broadcast_dimensions"]
@@ -117,6 +122,6 @@ class Origins:
             if axis not in dims or eqn.invars[0].aval.shape[dims.index(axis)] == 1:
                 return False
             return self._are_positions(scope.value(eqn.invars[0]), dims.index(axis))
-        if name == "convert_element_type" and jnp.issubdtype(value.aval.dtype, jnp.integer):
+        if name in _ALIKE and jnp.issubdtype(value.aval.dtype, jnp.integer):
             return self._are_positions(scope.value(eqn.invars[0]), axis)
         return False

@@ -228,7 +228,7 @@ def _is_comparison(jaxpr: Any, producers: dict[Any, Any], atom: Any) -> bool:
     if eqn.primitive.name in CALLS:
         body = open_jaxpr(eqn.params["jaxpr"])[0]
         return _is_comparison(body, _producers(body), body.outvars[eqn.outvars.index(atom)])
-    if eqn.primitive.name == "convert_element_type":
+    if eqn.primitive.name in ("convert_element_type", "pcast", "pvary"):
         return _is_comparison(jaxpr, producers, eqn.invars[0])
     return eqn.primitive.name == "eq"
 
