@@ -115,7 +115,7 @@ def test_a_table_of_ten_times_the_rows_takes_no_more_memory(name: str, tables: i
 
 # Calls inside the package while a part of a lazy step of one table is traced, and how often the
 # next call is in another file: what a reader follows.
-CALLS = {"value_and_grad": (150, 42), "update": (150, 40)}
+CALLS = {"value_and_grad": (150, 40), "update": (150, 40)}
 
 
 @pytest.mark.parametrize("part", CALLS)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from adam_transforms._embeddings.reads.direct import Read, RowsOfTable
-from adam_transforms._embeddings.reads.rows import SELECT, has_rule
+from adam_transforms._embeddings.reads.rows import RULES, SELECT
 from adam_transforms._embeddings.reads.selection import NotByRow
 from adam_transforms._xla.dependence import needed_variables
 from adam_transforms._xla.jaxprs import CALLS, CHECKPOINTS, Literal, open_jaxpr
@@ -254,7 +254,7 @@ def _uses(eqn: Any, outs: Sequence[_Flag], wanted: Sequence[bool]) -> list[_Flag
         return _of_body(params["jaxpr"], [True] * len(body.outvars), handed_on)
     if name == "shard_map":
         return _of_body(params["jaxpr"], wanted, [False] * len(outs))
-    if has_rule(eqn):
+    if name in RULES and not eqn.effects:
         return [_all(outs)] * num
     return [False] * num
 
