@@ -30,7 +30,7 @@ from adam_transforms._embeddings.reads.program import (
     State,
     Value,
 )
-from adam_transforms._embeddings.reads.rows import KEEP, SELECT, Equation, Rows, has_rule
+from adam_transforms._embeddings.reads.rows import KEEP_OR_CAST, SELECT, Equation, Rows, has_rule
 from adam_transforms._embeddings.reads.selection import AllRows, NotByRow, Selection
 from adam_transforms._embeddings.reads.tables import (
     choose_row_axes,
@@ -137,7 +137,7 @@ class Plan(Origins):
 
     def _leave(self, scope: Scope, eqn: Any, pending: Sequence[State], *, is_needed: bool) -> None:
         """Leaves the outputs of an equation pending."""
-        tables = frozenset[int]().union(*(x.tables for x in pending))
+        tables = _tables_of(pending)
         part = is_part(eqn) or any(x.is_part for x in pending)
         depth = 1 + max(x.depth for x in pending)
         for x in eqn.outvars:
@@ -223,7 +223,7 @@ class Plan(Origins):
         use = Use(where.scope, where.eqn, str(reason), isinstance(reason, AllRows))
         tables = reason.tables
         if tables is None:
-            tables = frozenset[int]().union(*(x.tables for x in pending))
+            tables = _tables_of(pending)
         for table in sorted(tables):
             self.uses.setdefault(table, use)
         self._run_whole(program, scope, eqn)
@@ -255,7 +255,7 @@ class Plan(Origins):
             if state is None or not state.is_needed or value in self.elements:
                 return None
             scope, eqn, out = self.producer(value)
-            if eqn.primitive.name not in KEEP | {"convert_element_type"}:
+            if eqn.primitive.name not in KEEP_OR_CAST:
                 return None
             value = scope.value(eqn.invars[out])
         return table
@@ -316,6 +316,10 @@ class Plan(Origins):
             self._around.pop()
 
 
+def _tables_of(states: Sequence[State]) -> frozenset[int]:
+    return frozenset[int]().union(*(x.tables for x in states))
+
+
 # Operations through which no gradient passes.
 _FLAT = {"ceil", "floor", "round", "sign", "stop_gradient"}
 
@@ -326,7 +330,7 @@ def _carries_gradient(scope: Scope, eqn: Any) -> bool:
 
 
 # Operations that only move elements or cast them.
-_MOVES = {*KEEP, "broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose"}
+_MOVES = {*KEEP_OR_CAST, "broadcast_in_dim", "reshape", "squeeze", "transpose"}
 
 
 def _mixing_site(scope: Scope, eqn: Any) -> tuple[Any, ...]:

@@ -121,15 +121,9 @@ def gather(rows: Any, eqn: Any, out: int, selection: Selection) -> jax.Array:
 
 def _along_batch(of_ids: Selection, axis: int) -> jax.Array:
     """The position along an axis of the ids of each id."""
-    shape = of_ids.shape[:-1]
-    positions = as_positions(of_ids.axes[axis], of_ids.n)
-    if is_picked(of_ids.axes[axis]):
-        positions = jnp.reshape(positions, (of_ids.n, *[1] * (len(shape) - 1)))
-    else:
-        ones = [1] * len(shape)
-        ones[0], ones[of_ids.position_of(axis)] = positions.shape
-        positions = jnp.reshape(positions, ones)
-    return jnp.reshape(jnp.broadcast_to(positions, shape), (-1,))
+    batch = Selection(of_ids.n, of_ids.axes[:-1])
+    positions = like_rows(as_positions(batch.axes[axis], batch.n), batch, axis)
+    return jnp.reshape(jnp.broadcast_to(positions, batch.shape), (-1,))
 
 
 def scatter(rows: Any, eqn: Any, out: int, selection: Selection) -> jax.Array:

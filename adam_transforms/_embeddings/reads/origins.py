@@ -5,12 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from adam_transforms._embeddings.reads.program import Scope, Value
-from adam_transforms._embeddings.reads.rows import KEEP, Equation
+from adam_transforms._embeddings.reads.rows import KEEP, KEEP_OR_CAST, Equation
 from adam_transforms._xla.jaxprs import CALLS, Literal, open_jaxpr
 from adam_transforms._xla.row_independence import ELEMENTWISE
-
-# The output has the values of the first operand, perhaps cast.
-_ALIKE = {*KEEP, "convert_element_type"}
 
 
 class Origins:
@@ -89,7 +86,7 @@ class Origins:
                 for ids, positions in ((a, b), (b, a)):
                     if self._is_constant(ids, axis) and self._are_positions(positions, axis):
                         return ids
-            if eqn.primitive.name not in _ALIKE:
+            if eqn.primitive.name not in KEEP_OR_CAST:
                 return None
             value = scope.value(eqn.invars[0])
         return None
@@ -122,6 +119,6 @@ class Origins:
             if axis not in dims or eqn.invars[0].aval.shape[dims.index(axis)] == 1:
                 return False
             return self._are_positions(scope.value(eqn.invars[0]), dims.index(axis))
-        if name in _ALIKE and jnp.issubdtype(value.aval.dtype, jnp.integer):
+        if name in KEEP_OR_CAST and jnp.issubdtype(value.aval.dtype, jnp.integer):
             return self._are_positions(scope.value(eqn.invars[0]), axis)
         return False

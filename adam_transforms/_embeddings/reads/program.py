@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from adam_transforms._embeddings.reads.direct import Read, RowsOfTable
-from adam_transforms._embeddings.reads.rows import RULES, SELECT
+from adam_transforms._embeddings.reads.rows import KEEP_OR_CAST, RULES, SELECT
 from adam_transforms._embeddings.reads.selection import NotByRow
 from adam_transforms._xla.dependence import needed_variables
 from adam_transforms._xla.jaxprs import CALLS, CHECKPOINTS, Literal, open_jaxpr
@@ -204,12 +204,12 @@ def _flags(jaxpr: Any, needed: set[Any], outputs: Sequence[_Flag]) -> dict[Any, 
                 flags[x] = _both(flags.get(x), flag)
 
     use(jaxpr.outvars, outputs)
-    producers = _producers(jaxpr)
+    producers = functools.cache(lambda: _producers(jaxpr))
     for eqn in reversed(jaxpr.eqns):
         if not needed.isdisjoint(eqn.outvars):
             outs = [flags.get(x) if x in needed else None for x in eqn.outvars]
             if eqn.primitive.name == "dot_general" and any(
-                _is_comparison(jaxpr, producers, x) for x in eqn.invars
+                _is_comparison(producers(), x) for x in eqn.invars
             ):
                 outs = [True]  # it may be one-hot, and read rows
             use(eqn.invars, _uses(eqn, outs, [x in needed for x in eqn.outvars]))
@@ -220,16 +220,16 @@ def _producers(jaxpr: Any) -> dict[Any, Any]:
     return {x: eqn for eqn in jaxpr.eqns for x in eqn.outvars}
 
 
-def _is_comparison(jaxpr: Any, producers: dict[Any, Any], atom: Any) -> bool:
+def _is_comparison(producers: dict[Any, Any], atom: Any) -> bool:
     """Whether a value is a comparison, as numbers."""
     eqn = None if isinstance(atom, Literal) else producers.get(atom)
     if eqn is None:
         return False
     if eqn.primitive.name in CALLS:
         body = open_jaxpr(eqn.params["jaxpr"])[0]
-        return _is_comparison(body, _producers(body), body.outvars[eqn.outvars.index(atom)])
-    if eqn.primitive.name in ("convert_element_type", "pcast", "pvary"):
-        return _is_comparison(jaxpr, producers, eqn.invars[0])
+        return _is_comparison(_producers(body), body.outvars[eqn.outvars.index(atom)])
+    if eqn.primitive.name in KEEP_OR_CAST:
+        return _is_comparison(producers, eqn.invars[0])
     return eqn.primitive.name == "eq"
 
 

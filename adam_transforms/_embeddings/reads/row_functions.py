@@ -19,6 +19,7 @@ from adam_transforms._embeddings.reads.selection import (
     as_positions,
     is_inside,
     is_picked,
+    like_rows,
     repeat,
     take,
     take_along,
@@ -47,11 +48,7 @@ def iota(rows: Any, eqn: Any, out: int, selection: Selection) -> jax.Array:
     del rows, out
     axis, dtype = eqn.params["dimension"], eqn.params["dtype"]
     positions = as_positions(selection.axes[axis], selection.n).astype(dtype)
-    shape = [1] * len(selection.shape)
-    shape[0] = selection.n
-    if not is_picked(selection.axes[axis]):
-        shape[selection.position_of(axis)] = positions.shape[1]
-    return jnp.broadcast_to(jnp.reshape(positions, shape), selection.shape)
+    return jnp.broadcast_to(like_rows(positions, selection, axis), selection.shape)
 
 
 def reduction(rows: Any, eqn: Any, out: int, selection: Selection) -> jax.Array:

@@ -28,6 +28,8 @@ KEEP = {
     "reshard",
     "sharding_constraint",
 }
+# Those, and casts.
+KEEP_OR_CAST = {*KEEP, "convert_element_type"}
 # Operations whose output has part of the elements of the first operand.
 SELECT = {"gather", "dynamic_slice", "slice", "split", "unstack"}
 

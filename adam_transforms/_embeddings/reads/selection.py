@@ -207,10 +207,10 @@ def take_along(rows: jax.Array, positions: Any, axis: int) -> jax.Array:
     return jnp.take_along_axis(rows, jnp.reshape(positions, shape), axis, mode="promise_in_bounds")
 
 
-def like_rows(mask: jax.Array, selection: Selection, axis: int) -> jax.Array:
-    """A mask (n,) or (n, m) along an axis, to broadcast with what the selection reads."""
+def like_rows(x: jax.Array, selection: Selection, axis: int) -> jax.Array:
+    """What is (n,) or (n, m) along an axis, to broadcast with what the selection reads."""
     shape = [1] * len(selection.shape)
-    shape[0] = mask.shape[0]
-    if mask.ndim == 2:
-        shape[selection.position_of(axis)] = mask.shape[1]
-    return jnp.reshape(mask, shape)
+    shape[0] = x.shape[0]
+    if x.ndim == 2:
+        shape[selection.position_of(axis)] = x.shape[1]
+    return jnp.reshape(x, shape)
