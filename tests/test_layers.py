@@ -42,22 +42,24 @@ MATHEMATICS = (
     *(f"_embeddings/deferred/{name}.py" for name in ("chebyshev", "missed_updates")),
 )
 
+# The modules of `_embeddings/reads` that walk through a program.
+READ_PROGRAMS = tuple(
+    f"_embeddings/reads/{name}.py"
+    for name in (
+        *("choosing", "control_flow", "custom_rules", "direct", "following", "indexing", "layouts"),
+        *("origins", "program", "row_functions", "rows", "running", "shards"),
+    )
+)
+
 # What only these modules may mention.
 KNOWN_TO = {
     "the platform": ("_xla/platform.py",),
     "JAX's program representation": (
         "_core/key_type.py",
-        "_xla/jaxprs.py",
-        "_xla/row_independence.py",
-        *(f"_embeddings/reads/{name}.py" for name in ("program", "following", "rows", "direct")),
-        *(f"_embeddings/reads/{name}.py" for name in ("control_flow", "running", "choosing")),
-        *(
-            f"_embeddings/reads/{name}.py"
-            for name in ("layouts", "row_functions", "custom_rules", "origins", "indexing")
-        ),
+        *(f"_xla/{name}.py" for name in ("dependence", "jaxprs", "row_independence")),
         "_embeddings/tracing.py",
         "_embeddings/value_and_grad.py",
-        "_xla/dependence.py",
+        *READ_PROGRAMS,
     ),
 }
 PLATFORM_WORDS = {
@@ -76,8 +78,7 @@ USE_XLA = (
     "_embeddings/lazy.py",
     "_embeddings/tracing.py",
     "_embeddings/explain.py",
-    *(f"_embeddings/reads/{name}.py" for name in ("program", "following", "rows", "running")),
-    *(f"_embeddings/reads/{name}.py" for name in ("control_flow", "custom_rules")),
+    *READ_PROGRAMS,
     "_embeddings/deferred/adam.py",
     "_embeddings/deferred/missed_updates.py",
     "_embeddings/deferred/sync.py",

@@ -289,24 +289,27 @@ def test_auto_makes_no_table_by_accident_but_a_name_does(name: str) -> None:
 # ---- with pending updates ----
 
 
-@every([key for key in KEYS if idioms.ALL[key].rows and key != _ROUNDING])
+@every([key for key in KEYS if idioms.ALL[key].rows])
 def test_deferred_adam_follows_dense_adam(group: str, name: str) -> None:
     """Reads see the rows with all pending updates applied."""
-    idiom = idioms.ALL[group, name]
-    params, loss, _ = make_case(idiom)
-    deferred, dense = at.deferred_adam(0.1, tables=NAMED, eps_hat=True), at.adam(0.1, eps_hat=True)
+    params, loss, _ = make_case(idioms.ALL[group, name])
+    # A gradient that is zero but for rounding moves nothing: eps is far above it.
+    deferred = at.deferred_adam(0.1, tables=NAMED, eps=1e-2, eps_hat=True)
+    dense = at.adam(0.1, eps=1e-2, eps_hat=True)
 
     @jax.jit
-    def run(params: Any) -> Any:
-        ours, theirs = (params, deferred.init(params)), (params, dense.init(params))
-        for ids in jnp.asarray([*IDS, *IDS]):
-            grads, _ = at.grad(loss, has_aux=True, rows_from=ours[1])(ours[0], ids)
-            updates, state = deferred.update(grads, ours[1], ours[0])
-            ours = optax.apply_updates(ours[0], updates), state
-            grads, _ = jax.grad(loss, has_aux=True)(theirs[0], ids)
-            updates, state = dense.update(grads, theirs[1], theirs[0])
-            theirs = optax.apply_updates(theirs[0], updates), state
-        return at.flush(*ours)[0], theirs[0]
+    def step(ours: Any, theirs: Any, ids: Any) -> Any:
+        grads, _ = at.grad(loss, has_aux=True, rows_from=ours[1])(ours[0], ids)
+        updates, state = deferred.update(grads, ours[1], ours[0])
+        ours = optax.apply_updates(ours[0], updates), state
+        grads, _ = jax.grad(loss, has_aux=True)(theirs[0], ids)
+        updates, state = dense.update(grads, theirs[1], theirs[0])
+        return ours, (optax.apply_updates(theirs[0], updates), state)
 
-    for actual, expected in zip(*map(jax.tree.leaves, jax.device_get(run(params))), strict=True):
+    ours, theirs = (params, deferred.init(params)), (params, dense.init(params))
+    for ids in jnp.asarray([*IDS, *IDS]):
+        ours, theirs = jax.device_get(step(ours, theirs, ids))
+
+    pairs = zip(*map(jax.tree.leaves, (at.flush(*ours)[0], theirs[0])), strict=True)
+    for actual, expected in pairs:
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)

@@ -311,10 +311,11 @@ def _refuse_dense(select: Callable[..., set[int]], updates: Updates, params: Par
             continue
         raise ValueError(
             f"{path!r} is named by tables, but its gradient is dense: dense Adam would move all "
-            f"{jnp.shape(tables[path])[0]} rows of the table, at O(V) cost. Compute gradients by "
-            "adam_transforms.value_and_grad: those of jax.grad are dense. If it computed this "
-            f"one, adam_transforms.explain(loss, params, ..., tables={path!r}) says which "
-            "operation made it dense. An operation that needs the whole table has a substitute by "
+            f"{jnp.shape(tables[path])[0]} rows of the table, at O(V) cost. The gradients of "
+            "jax.grad are dense: compute them by adam_transforms.value_and_grad(loss, "
+            f"tables={path!r}); its default, tables='auto', leaves a table dense if as many rows "
+            f"are read as it has. adam_transforms.explain(loss, params, ..., tables={path!r}) says "
+            "which operation needs the whole table. Such an operation has a substitute by "
             "rows: sampled softmax for a softmax over the table, weight_decay inside lazy for an "
             "L2 term of the table; help(adam_transforms.lazy) shows both"
         )

@@ -72,6 +72,8 @@ def choose_row_axes(selections: list[tuple[bool, ...]], shape: Sequence[Any]) ->
     Args:
       selections: for each read, whether it reads single positions along each axis.
     """
+    if not selections:
+        return 1
     last = max(len(shape) - 1, 1)
     first = min(next((i for i, size in enumerate(shape) if size != 1), 0) + 1, last)
     for row_axes in range(last, first, -1):
