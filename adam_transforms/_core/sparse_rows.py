@@ -1,6 +1,5 @@
 """The gradient of a table by the rows it touches."""
 
-import copy
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -183,9 +182,8 @@ class SparseRows(metaclass=_Described):
 
     def with_values(self, values: jax.Array) -> "SparseRows":
         """The same rows with other values, (n, D...)."""
-        rows = copy.copy(self)
-        (rows.values,) = _replicate_rows(values)
-        return rows
+        (values,) = _replicate_rows(values)
+        return self._with(values=values)
 
     def with_rows(self, indices: Any, values: Any, *, unique: bool = False) -> "SparseRows":
         """Other rows of the same table, (m,) and (m, D...)."""
@@ -195,8 +193,11 @@ class SparseRows(metaclass=_Described):
     def as_synchronized(self) -> "SparseRows":
         """The same rows with `synchronized` set: for a gradient that was computed after `catch_up`
         or `flush` had applied the pending updates of these rows."""
-        rows = copy.copy(self)
-        rows.synchronized = True
+        return self._with(synchronized=True)
+
+    def _with(self, **attributes: Any) -> "SparseRows":
+        rows = object.__new__(type(self))
+        vars(rows).update(vars(self) | attributes)
         return rows
 
     def after_read(self, read: jax.Array) -> "SparseRows":

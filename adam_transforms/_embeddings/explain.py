@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from adam_transforms._core import patterns
 from adam_transforms._core.types import Path
-from adam_transforms._embeddings.reads.choosing import Choice, is_static, reads_all
+from adam_transforms._embeddings.reads.choosing import Choice
+from adam_transforms._embeddings.reads.direct import is_static, reads_all
 from adam_transforms._embeddings.reads.following import Use
 from adam_transforms._embeddings.tracing import (
     Leaf,

@@ -154,9 +154,9 @@ def lazy(
                 _warn_of_dense(updates, params, warned)
             updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
             return updates, LazyState(inner_state)
-        rows = {i: g.sum_duplicates() for i, g in enumerate(gradients) if isinstance(g, SparseRows)}
         aligned, treedef = trees.align(updates, params, names=("the updates", "the parameters"))
         _, _, param_leaves = zip(*aligned, strict=True)
+        rows = {i: g.sum_duplicates() for i, g in enumerate(gradients) if isinstance(g, SparseRows)}
         for i in rows:
             if param_leaves[i] is None:
                 raise ValueError(f"{aligned[i][0]!r} has a row gradient, but no parameter")

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 
 from adam_transforms._core import dtypes, patterns
 from adam_transforms._core.sparse_rows import SparseRows
-from adam_transforms._embeddings.collectives import varying_axes
 from adam_transforms._embeddings.reads.choosing import Choice
-from adam_transforms._embeddings.reads.direct import Read, replicated
+from adam_transforms._embeddings.reads.direct import Read, replicated, values_of
 from adam_transforms._embeddings.reads.program import Value
 from adam_transforms._embeddings.reads.running import Runner, Table
 from adam_transforms._embeddings.tracing import (
@@ -226,32 +225,13 @@ def _assemble(
     columns = jax.typeof(table).sharding.spec[len(row_shape) :]
     of_table = [k for k, read in enumerate(choice.program.reads) if read.table == i]
     reads: list[Read] = [choice.program.reads[k] for k in of_table]
-    values = [
-        read.all_values(taps[k], columns, wide) for k, read in zip(of_table, reads, strict=True)
-    ]
-    values = _once(values)
+    found = [replicated(indices[k]) for k in of_table]
+    values = values_of(reads, [taps[k] for k in of_table], columns, wide)
     rows = SparseRows(
-        jnp.concatenate([replicated(indices[k]) for k in of_table] or [jnp.zeros((0,), jnp.int32)]),
+        jnp.concatenate(found or [jnp.zeros((0,), jnp.int32)]),
         jnp.concatenate(values or [jnp.zeros((0, *width), wide)]),
         num_rows=math.prod(row_shape),
         leading_shape=row_shape,
         synchronized=synchronized,
     ).sum_duplicates()
     return rows.with_values(rows.values.astype(dtype))
-
-
-def _once(values: Sequence[jax.Array]) -> list[jax.Array]:
-    """Values of several reads, where those that are the same on all devices, and thus summed over
-    them already, are beside others that differ: they stay on one device only."""
-    axes = {axis for x in values for axis in varying_axes(jax.typeof(x))}
-
-    def on_one_device(x: jax.Array) -> jax.Array:
-        same = [*axes.difference(varying_axes(jax.typeof(x)))]
-        if not same:
-            return x
-        is_first = jnp.asarray(True)
-        for axis in same:
-            is_first = is_first & (jax.lax.axis_index(axis) == 0)
-        return jnp.where(is_first, x, jnp.zeros_like(x))
-
-    return [on_one_device(x) for x in values] if axes else [*values]

@@ -28,8 +28,9 @@ def needed_variables(jaxpr: Any, wanted: Sequence[bool]) -> set[Any]:
 
     def need(atoms: Sequence[Any], flags: Sequence[bool]) -> None:
         for atom, flag in zip(atoms, flags, strict=True):
-            if flag and not isinstance(atom, Literal) and _carries_gradient(atom.aval):
-                needed.add(atom)
+            if flag and not isinstance(atom, Literal):
+                if jnp.issubdtype(atom.aval.dtype, jnp.inexact):
+                    needed.add(atom)
 
     need(jaxpr.outvars, wanted)
     for eqn in reversed(jaxpr.eqns):
@@ -43,10 +44,6 @@ def _inputs_of(jaxpr: Any, wanted: Sequence[bool]) -> list[bool]:
     """The inputs that the `wanted` outputs depend on."""
     needed = needed_variables(jaxpr, wanted)
     return [x in needed for x in jaxpr.invars]
-
-
-def _carries_gradient(aval: Any) -> bool:
-    return jnp.issubdtype(aval.dtype, jnp.inexact)
 
 
 def _operands_of(eqn: Any, wanted: Sequence[bool]) -> list[bool]:

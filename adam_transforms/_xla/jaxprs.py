@@ -11,6 +11,13 @@ import jax.numpy as jnp
 # Equations that call a jaxpr, which is their parameter "jaxpr".
 CALLS = {"jit", "pjit", "closed_call", "core_call"}
 CHECKPOINTS = {"checkpoint", "remat", "remat2"}
+# Operations that return each operand unchanged.
+KEEP = {
+    *("copy", "copy_p", "mesh_cast", "name", "optimization_barrier", "pcast", "pvary", "reshard"),
+    "sharding_constraint",
+}
+# Those, and casts.
+KEEP_OR_CAST = {*KEEP, "convert_element_type"}
 
 Literal = jex.Literal
 

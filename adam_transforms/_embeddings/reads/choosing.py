@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from adam_transforms._embeddings.reads.direct import Read, reads_all
+from adam_transforms._embeddings.reads.direct import Read, reads_few
 from adam_transforms._embeddings.reads.following import Plan, Use
 from adam_transforms._embeddings.reads.program import Program, Scope, Value
 from adam_transforms._embeddings.reads.tables import choose_row_axes
@@ -60,10 +60,9 @@ def choose(
         uses = plan.uses | uses
         reads |= found
         kept = tables - set(plan.uses)
-        axes = {
-            i: 1 if i in one_row_axis else choose_row_axes(plan.singles.get(i, []), shapes[i])
-            for i in kept
-        }
+        stacks = {i for i in kept - one_row_axis if len(shapes[i]) > 2}
+        axes = dict.fromkeys(kept, 1)
+        axes |= {i: choose_row_axes(plan.singles.get(i, []), shapes[i]) for i in stacks}
         row_shapes = {i: shapes[i][: axes[i]] for i in kept}
         is_final = kept == tables and axes == {i: row_axes.get(i, 1) for i in kept}
         if by_reads and is_final:
@@ -71,12 +70,3 @@ def choose(
         if is_final and kept == tables:
             return Choice(plan, program, tables, row_shapes, reads, uses)
         tables, row_axes = kept, {i: axes[i] for i in kept}
-
-
-def reads_few(reads: Sequence[Read], row_shape: Sequence[Any]) -> bool:
-    """Whether fewer rows are read than there are, at positions that the data say."""
-    return not is_static(reads) and not reads_all(reads, row_shape)
-
-
-def is_static(reads: Sequence[Read]) -> bool:
-    return all(read.is_static for read in reads)

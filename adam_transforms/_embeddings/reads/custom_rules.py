@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adam_transforms._embeddings.reads.origins import origin_of
 from adam_transforms._embeddings.reads.program import Scope, Value
 from adam_transforms._embeddings.reads.rows import RULES, Rows, rule
 from adam_transforms._embeddings.reads.selection import NotByRow, Selection
@@ -65,7 +66,7 @@ class _RowsOfBody(Rows):
             if not all(a is b or (isinstance(a, tuple) and a == b) for a, b in alike):
                 raise NotByRow("its custom derivative is not elementwise")
             return self._inputs[value]
-        origin = self.plan.origin(value)
+        origin = origin_of(value)
         if origin is None or origin[1].primitive.name not in RULES:
             raise NotByRow("its custom derivative is not elementwise")
         return self.compute(value, selection)

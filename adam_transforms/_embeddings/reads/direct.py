@@ -6,13 +6,13 @@ hand it on.
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from adam_transforms._embeddings.collectives import varying_like
+from adam_transforms._embeddings.collectives import varying_axes, varying_like
 
 
 class Read(NamedTuple):
@@ -70,6 +70,41 @@ def reads_all(reads: Sequence[Read], row_shape: Sequence[Any]) -> bool:
     """Whether as many rows are read as there are, as far as the sizes are known."""
     n, num_rows = sum(read.num_rows_read for read in reads), math.prod(row_shape)
     return isinstance(n, int) and isinstance(num_rows, int) and n >= num_rows
+
+
+def reads_few(reads: Sequence[Read], row_shape: Sequence[Any]) -> bool:
+    """Whether fewer rows are read than there are, at positions that the data say."""
+    return not is_static(reads) and not reads_all(reads, row_shape)
+
+
+def is_static(reads: Sequence[Read]) -> bool:
+    """Whether the program itself says which rows are read."""
+    return all(read.is_static for read in reads)
+
+
+def values_of(
+    reads: Sequence[Read], taps: Sequence[jax.Array], columns: Sequence[Any], dtype: Any
+) -> list[jax.Array]:
+    """The (n, D...) values of reads of one table, from the gradients of their taps.
+
+    Where some differ between devices, those that do not are summed over devices already: they stay
+    on one device only.
+    """
+    values = [read.all_values(tap, columns, dtype) for read, tap in zip(reads, taps, strict=True)]
+    varying = [varying_axes(jax.typeof(x)) for x in values]
+    axes = {axis for over in varying for axis in over}
+    return [
+        _on_one_device(x, same) if (same := axes.difference(over)) else x
+        for x, over in zip(values, varying, strict=True)
+    ]
+
+
+def _on_one_device(x: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """`x` on the first device along the axes, and zeros on all others."""
+    is_first = jnp.asarray(True)
+    for axis in axes:
+        is_first = is_first & (jax.lax.axis_index(axis) == 0)
+    return jnp.where(is_first, x, jnp.zeros_like(x))
 
 
 def zeros_like(aval: Any) -> jax.Array:
@@ -131,9 +166,8 @@ def as_values(rows: jax.Array, dtype: Any) -> jax.Array:
 
 
 def rows_of_table(eqn: Any) -> RowsOfTable | None:
-    """How the equation reads whole rows of its first operand; None if it does not."""
-    parse = _READS.get(eqn.primitive.name)
-    return None if parse is None else parse(eqn, eqn.invars[0].aval.shape)
+    """How one of `DIRECT_READS` reads whole rows of its first operand; None if it does not."""
+    return DIRECT_READS[eqn.primitive.name](eqn, eqn.invars[0].aval.shape)
 
 
 def _gather(eqn: Any, shape: Sequence[int]) -> RowsOfTable | None:
@@ -188,7 +222,7 @@ def _slice(eqn: Any, shape: Sequence[int]) -> RowsOfTable | None:
     return RowsOfTable(indices, tuple(range(len(shape))), is_static=True)
 
 
-_READS = {"gather": _gather, "dynamic_slice": _dynamic_slice, "slice": _slice}
+DIRECT_READS = {"gather": _gather, "dynamic_slice": _dynamic_slice, "slice": _slice}
 
 
 def _as_indices(ids: jax.Array, num_rows: int, clip: bool) -> jax.Array:

@@ -8,19 +8,21 @@ of the table itself; or else the table is used as a whole.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 
 from adam_transforms._embeddings.reads import control_flow, custom_rules  # noqa: F401
 from adam_transforms._embeddings.reads.direct import (
+    DIRECT_READS,
     Read,
     as_values,
     reads_all,
     rows_of_table,
     zeros_like,
 )
-from adam_transforms._embeddings.reads.origins import Origins
+from adam_transforms._embeddings.reads.origins import find_one_hot
 from adam_transforms._embeddings.reads.program import (
     DirectRead,
     Plain,
@@ -30,7 +32,7 @@ from adam_transforms._embeddings.reads.program import (
     State,
     Value,
 )
-from adam_transforms._embeddings.reads.rows import KEEP_OR_CAST, SELECT, Equation, Rows, has_rule
+from adam_transforms._embeddings.reads.rows import SELECT, Equation, Rows, has_rule
 from adam_transforms._embeddings.reads.selection import AllRows, NotByRow, Selection
 from adam_transforms._embeddings.reads.tables import (
     choose_row_axes,
@@ -38,7 +40,7 @@ from adam_transforms._embeddings.reads.tables import (
     is_single,
     read_table,
 )
-from adam_transforms._xla.jaxprs import CALLS, CHECKPOINTS, Literal, open_jaxpr
+from adam_transforms._xla.jaxprs import CALLS, CHECKPOINTS, KEEP_OR_CAST, Literal, open_jaxpr
 
 # The most equations between a table and a read of it. A whole network may compute each example
 # apart; what is meant here is what a model makes of a table before it is read.
@@ -69,7 +71,8 @@ class Use(NamedTuple):
         return self.site[0].primitive.name
 
 
-class Plan(Origins):
+@dataclass
+class Plan:
     """What is known of the values of a program.
 
     Args:
@@ -84,20 +87,19 @@ class Plan(Origins):
       singles: {table: for each read, whether it reads single positions along each axis}.
     """
 
-    def __init__(self, row_axes: dict[int, int], one_row_axis: set[int]) -> None:
-        super().__init__()
-        self.row_axes, self.one_row_axis = row_axes, one_row_axis
-        self._around: list[Callable[[Any], Any]] = []
-        self.table_of: dict[Value, int] = {}
-        self.elements: dict[Value, tuple[Value, Any]] = {}
-        self.uses: dict[int, Use] = {}
-        self.singles: dict[int, list[tuple[bool, ...]]] = {}
+    row_axes: dict[int, int]
+    one_row_axis: set[int]
+    table_of: dict[Value, int] = field(default_factory=dict)
+    elements: dict[Value, tuple[Value, Any]] = field(default_factory=dict)
+    uses: dict[int, Use] = field(default_factory=dict)
+    singles: dict[int, list[tuple[bool, ...]]] = field(default_factory=dict)
+    _around: list[Callable[[Any], Any]] = field(default_factory=list)
 
     # ---- steps ----------------------------------------------------------------------------------
 
     def program(self, scope: Scope) -> Program:
         """The steps of a jaxpr."""
-        program = Program(scope)
+        program = Program(scope, {scope})
         self._extend(program, scope)
         return program
 
@@ -148,7 +150,7 @@ class Plan(Origins):
         """An equation through which a gradient reaches a table."""
         name = eqn.primitive.name
         if name in CALLS or (name in CHECKPOINTS and not scope.selected.isdisjoint(eqn.outvars)):
-            inner = self.inside(scope, eqn)
+            inner = scope.inside(eqn)
             program.scopes.add(inner)
             self._extend(program, inner)
             scope.bind(eqn.outvars, [inner.value(x) for x in inner.jaxpr.outvars])
@@ -169,7 +171,7 @@ class Plan(Origins):
         else:
             self._leave(scope, eqn, pending, is_needed=True)
             part = is_part(eqn) or any(x.is_part for x in pending)
-            part = part or self.one_hot(Equation(scope, eqn)) is not None
+            part = part or find_one_hot(Equation(scope, eqn)) is not None
             for x in eqn.outvars:
                 if x in scope.needed and x not in scope.selected:
                     del scope.states[x]
@@ -232,20 +234,19 @@ class Plan(Origins):
 
     def _direct_read(self, scope: Scope, eqn: Any) -> DirectRead | None:
         """The equation as a read of whole rows of a table, which is at most cast before."""
-        how = rows_of_table(eqn)
-        if how is None:
+        if eqn.primitive.name not in DIRECT_READS:
             return None
-        value = scope.value(eqn.invars[0])
+        value, site = scope.value(eqn.invars[0]), scope.site(eqn)
         cast = self.cast_of_table(value)
-        if cast is None or self.row_axes.get(cast, 1) != 1:
+        if cast is None or self.row_axes.get(cast, 1) != 1 or (how := rows_of_table(eqn)) is None:
             return None
-        read = how.read(scope.site(eqn), cast)
+        read = how.read(site, cast)
+        num_rows, *row_shape = eqn.invars[0].aval.shape
         if not scope.selected.isdisjoint(eqn.outvars):
             # Rows are read of what is read here: a table of a stack, or all rows in another order.
-            num_rows, *row_shape = value.aval.shape
             if len(row_shape) > 1 or reads_all([read], [num_rows]):
                 return None
-        self.singles.setdefault(cast, []).append((True, *[False] * (len(value.aval.shape) - 1)))
+        self.singles.setdefault(cast, []).append((True, *[False] * len(row_shape)))
         return DirectRead(scope, eqn, value, how, [read])
 
     def cast_of_table(self, value: Value) -> int | None:
@@ -254,7 +255,7 @@ class Plan(Origins):
             state = value.scope.states.get(value.variable)
             if state is None or not state.is_needed or value in self.elements:
                 return None
-            scope, eqn, out = self.producer(value)
+            scope, eqn, out = value.producer
             if eqn.primitive.name not in KEEP_OR_CAST:
                 return None
             value = scope.value(eqn.invars[out])

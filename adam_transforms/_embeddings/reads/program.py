@@ -1,14 +1,15 @@
 """A program that reads tables: its variables where they are computed, and its steps."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from adam_transforms._embeddings.reads.direct import Read, RowsOfTable
-from adam_transforms._embeddings.reads.rows import KEEP_OR_CAST, RULES, SELECT
+from adam_transforms._embeddings.reads.rows import RULES, SELECT
 from adam_transforms._embeddings.reads.selection import NotByRow
 from adam_transforms._xla.dependence import needed_variables
-from adam_transforms._xla.jaxprs import CALLS, CHECKPOINTS, Literal, open_jaxpr
+from adam_transforms._xla.jaxprs import CALLS, CHECKPOINTS, KEEP_OR_CAST, Literal, open_jaxpr
 
 # Whether every use of a variable reads a part of it; None if nothing uses it.
 _Flag = bool | None
@@ -23,6 +24,11 @@ class Value(NamedTuple):
     @property
     def aval(self) -> Any:
         return self.variable.aval
+
+    @property
+    def producer(self) -> tuple["Scope", Any, int]:
+        """The equation that computes it, in its scope, and which output of that it is."""
+        return (self.scope, *self.scope.producers[self.variable])
 
 
 class State(NamedTuple):
@@ -67,10 +73,11 @@ class Scope:
         self.jaxpr = jaxpr
         self.consts = dict(zip(jaxpr.constvars, consts, strict=True))
         self.needed = needed_variables(jaxpr, outputs)
-        self.selected = _selected_variables(jaxpr, self.needed, selected)
+        self.selected = {x for x, flag in _flags(jaxpr, self.needed, selected).items() if flag}
         self.states: dict[Any, State] = {}
         self.call = call
         self.names: dict[Any, Any] = {}
+        self._bodies: dict[int, Scope] = {}
 
     def site(self, eqn: Any) -> tuple[Any, ...]:
         """The equation, and the calls around it."""
@@ -90,6 +97,17 @@ class Scope:
             state = None if isinstance(value, Literal) else value.scope.states.get(value.variable)
             if state is not None:
                 self.states[x] = state
+
+    def inside(self, eqn: Any) -> "Scope":
+        """The scope of the body of a call."""
+        if id(eqn) not in self._bodies:
+            body, consts = open_jaxpr(eqn.params["jaxpr"])
+            outputs = [x in self.needed for x in eqn.outvars]
+            selected = [x in self.selected for x in eqn.outvars]
+            inner = Scope(body, consts, outputs, selected, self.site(eqn))
+            inner.bind(body.invars, [self.value(x) for x in eqn.invars])
+            self._bodies[id(eqn)] = inner
+        return self._bodies[id(eqn)]
 
     @functools.cached_property
     def producers(self) -> dict[Any, tuple[Any, int]]:
@@ -130,19 +148,20 @@ class RowRead(NamedTuple):
     reads: list[Read]
 
 
+@dataclasses.dataclass(eq=False)
 class Program:
     """The steps of a whole program, or of the body of a loop, with calls inlined.
 
     Attributes:
-      scopes: of the jaxpr and of the calls in it.
+      scope: of the jaxpr.
+      scopes: that one, and those of the calls in it.
       whole: the pending values that its steps use as a whole.
     """
 
-    def __init__(self, scope: Scope) -> None:
-        self.scope = scope
-        self.scopes = {scope}
-        self.steps: list[Any] = []
-        self.whole: list[Value] = []
+    scope: Scope
+    scopes: set[Scope]
+    steps: list[Any] = dataclasses.field(default_factory=list)
+    whole: list[Value] = dataclasses.field(default_factory=list)
 
     @functools.cached_property
     def reads(self) -> list[Read]:
@@ -184,24 +203,14 @@ def body_of(
 # ---- which variables are only read in parts -----------------------------------------------------
 
 
-def _both(a: _Flag, b: _Flag) -> _Flag:
-    """Whether two uses both read parts."""
-    return b if a is None else a if b is None else a and b
-
-
-def _selected_variables(jaxpr: Any, needed: set[Any], outputs: Sequence[_Flag]) -> set[Any]:
-    flags = _flags(jaxpr, needed, outputs)
-    return {x for x, flag in flags.items() if flag}
-
-
 def _flags(jaxpr: Any, needed: set[Any], outputs: Sequence[_Flag]) -> dict[Any, _Flag]:
     """{needed variable: whether every use of it reads a part}."""
     flags: dict[Any, _Flag] = {}
 
     def use(atoms: Sequence[Any], uses: Sequence[_Flag]) -> None:
         for x, flag in zip(atoms, uses, strict=True):
-            if not isinstance(x, Literal) and x in needed:
-                flags[x] = _both(flags.get(x), flag)
+            if flag is not None and not isinstance(x, Literal) and x in needed:
+                flags[x] = flag and flags.get(x, True)
 
     use(jaxpr.outvars, outputs)
     producers = functools.cache(lambda: _producers(jaxpr))
@@ -266,7 +275,9 @@ def _of_body(body: Any, wanted: Sequence[bool], outs: Sequence[_Flag]) -> list[_
 
 
 def _all(flags: Iterable[_Flag]) -> _Flag:
-    return functools.reduce(_both, flags, None)
+    """Whether several uses all read parts."""
+    known = [flag for flag in flags if flag is not None]
+    return all(known) if known else None
 
 
 def _is_all(eqn: Any) -> bool:

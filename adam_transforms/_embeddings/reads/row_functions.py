@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from adam_transforms._embeddings.reads.direct import as_int32
 from adam_transforms._embeddings.reads.layouts import stretched
+from adam_transforms._embeddings.reads.origins import find_one_hot
 from adam_transforms._embeddings.reads.selection import (
     Selection,
     Window,
@@ -86,7 +87,7 @@ def dot_general(rows: Any, eqn: Any, out: int, selection: Selection) -> jax.Arra
     """A product that contracts axes within rows."""
     del out
     (contract, batch) = eqn.params["dimension_numbers"]
-    one_hot = rows.one_hot(eqn)
+    one_hot = find_one_hot(eqn)
     if one_hot is not None:
         return _one_hot_product(rows, eqn, one_hot, selection)
     free = [

@@ -12,24 +12,11 @@ import jax.numpy as jnp
 
 from adam_transforms._embeddings.collectives import varying_alike
 from adam_transforms._embeddings.reads import indexing, layouts, row_functions
+from adam_transforms._embeddings.reads.origins import is_made_of_indices, origin_of
 from adam_transforms._embeddings.reads.selection import NotByRow, Selection, take
-from adam_transforms._xla.jaxprs import Literal, as_array, run_on_other_inputs
+from adam_transforms._xla.jaxprs import KEEP, Literal, as_array, run_on_other_inputs
 from adam_transforms._xla.row_independence import ELEMENTWISE, REDUCTIONS
 
-# Operations that return each operand unchanged.
-KEEP = {
-    "copy",
-    "copy_p",
-    "mesh_cast",
-    "name",
-    "optimization_barrier",
-    "pcast",
-    "pvary",
-    "reshard",
-    "sharding_constraint",
-}
-# Those, and casts.
-KEEP_OR_CAST = {*KEEP, "convert_element_type"}
 # Operations whose output has part of the elements of the first operand.
 SELECT = {"gather", "dynamic_slice", "slice", "split", "unstack"}
 
@@ -140,15 +127,15 @@ class Rows:
             index = jnp.broadcast_to(self.plain(counter), (selection.n,))
             return self.pull(stack, Selection(selection.n, (index, *selection.axes)))
         is_small = not selection.has_positions
-        if not self.plan.is_pending(value) and (
-            is_small or not self.plan.is_made_of_indices(value)
-        ):
+        if not self.plan.is_pending(value) and (is_small or not is_made_of_indices(value)):
             return take(self.plain(value), selection)
         return self.compute(value, selection)
 
     def compute(self, value: Any, selection: Selection) -> jax.Array:
         """As `pull`, by the rule of the equation that computes the value."""
-        scope, eqn, out = self.plan.origin(value)
+        origin = origin_of(value)
+        assert origin is not None  # of what is pending
+        scope, eqn, out = origin
         self._path.append(Equation(scope, eqn))
         try:
             return RULES[eqn.primitive.name](self, self._path[-1], out, selection)
@@ -169,7 +156,7 @@ class Rows:
 
     def before_reshapes(self, value: Any) -> Any:
         """The value that a value is a reshape of."""
-        while self.plan.is_pending(value) and (origin := self.plan.origin(value)) is not None:
+        while self.plan.is_pending(value) and (origin := origin_of(value)) is not None:
             scope, eqn, _ = origin
             if eqn.primitive.name != "reshape":
                 break
@@ -179,9 +166,6 @@ class Rows:
     def known(self, value: Any) -> Any:
         """The number that a scalar is, if the program says so."""
         return value.val if isinstance(value, Literal) else None
-
-    def one_hot(self, eqn: Equation) -> Any:
-        return self.plan.one_hot(eqn)
 
     def run(self, eqn: Equation, inputs: list[jax.Array], **params: Any) -> list[jax.Array]:
         """The outputs of an equation for other inputs, and with some other parameters."""

@@ -24,10 +24,10 @@ from adam_transforms._embeddings.reads.program import (
     Scope,
     Value,
 )
-from adam_transforms._embeddings.reads.rows import KEEP, Rows
+from adam_transforms._embeddings.reads.rows import Rows
 from adam_transforms._embeddings.reads.selection import Selection
 from adam_transforms._embeddings.reads.tables import gather_rows, read_table
-from adam_transforms._xla.jaxprs import Literal, as_array, run_equation, run_equations
+from adam_transforms._xla.jaxprs import KEEP, Literal, as_array, run_equation, run_equations
 
 
 class Table(NamedTuple):
@@ -108,7 +108,7 @@ class Runner:
         if (element := self._plan.elements.get(value)) is not None:
             x = jnp.asarray(self.plain(element[0]))[self.plain(element[1])]
         else:
-            scope, eqn, out = self._plan.producer(value)
+            scope, eqn, out = value.producer
             inputs = [self.read(scope, x) for x in eqn.invars]
             x = run_equation(scope.jaxpr, eqn, inputs)[out]
         self.set(value, x)
@@ -176,14 +176,14 @@ class Runner:
             for dtype in casts:
                 x = jax.lax.convert_element_type(x, dtype)
             x = x + tap
-        return [(step.scope.value(step.eqn.outvars[0]), x)], [indices]
+        return [(Value(step.scope, step.eqn.outvars[0]), x)], [indices]
 
     def _without_casts(self, value: Value) -> tuple[Any, list[Any]]:
         """A table on its way to a read, and the dtypes that it is cast to. The rows read are cast:
         XLA would store the whole table once more, were it cast and then read twice."""
         if value in self._plan.table_of:
             return self.array(value), []
-        scope, eqn, out = self._plan.producer(value)
+        scope, eqn, out = value.producer
         array, casts = self._without_casts(scope.value(eqn.invars[out]))
         if eqn.primitive.name not in KEEP:
             return array, [*casts, eqn.outvars[0].aval.dtype]
