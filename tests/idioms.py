@@ -604,6 +604,9 @@ PARTS: dict[str, Any] = {
     ),
     "windows: gather": lambda t, ids: windows(t, jnp.abs(ids[0])),
     "windows: gather, clipped": lambda t, ids: windows(t, ids[0] * 40, mode="clip"),
+    "windows: gather, not inside as promised": lambda t, ids: windows(
+        t, ids[0] * 40, mode="promise_in_bounds"
+    ),
     "windows: gather, filled": lambda t, ids: windows(t, ids[0] * 40, mode="fill", fill_value=0),
     "windows by ids": lambda t, ids: t[ids[..., None] + jnp.arange(-1, 2)],
     "dynamic_index_in_dim": lambda t, ids: lax.dynamic_index_in_dim(t, ids[0, 0]),

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from adam_transforms._xla.jaxprs import Literal, open_jaxpr, trace
+from adam_transforms._xla.jaxprs import Literal, open_jaxpr, scan_counts, trace
 
 
 def depends_on(fun: Callable[[Any], Any], argument: Any) -> list[bool]:
@@ -55,8 +55,7 @@ def _operands_of(eqn: Any, wanted: Sequence[bool]) -> list[bool]:
         branches = [_inputs_of(open_jaxpr(branch)[0], wanted) for branch in params["branches"]]
         return [False, *map(any, zip(*branches, strict=True))]
     if name == "scan":
-        consts, carries = params["num_consts"], params["num_carry"]
-        return _of_loop(open_jaxpr(params["jaxpr"])[0], consts, carries, wanted)
+        return _of_loop(open_jaxpr(params["jaxpr"])[0], *scan_counts(eqn), wanted)
     if name == "while":
         # What the condition reads decides how often, and has no gradient.
         skipped, consts = params["cond_nconsts"], params["body_nconsts"]

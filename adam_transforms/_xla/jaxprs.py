@@ -31,6 +31,14 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """How many constants, and how many carries, are the first operands of a `lax.scan`."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carries, _ = eqn.params["ft_in"].unpack()  # from JAX 0.12 on
+    return len(consts), len(carries)
+
+
 def trace(fun: Callable[..., Any], *args: Any) -> tuple[Any, Sequence[Any]]:
     """The bare jaxpr of ``fun(*args)`` and its constants."""
     return open_jaxpr(jax.make_jaxpr(fun)(*args))

@@ -22,7 +22,7 @@ from adam_transforms._embeddings.reads.program import Program, Scope, Value, bod
 from adam_transforms._embeddings.reads.selection import AllRows, NotByRow
 from adam_transforms._embeddings.reads.shards import shard_map
 from adam_transforms._xla.dependence import needed_of_body
-from adam_transforms._xla.jaxprs import CHECKPOINTS, Literal, open_jaxpr
+from adam_transforms._xla.jaxprs import CHECKPOINTS, Literal, open_jaxpr, scan_counts
 from adam_transforms._xla.platform import by_platform_names
 
 # What a step returns: its outputs, and the indices of each of its reads.
@@ -53,8 +53,7 @@ class Scan(NamedTuple):
         for value in self.whole_outside:
             runner.plain(value)  # once, not at every step
         params, body = self.eqn.params, self.program.scope
-        variables, num_carry = body.jaxpr.invars, params["num_carry"]
-        first = params["num_consts"]
+        variables, (first, num_carry) = body.jaxpr.invars, scan_counts(self.eqn)
 
         def step(carry: Any, xs: Any) -> Any:
             elements, counter, taps = xs
@@ -95,7 +94,7 @@ class _Counter(NamedTuple):
 def _scan(plan: Any, scope: Scope, eqn: Any) -> Scan:
     params = eqn.params
     jaxpr, _ = open_jaxpr(params["jaxpr"])
-    consts, num_carry = params["num_consts"], params["num_carry"]
+    consts, num_carry = scan_counts(eqn)
     wanted = [x in scope.needed for x in eqn.outvars]
     wanted = needed_of_body(jaxpr, consts, num_carry, wanted)
     values = [scope.value(x) for x in eqn.invars]

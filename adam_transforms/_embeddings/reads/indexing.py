@@ -85,14 +85,17 @@ def gather(rows: Any, eqn: Any, out: int, selection: Selection) -> jax.Array:
     n, times = math.prod(batch_shape), math.prod(batch_shape[1:])
     ids = jnp.reshape(ids, (n, ids.shape[-1]))
 
+    is_promised = mode == jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
     inside: Any = True
+    is_window = False
     axes: list[Along] = []
     for i, (size, part) in enumerate(zip(sizes, parts, strict=True)):
         first = None
         if i in numbers.start_index_map:
             first = as_int32(ids[:, numbers.start_index_map.index(i)], size)
             inside = inside & (first >= 0) & (first <= size - part)
-            if mode == jax.lax.GatherScatterMode.CLIP:
+            is_window = is_window or 1 < part < size
+            if mode == jax.lax.GatherScatterMode.CLIP or (is_promised and part > 1):
                 first = jnp.clip(first, 0, size - part)
         if i in numbers.operand_batching_dims:
             pair = numbers.start_indices_batching_dims[numbers.operand_batching_dims.index(i)]
@@ -106,17 +109,23 @@ def gather(rows: Any, eqn: Any, out: int, selection: Selection) -> jax.Array:
                 first = first if positions.ndim == 1 else first[:, None]
                 along = jnp.where(is_inside(positions, part), first + positions, -1)
             axes.append(along)
-    fill = mode == jax.lax.GatherScatterMode.FILL_OR_DROP
     inner = Selection(n, tuple(axes))
     read = rows.pull(x, inner)
-    if fill:
+    if mode == jax.lax.GatherScatterMode.FILL_OR_DROP:
         value = eqn.params["fill_value"]
-        value = np.nan if value is None else value
-        read = jnp.where(jnp.reshape(inside, (n, *[1] * (read.ndim - 1))), read, value)
+        read = jnp.where(_for_each_row(inside, read), read, np.nan if value is None else value)
+    elif is_promised and is_window:
+        # One beyond the end is moved back, and drops its gradient.
+        read = jnp.where(_for_each_row(inside, read), read, jax.lax.stop_gradient(read))
     read = jnp.reshape(read, (*batch_shape, *read.shape[1:]))
     order = [d for d in batch if not is_picked(selection.axes[d])]
     order += [offset[i] for i in inner.kept]
     return jnp.transpose(read, [0, *(1 + order.index(d) for d in selection.kept)])
+
+
+def _for_each_row(mask: jax.Array, read: jax.Array) -> jax.Array:
+    """(n,) as (n, 1, ...), for what n rows read."""
+    return jnp.reshape(mask, (-1, *[1] * (read.ndim - 1)))
 
 
 def _along_batch(of_ids: Selection, axis: int) -> jax.Array:

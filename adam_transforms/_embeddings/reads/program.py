@@ -9,7 +9,14 @@ from adam_transforms._embeddings.reads.direct import Read, RowsOfTable
 from adam_transforms._embeddings.reads.rows import RULES, SELECT
 from adam_transforms._embeddings.reads.selection import NotByRow
 from adam_transforms._xla.dependence import needed_variables
-from adam_transforms._xla.jaxprs import CALLS, CHECKPOINTS, KEEP_OR_CAST, Literal, open_jaxpr
+from adam_transforms._xla.jaxprs import (
+    CALLS,
+    CHECKPOINTS,
+    KEEP_OR_CAST,
+    Literal,
+    open_jaxpr,
+    scan_counts,
+)
 
 # Whether every use of a variable reads a part of it; None if nothing uses it.
 _Flag = bool | None
@@ -254,7 +261,7 @@ def _uses(eqn: Any, outs: Sequence[_Flag], wanted: Sequence[bool]) -> list[_Flag
         return [False, *(_all(flags) for flags in zip(*bodies, strict=True))]
     if name == "scan":
         body = open_jaxpr(params["jaxpr"])[0]
-        consts, carries = params["num_consts"], params["num_carry"]
+        consts, carries = scan_counts(eqn)
         carried = body.invars[consts : consts + carries]
         # A carry that the body hands on unchanged is not used by that.
         handed_on = [
