@@ -339,6 +339,7 @@ class Opaque(nnx.Module, pytree=False):
     [
         (lambda: RestlessTower(nnx.Rngs(0)), "'dropout/rngs/count' of uint32"),
         (lambda: {"model": [Opaque()]}, "no tree"),
+        (lambda: nnx.Embed(V, D, rngs=nnx.Rngs(0)), "Embed of flax.nnx has state"),
         (lambda: nnx.state(nnx.Rngs(0)), "State of flax.nnx"),
     ],
 )

@@ -556,6 +556,28 @@ def test_index_checks_report_wrong_ids_alone(step):
         assert actual == expected
 
 
+@pytest.mark.every_case
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda a, b, ids: a[ids, :2],
+        lambda a, b, ids: a[ids, ids % WIDTH],
+        lambda a, b, ids: jnp.concatenate([a, b])[ids * 2],
+        lambda a, b, ids: (2 * a)[ids],
+    ],
+    ids=["columns", "elements", "concatenated", "scaled"],
+)
+def test_index_checks_raise_no_false_alarm(read):
+    def loss(tables, ids):
+        return jnp.sum(read(*tables, ids) ** 2)
+
+    gradient = grad(loss, tables=".*")
+    checked = jax.jit(checkify.checkify(gradient, errors=checkify.index_checks))
+    error, rows = checked((TABLE, OTHER), IDS)
+    assert error.get() is None
+    assert is_rows(rows[0])
+
+
 def test_a_vmap_over_the_gradient_maps_tables_and_ids():
     tables, ids = integers(7, 4, ROWS, WIDTH), jnp.asarray(IDS).reshape(2, 3)[:, :2]
     ids = jnp.concatenate([ids, ids + 1]) % ROWS

@@ -8,6 +8,7 @@ import functools
 import inspect
 import math
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -171,29 +172,38 @@ _IN_PLACE_OF_MODULES = {
 
 
 def refuse_modules(args: Sequence[Any], is_differentiable: Callable[[Any], bool]) -> None:
-    """Refuses modules of other libraries with leaves that are not differentiable.
+    """Refuses modules of other libraries that cannot be differentiated as trees.
 
     Raises:
-      TypeError: names the class, the leaf, and what to differentiate instead.
+      TypeError: names the class, the leaf that is not differentiable, and what to differentiate
+        instead. A module of NNX is refused whatever its leaves: what calls change in it is lost.
     """
+    packages = [package for package in _IN_PLACE_OF_MODULES if package in sys.modules]
+    if not packages:
+        return
 
     def package_of(x: Any) -> str | None:
         modules = [f"{cls.__module__}." for cls in type(x).__mro__]
-        found = (p for p in _IN_PLACE_OF_MODULES if any(m.startswith(f"{p}.") for m in modules))
+        found = (p for p in packages if any(m.startswith(f"{p}.") for m in modules))
         return next(found, None)
 
     for module in jax.tree.leaves(args, is_leaf=lambda x: package_of(x) is not None):
         package = package_of(module)
         if package is None:
             continue
+        why = None
+        if any(cls.__module__ == "flax.nnx.module" for cls in type(module).__mro__):
+            why = "has state that calls change"
         for keys, leaf in jax.tree_util.tree_leaves_with_path(module):
             if not is_differentiable(leaf):
                 kind = getattr(leaf, "dtype", type(leaf).__name__)
-                what = f"has a leaf {trees.path_str(keys)!r} of {kind}" if keys else "is no tree"
-                raise TypeError(
-                    f"{type(module).__name__} of {package} {what}, and cannot be differentiated: "
-                    f"{_IN_PLACE_OF_MODULES[package]}"
-                )
+                why = f"has a leaf {trees.path_str(keys)!r} of {kind}" if keys else "is no tree"
+                break
+        if why is not None:
+            raise TypeError(
+                f"{type(module).__name__} of {package} {why}, and cannot be differentiated: "
+                f"{_IN_PLACE_OF_MODULES[package]}"
+            )
 
 
 _NAMES_ELSEWHERE = {

@@ -46,13 +46,12 @@ def are_differentiable(args: Sequence[Any], positions: Sequence[int]) -> bool:
     """Whether the arguments exist and hold nothing but floating and complex arrays.
 
     Raises:
-      TypeError: an argument holds a module of another library with other leaves.
+      TypeError: an argument holds a module of another library that is no tree of such arrays.
     """
     given = [args[i] for i in positions if -len(args) <= i < len(args)]
-    if not all(map(_is_differentiable, jax.tree.leaves(given))):
-        arguments.refuse_modules(given, _is_differentiable)
-        return False
-    return len(given) == len(positions)
+    arguments.refuse_modules(given, _is_differentiable)
+    leaves = jax.tree.leaves(given)
+    return len(given) == len(positions) and all(map(_is_differentiable, leaves))
 
 
 def _is_differentiable(x: Any) -> bool:

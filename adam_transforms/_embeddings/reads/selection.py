@@ -202,9 +202,10 @@ def take(x: jax.Array, selection: Selection) -> jax.Array:
 def take_along(rows: jax.Array, positions: Any, axis: int) -> jax.Array:
     """(n, ..., m, ...), the positions (n, m) of each row along an axis."""
     positions = jnp.clip(positions, 0, rows.shape[axis] - 1)
-    shape = [1] * rows.ndim
-    shape[0], shape[axis] = positions.shape
-    return jnp.take_along_axis(rows, jnp.reshape(positions, shape), axis, mode="promise_in_bounds")
+    rows = jnp.moveaxis(rows, axis, 1)
+    which = jnp.arange(rows.shape[0], dtype=positions.dtype)[:, None]
+    # Not `take_along_axis`: `checkify.index_checks` fails on its gradient.
+    return jnp.moveaxis(rows.at[which, positions].get(mode="promise_in_bounds"), 1, axis)
 
 
 def like_rows(x: jax.Array, selection: Selection, axis: int) -> jax.Array:

@@ -52,7 +52,9 @@ def read_table(
 def gather_rows(table: jax.Array, index: jax.Array, row_axes: int) -> jax.Array:
     """(n, D...), rows of a table whose leading axes number its rows together."""
     sharding = explicit_sharding(table, row_axes=row_axes)
-    where = places(index, table.shape[:row_axes])
+    # Padding has the last row: `checkify.index_checks` reports an index beyond the end.
+    last = math.prod(table.shape[:row_axes]) - 1
+    where = places(jnp.minimum(index, last), table.shape[:row_axes])
     return table.at[where].get(mode="clip", out_sharding=sharding)
 
 
