@@ -93,14 +93,16 @@ def test_sum_duplicates_names_a_run_of_rows_besides(indices: list[int], packed: 
 
     @jax.jit
     def summed_with_run(rows: at.SparseRows, start: int) -> at.SparseRows:
-        return sparse_rows.sum_with_run(rows, start, length, 0 if packed else 2**40)
+        return sparse_rows.sum_with_run(
+            rows, start, start + length, length + 2, 0 if packed else 2**40
+        )
 
     for rows in (rows_of(indices), rows_of(indices).sum_duplicates()):
         for start in (0, 2, V - 1, V):
             summed = summed_with_run(rows, start)
             assert summed.unique
             found = summed.indices.tolist()
-            assert len(found) == len(indices) + length
+            assert len(found) == len(indices) + length + 2
             real = list(dict.fromkeys([*named, *range(start, min(start + length, V))]))
             assert [i for i in found if i != V] == real
             assert not packed or found == real + [V] * (len(found) - len(real))
@@ -131,10 +133,12 @@ def test_first_positions_are_those_that_numpy_finds(n: int, num_rows: int, metho
     # A stride, as of fields of a record.
     indices[: n // 2] = indices[:1].sum() + 8 * np.arange(n // 2)
     indices = (indices % (num_rows + 1)).astype(np.int32)
-    _, first, inverse = np.unique(indices, return_index=True, return_inverse=True)
-    static = (num_rows,) if method == "first_positions" else ()
-    found = getattr(duplicates, method)(jnp.asarray(indices), *static)
-    np.testing.assert_array_equal(found, first[inverse])
+    tables = np.stack([indices, (indices // 2)[::-1]])
+    static = ([num_rows, num_rows // 2 + 1],) if method == "first_positions" else ()
+    found = getattr(duplicates, method)(jnp.asarray(tables), *static)
+    for indices, positions in zip(tables, found, strict=True):
+        _, first, inverse = np.unique(indices, return_index=True, return_inverse=True)
+        np.testing.assert_array_equal(positions, first[inverse])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -209,7 +213,9 @@ USES_OF_ROWS: dict[str, Callable[[at.SparseRows, jax.Array], Any]] = {
     "rows + rows": lambda rows, table: (rows + rows).to_dense(),
     "scaled": lambda rows, table: (-rows * 0.5).astype("bfloat16").to_dense(),
     "sum_duplicates": lambda rows, table: rows.sum_duplicates().to_dense(),
-    "with a run": lambda rows, table: sparse_rows.sum_with_run(rows, jnp.int32(5), 9, 0),
+    "with a run": lambda rows, table: sparse_rows.sum_with_run(
+        rows, jnp.int32(5), jnp.int32(14), 9, 0
+    ),
     "gather": lambda rows, table: rows.gather(table),
     "gather of a row slot": lambda rows, table: rows.gather(table[..., 0]),
     "scatter": lambda rows, table: rows.sum_duplicates().scatter(table, rows.values),

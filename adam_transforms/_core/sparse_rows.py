@@ -1,5 +1,6 @@
 """The gradient of a table by the rows it touches."""
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -172,13 +173,15 @@ class SparseRows(metaclass=_Described):
         Sums are taken in at least float32. O(n) time and memory, whatever V. If the values have at
         least 16 MiB, all padding is at the end of the result.
         """
-        if self.unique:
-            return self.with_values(self.masked_values())
-        return _sum_duplicates(self, PACKED_BYTES)
+        return sum_duplicates_of_each([self])[0]
 
     def masked_values(self) -> jax.Array:
         """`values` with zeros at padding."""
-        return _masked(self.is_valid, self.values)
+        return self._zeros_at_padding([self.values])[0]
+
+    def _zeros_at_padding(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        self._refuse_batch()
+        return _zeros_at_padding(self.indices, np.int32(self.num_rows), arrays)
 
     def with_values(self, values: jax.Array) -> "SparseRows":
         """The same rows with other values, (n, D...)."""
@@ -211,10 +214,8 @@ class SparseRows(metaclass=_Described):
 
     def gather_each(self, tables: Sequence[jax.Array]) -> list[jax.Array]:
         """`gather` of several arrays, each computed once for all its uses."""
-        is_valid = self.is_valid
         gathered = _gather_rows([*map(jnp.asarray, tables)], self._places())
-        gathered = [_masked(is_valid, rows) for rows in gathered]
-        return [*map(materialize, gathered)]
+        return [*map(materialize, self._zeros_at_padding(gathered))]
 
     def scatter(self, table: jax.Array, values: jax.Array) -> jax.Array:
         """A table or a slot with these rows, which must be unique, replaced."""
@@ -371,50 +372,119 @@ def on_values(fn: Callable[[jax.Array], jax.Array], x: Any) -> Any:
     return x.with_values(fn(x.values)) if is_rows(x) else fn(x)
 
 
-def sum_with_run(rows: SparseRows, start: jax.Array, length: int, packed_bytes: int) -> SparseRows:
-    """Sums duplicates, and adds the rows start, ..., start + length - 1 with value zero.
+def sum_duplicates_of_each(rows: Sequence[SparseRows]) -> list[SparseRows]:
+    """`SparseRows.sum_duplicates` of several tables. The duplicates in all that have equally many
+    indices are found together."""
+    alike: dict[Any, list[int]] = {}
+    for i, of_table in enumerate(rows):
+        of_table._refuse_batch()
+        if not of_table.unique:
+            alike.setdefault(jax.typeof(of_table.indices), []).append(i)
+    first: dict[int, jax.Array] = {}
+    for members in alike.values():
+        indices = jnp.stack([rows[i].indices for i in members])
+        found = first_positions(indices, [rows[i].num_rows for i in members])
+        first |= dict(zip(members, found, strict=True))
+    return [
+        x.with_values(x.masked_values()) if x.unique else _sum_at(x, first[i], PACKED_BYTES)
+        for i, x in enumerate(rows)
+    ]
+
+
+def sum_with_run(
+    rows: SparseRows, start: jax.Array, stop: jax.Array, room: int, packed_bytes: int
+) -> SparseRows:
+    """Sums duplicates, and adds the rows start, ..., stop - 1 of the table with value zero.
 
     Args:
-      rows: n rows. The result has n + length rows.
-      start: int32 scalar.
-      length: static. Rows beyond the end of the table are padding.
+      rows: n rows. The result has n + room rows.
+      start, stop: int32 scalars.
+      room: static, at least stop - start. What is left of it is padding.
       packed_bytes: if the values have at least this size, all padding is at the end of the result.
     """
-    return _sum_duplicates(rows, packed_bytes, (start, length))
-
-
-def _sum_duplicates(
-    rows: SparseRows, packed_bytes: int, run: tuple[jax.Array, int] | None = None
-) -> SparseRows:
     rows._refuse_batch()
-    indices, num_rows = rows.indices, rows.num_rows
+    first = jnp.arange(rows.indices.size, dtype=jnp.int32)
+    if not rows.unique:
+        (first,) = first_positions(rows.indices[None], [rows.num_rows])
+    return _sum_at(rows, first, packed_bytes, (start, stop), room)
+
+
+def _sum_at(
+    rows: SparseRows,
+    first: jax.Array,
+    packed_bytes: int,
+    run: tuple[jax.Array, jax.Array] | None = None,
+    room: int = 0,
+) -> SparseRows:
+    """The sums of duplicates, and a run of rows.
+
+    Args:
+      first: int32 (n,), for each index the position of the first that equals it.
+    """
+    nbytes = rows.values.nbytes
+    indices, values = _replicate_rows(
+        *_sums(
+            *(rows.indices, np.int32(rows.num_rows), rows.values, first, run),
+            room=room,
+            is_unique=rows.unique,
+            pack=isinstance(nbytes, int) and nbytes >= packed_bytes,
+        )
+    )
+    return rows._with(_indices=indices, _keys=_as_keys(indices), values=values, unique=True)
+
+
+# The number of rows is an operand here: a program of tables of several sizes contains these once.
+
+
+@functools.partial(jax.jit, static_argnames=("room", "is_unique", "pack"))
+def _sums(
+    indices: jax.Array,
+    num_rows: jax.Array,
+    values: jax.Array,
+    first: jax.Array,
+    run: tuple[jax.Array, jax.Array] | None,
+    *,
+    room: int,
+    is_unique: bool,
+    pack: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """The indices and values of `_sum_at`."""
+    n, dtype = indices.size, values.dtype
     is_valid = indices < num_rows
-    n = indices.size
-    positions = jnp.arange(n, dtype=jnp.int32)
-    first = positions if rows.unique else first_positions(indices, num_rows)
-    is_first = is_valid & (first == positions)
+    is_first = is_valid & (first == jnp.arange(n, dtype=jnp.int32))
     if run is not None:
-        run_indices, is_new = _run_besides(indices, num_rows, *run)
+        run_indices, is_new = _run_besides(indices, num_rows, *run, room)
         indices = jnp.concatenate([indices, run_indices])
         is_first = jnp.concatenate([is_first, is_new])
     size = indices.size
     distinct = jnp.where(is_first, indices, num_rows)
-    nbytes = rows.values.nbytes
-    pack = isinstance(nbytes, int) and nbytes >= packed_bytes
     if pack:
         place = jax.lax.associative_scan(jnp.add, is_first.astype(jnp.int32)) - 1
         packed = jnp.full((size,), num_rows, jnp.int32)
         (distinct,) = set_rows([packed], (jnp.where(is_first, place, size),), [indices])
         first = place[first]
-    if rows.unique and not pack:
-        values = _masked(is_valid, rows.values)
-        sums = jnp.pad(values, [(0, size - n)] + [(0, 0)] * (values.ndim - 1))
-    else:
-        values = rows.values.astype(dtypes.compute_dtype(rows.values.dtype))
-        into = jnp.where(is_valid, first, size)  # padding is dropped
-        shape, sharding = (size, *values.shape[1:]), explicit_sharding(values)
-        sums = _add_rows(jax.lax.full(shape, 0, values.dtype, sharding=sharding), (into,), values)
-    return rows.with_rows(distinct, sums.astype(rows.values.dtype), unique=True)
+    if is_unique and not pack:
+        values = _masked(is_valid, values)
+        return distinct, jnp.pad(values, [(0, size - n)] + [(0, 0)] * (values.ndim - 1))
+    values = values.astype(dtypes.compute_dtype(dtype))
+    into = jnp.where(is_valid, first, size)  # padding is dropped
+    shape, sharding = (size, *values.shape[1:]), explicit_sharding(values)
+    sums = _add_rows(jax.lax.full(shape, 0, values.dtype, sharding=sharding), (into,), values)
+    return distinct, sums.astype(dtype)
+
+
+@jax.jit
+def _in_table(indices: jax.Array, num_rows: jax.Array) -> jax.Array:
+    """int32 indices, with `num_rows` for all that are outside of the table."""
+    return jnp.where((indices >= 0) & (indices < num_rows), indices, num_rows)
+
+
+@jax.jit
+def _zeros_at_padding(
+    indices: jax.Array, num_rows: jax.Array, arrays: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """The arrays, (n, ...), with zeros at padding."""
+    return [_masked(indices < num_rows, x) for x in arrays]
 
 
 def _masked(is_valid: jax.Array, x: jax.Array) -> jax.Array:
@@ -424,15 +494,15 @@ def _masked(is_valid: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _run_besides(
-    indices: jax.Array, num_rows: int, start: jax.Array, length: int
+    indices: jax.Array, num_rows: jax.Array, start: jax.Array, stop: jax.Array, room: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The rows start, start+1, ..., int32 (length,), and which of them exist and are not among
+    """The rows start, ..., stop - 1, int32 (room,), and which of them exist and are not among
     `indices`."""
-    run = start + jnp.arange(length, dtype=jnp.int32)
-    run = jnp.where(run < num_rows, run, num_rows)
-    offset = jnp.where(indices >= start, jnp.minimum(indices - start, length), length)
-    named = jnp.zeros((length + 1,), bool).at[offset].set(True)
-    return run, ~named[:length] & (run < num_rows)
+    run = start + jnp.arange(room, dtype=jnp.int32)
+    run = jnp.where((run < stop) & (run < num_rows), run, num_rows)
+    offset = jnp.where(indices >= start, jnp.minimum(indices - start, room), room)
+    named = jnp.zeros((room + 1,), bool).at[offset].set(True)
+    return run, ~named[:room] & (run < num_rows)
 
 
 # ---- gathers and scatters, where an index beyond the end is padding ----
@@ -588,5 +658,4 @@ def _as_int32(indices: Any, num_rows: int) -> jax.Array:
         raise TypeError(f"indices must be integers, got {indices.dtype}")
     if jnp.iinfo(indices.dtype).bits == 64:
         indices = jnp.clip(indices.astype(jnp.int64), -1, num_rows)
-    indices = indices.astype(jnp.int32)
-    return jnp.where((indices >= 0) & (indices < num_rows), indices, num_rows)
+    return _in_table(indices.astype(jnp.int32), np.int32(num_rows))

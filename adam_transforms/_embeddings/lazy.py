@@ -11,7 +11,7 @@ import optax
 
 from adam_transforms._core import arguments, patterns, trees
 from adam_transforms._core.slots import StateLeaf, find_slots
-from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._core.sparse_rows import SparseRows, sum_duplicates_of_each
 from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.state_layout import FoundField, Role, find_fields, register
 from adam_transforms._core.types import Params, State, Updates
@@ -154,9 +154,10 @@ def lazy(
                 _warn_of_dense(updates, params, warned)
             updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
             return updates, LazyState(inner_state)
+        rows = {i: g for i, g in enumerate(gradients) if isinstance(g, SparseRows)}
+        rows = dict(zip(rows, sum_duplicates_of_each([*rows.values()]), strict=True))
         aligned, treedef = trees.align(updates, params, names=("the updates", "the parameters"))
         _, _, param_leaves = zip(*aligned, strict=True)
-        rows = {i: g.sum_duplicates() for i, g in enumerate(gradients) if isinstance(g, SparseRows)}
         for i in rows:
             if param_leaves[i] is None:
                 raise ValueError(f"{aligned[i][0]!r} has a row gradient, but no parameter")

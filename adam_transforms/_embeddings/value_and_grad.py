@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from adam_transforms._core import dtypes, patterns
-from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._core.sparse_rows import SparseRows, sum_duplicates_of_each
 from adam_transforms._embeddings.reads.choosing import Choice
 from adam_transforms._embeddings.reads.direct import Read, replicated, values_of
 from adam_transforms._embeddings.reads.program import Value
@@ -143,13 +143,10 @@ def value_and_grad(
         differentiated = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
         (value, (aux, indices)), (dense, taps) = differentiated(dense, taps)
         rest = iter(dense)
+        values = {i: leaf.value for i, leaf in enumerate(leaves) if i in chosen}
+        rows = _assemble(values, choice, indices, taps, set(deferred))
         grads = treedef.unflatten(
-            [
-                _assemble(i, leaf.value, choice, indices, taps, synchronized=i in deferred)
-                if i in chosen
-                else next(rest)
-                for i, leaf in enumerate(leaves)
-            ]
+            [rows[i] if i in rows else next(rest) for i in range(len(leaves))]
         )
         grads = grads[0] if is_single else grads
         return ((value, aux) if has_aux else value), grads
@@ -209,29 +206,38 @@ def positions_of(argnums: Any) -> tuple[int, ...]:
 
 
 def _assemble(
-    i: int,
-    table: Any,
+    tables: dict[int, Any],
     choice: Choice,
     indices: Sequence[Any],
     taps: Sequence[Any],
-    *,
-    synchronized: bool,
-) -> SparseRows:
-    """The row gradient of leaf `i` from the indices of all reads and the gradients of the taps."""
-    dtype = jnp.result_type(table)
-    wide = dtypes.compute_dtype(dtype)
-    row_shape = choice.row_shapes[i]
-    width = jnp.shape(table)[len(row_shape) :]
-    columns = jax.typeof(table).sharding.spec[len(row_shape) :]
-    of_table = [k for k, read in enumerate(choice.program.reads) if read.table == i]
-    reads: list[Read] = [choice.program.reads[k] for k in of_table]
-    found = [replicated(indices[k]) for k in of_table]
-    values = values_of(reads, [taps[k] for k in of_table], columns, wide)
-    rows = SparseRows(
-        jnp.concatenate(found or [jnp.zeros((0,), jnp.int32)]),
-        jnp.concatenate(values or [jnp.zeros((0, *width), wide)]),
-        num_rows=math.prod(row_shape),
-        leading_shape=row_shape,
-        synchronized=synchronized,
-    ).sum_duplicates()
-    return rows.with_values(rows.values.astype(dtype))
+    synchronized: set[int],
+) -> dict[int, SparseRows]:
+    """The row gradient of each table.
+
+    Args:
+      indices, taps: of all reads, the indices and the gradients of the taps.
+      synchronized: the tables whose rows were read with all pending updates applied.
+    """
+    rows = []
+    for i, table in tables.items():
+        wide = dtypes.compute_dtype(jnp.result_type(table))
+        row_shape = choice.row_shapes[i]
+        width = jnp.shape(table)[len(row_shape) :]
+        columns = jax.typeof(table).sharding.spec[len(row_shape) :]
+        of_table = [k for k, read in enumerate(choice.program.reads) if read.table == i]
+        reads: list[Read] = [choice.program.reads[k] for k in of_table]
+        found = [replicated(indices[k]) for k in of_table]
+        values = values_of(reads, [taps[k] for k in of_table], columns, wide)
+        rows.append(
+            SparseRows(
+                jnp.concatenate(found or [jnp.zeros((0,), jnp.int32)]),
+                jnp.concatenate(values or [jnp.zeros((0, *width), wide)]),
+                num_rows=math.prod(row_shape),
+                leading_shape=row_shape,
+                synchronized=i in synchronized,
+            )
+        )
+    return {
+        i: x.with_values(x.values.astype(jnp.result_type(tables[i])))
+        for i, x in zip(tables, sum_duplicates_of_each(rows), strict=True)
+    }

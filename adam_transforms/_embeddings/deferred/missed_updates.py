@@ -127,12 +127,17 @@ class PendingUpdate(NamedTuple):
         return jnp.where(jnp.isinf(nu), nu.astype(now.dtype), now)
 
     def _where_idle(self, x: jax.Array, factor: jax.Array, move: jax.Array) -> jax.Array:
-        """``factor * x - move`` where idle, else `x`."""
-        x = x.astype(dtypes.promote(x.dtype, move.dtype))
-        factor = factor.astype(dtypes.real_dtype(x.dtype))
-        high, low = (_column(factor[:, i], x.ndim) for i in (0, 1))
-        now = dtypes.scale(x, high) + (dtypes.scale(x, low) - move.astype(x.dtype))
-        return jnp.where(_column(self.idle, x.ndim), now, x)
+        return _where_idle(self.idle, jnp.asarray(x), factor, move)
+
+
+@jax.jit
+def _where_idle(idle: jax.Array, x: jax.Array, factor: jax.Array, move: jax.Array) -> jax.Array:
+    """``factor * x - move`` where idle, else `x`."""
+    x = x.astype(dtypes.promote(x.dtype, move.dtype))
+    factor = factor.astype(dtypes.real_dtype(x.dtype))
+    high, low = (_column(factor[:, i], x.ndim) for i in (0, 1))
+    now = dtypes.scale(x, high) + (dtypes.scale(x, low) - move.astype(x.dtype))
+    return jnp.where(_column(idle, x.ndim), now, x)
 
 
 def empty_history(rule: Rule, *, decays: bool = True) -> UpdateHistory:
@@ -223,7 +228,12 @@ def gather_history(history: UpdateHistory, last_step: jax.Array, count: jax.Arra
       last_step: int32 (n,), at most `max_idle` steps ago.
       count: int32 (), the steps made.
     """
-    history, last_step, count = _as_arrays((history, last_step, count))
+    return _gather_history(*_as_arrays((history, last_step, count)))
+
+
+# Jitted, as are those below: a program of many tables contains each once.
+@jax.jit
+def _gather_history(history: UpdateHistory, last_step: jax.Array, count: jax.Array) -> HistoryRows:
     size = history.weights.shape[0]
 
     def entries(array: jax.Array, step: jax.Array) -> jax.Array:
@@ -253,7 +263,11 @@ def pending_update(rows: HistoryRows, mu: jax.Array, nu: jax.Array) -> PendingUp
       mu: (n, D...), the first moments.
       nu: (n, D...), the second moments; with AMSGrad their maxima.
     """
-    mu, nu = _as_arrays((mu, nu))
+    return _pending_update(rows, *_as_arrays((mu, nu)))
+
+
+@jax.jit
+def _pending_update(rows: HistoryRows, mu: jax.Array, nu: jax.Array) -> PendingUpdate:
     dtype = dtypes.compute_dtype(mu.dtype, nu.dtype)
     real = dtypes.real_dtype(dtype)
     weights, decay = rows.weights, None
