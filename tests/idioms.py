@@ -748,7 +748,8 @@ VIEWS: dict[str, Any] = {
     "t[..., None][ids]": lambda t, ids: t[..., None][ids],
     "expand_dims and squeeze": lambda t, ids: jnp.squeeze(jnp.expand_dims(t, 0), 0)[ids],
     "t[None, :n] beside rows": lambda t, ids: t[None, :3] + t[ids],
-    "t[None, :n]": static(lambda t, ids: t[None, :3] * (ids[..., None] % 3)),
+    # A gather on old versions of JAX, whose index is an array of the program.
+    "t[None, :n]": Idiom(lambda t, ids: t[None, :3] * (ids[..., None] % 3), auto=None),
     "t[:n]": static(lambda t, ids: t[:3] * (ids[..., None] % 3)),
     "t[arange(n)]": Idiom(lambda t, ids: t[jnp.arange(3)] * (ids[..., None] % 3), auto=None),
     "t[arange(n) + start]": lambda t, ids: t[jnp.arange(3) + ids[0, 0]],
