@@ -28,7 +28,7 @@ from adam_transforms._transforms.accumulation import (
     has_updated,
 )
 from adam_transforms._transforms.adam import ScheduledDecayState, scale_by_adam, scale_by_amsgrad
-from adam_transforms._transforms.apply_updates import apply_updates
+from adam_transforms._transforms.apply_updates import apply_updates, update_and_apply
 from adam_transforms._transforms.clipping import clip_by_global_norm, clip_by_norm, clip_by_value
 from adam_transforms._transforms.ema import ParamsEmaState, ema_params, finalize, params_ema
 from adam_transforms._transforms.learning_rates import (
@@ -118,6 +118,7 @@ __all__ = [
     "summary",
     "to_dense",
     "transfer_state",
+    "update_and_apply",
     "value_and_grad",
 ]
 

@@ -262,3 +262,51 @@ def test_updates_that_differ_from_the_parameters_are_refused_by_path(updates, me
 def test_complex_updates_of_a_real_parameter_are_refused_by_path():
     with pytest.raises(TypeError, match="'a'.*float32 .*complex"):
         at.apply_updates({"a": jnp.ones(1)}, {"a": jnp.ones(1, jnp.complex64)})
+
+
+# The whole step
+
+
+def loss_value_scales_the_update():
+    """A transformation that needs an extra argument."""
+
+    def update(updates, state, params=None, *, value, **_):
+        return jax.tree.map(lambda g: -value * g, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+@pytest.mark.parametrize(
+    ("tx", "has_rows", "extra_args"),
+    [
+        (optax.sgd(0.1, momentum=0.9), False, {}),
+        (at.lazy_adam(0.1, weight_decay=0.1), True, {}),
+        (at.deferred_adam(0.1, tables="table"), True, {}),
+        (loss_value_scales_the_update(), False, {"value": 0.3}),
+    ],
+    ids=["optax", "lazy", "deferred", "extra"],
+)
+def test_a_whole_step_is_update_and_apply_updates(tx, has_rows, extra_args):
+    params = {"table": jnp.asarray(normal(0, 4, 3)), "w": jnp.ones(50, jnp.bfloat16)}
+    state = tx.init(params)
+    rows = at.SparseRows(jnp.array([2, 0, 2]), normal(1, 3, 3), 4, synchronized=True)
+    table = rows if has_rows else rows.to_dense()
+    grads = {"table": table, "w": jnp.asarray(normal(2, 50)).astype(jnp.bfloat16)}
+
+    def apart(params, state):
+        updates, state = tx.update(grads, state, params, **extra_args)
+        return at.apply_updates(params, updates, key=KEY), state
+
+    def at_once(params, state):
+        return at.update_and_apply(tx, grads, state, params, key=KEY, **extra_args)
+
+    expected = actual = params, state
+    for step, step_at_once in [(jax.jit(apart), jax.jit(at_once))] * 2:
+        expected, actual = step(*expected), step_at_once(*actual)
+    assert_bits_equal(actual, expected)
+    assert np.any(actual[0]["w"] != params["w"])
+
+
+def test_a_whole_step_takes_a_transformation():
+    with pytest.raises(TypeError, match="tx must be .*GradientTransformation.*call the factory"):
+        at.update_and_apply(optax.adam, jnp.ones(1), (), jnp.ones(1))

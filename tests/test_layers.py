@@ -95,7 +95,8 @@ PUBLIC_NAMES = """
     explain finalize flax flush flush_accumulated freeze_rows global_norm grad has_updated interop
     lazy lazy_adam master_weights max_row_norm metrics owed params_ema path_mask path_str resize
     scale_by_adam scale_by_amsgrad scale_by_learning_rate scale_by_path_learning_rate scale_loss
-    shard_slots skip_nonfinite static_loss_scale summary to_dense transfer_state value_and_grad
+    shard_slots skip_nonfinite static_loss_scale summary to_dense transfer_state update_and_apply
+    value_and_grad
 """.split()
 
 

@@ -4,10 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from adam_transforms._core import dtypes, trees
+from adam_transforms._core import arguments, dtypes, trees
 from adam_transforms._core.sparse_rows import SparseRows
-from adam_transforms._core.types import P, Path, Updates
+from adam_transforms._core.types import P, Params, Path, State, Updates
 
 
 def apply_updates(params: P, updates: Updates, *, key: jax.Array | None = None) -> P:
@@ -44,6 +45,49 @@ def apply_updates(params: P, updates: Updates, *, key: jax.Array | None = None) 
     return treedef.unflatten(
         [apply_update(path, p, u, key) for (path, p, u), key in zip(rows, keys, strict=True)]
     )
+
+
+def update_and_apply(
+    tx: optax.GradientTransformation,
+    grads: Updates,
+    state: State,
+    params: Params,
+    *,
+    key: jax.Array | None = None,
+    **extra_args: Any,
+) -> tuple[Params, State]:
+    """One whole step: the new parameters and the new state.
+
+    They are those of ``tx.update`` and `apply_updates`, bit for bit, and cost the same.
+
+    Args:
+      tx: any transformation, of this package or of Optax.
+      grads, state, params: as ``tx.update`` takes them.
+      key: rounds the new parameters stochastically, as in `apply_updates`.
+      **extra_args: passed to ``tx.update``, if it takes any.
+
+    Returns:
+      (params, state). Under `jax.jit`, donate both: a step then writes them in place.
+
+    Raises:
+      TypeError: `tx` is not a transformation.
+      ValueError: a structure or shape differs; names the path.
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> tx = optax.adam(0.1)
+    >>> params = {"w": jnp.array([1.0, 2.0])}
+    >>> state = tx.init(params)
+    >>> @jax.jit
+    ... def step(params, state):
+    ...     grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2))(params)
+    ...     return update_and_apply(tx, grads, state, params)
+    >>> params, state = step(params, state)
+    >>> params["w"].round(3).tolist()
+    [0.9..., 1.9...]
+    """
+    tx = arguments.transformation("tx", tx)
+    updates, state = tx.update(grads, state, params, **extra_args)
+    return apply_updates(params, updates, key=key), state
 
 
 def apply_update(path: Path, p: Any, u: Any, key: jax.Array | None = None) -> Any:
