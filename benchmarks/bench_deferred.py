@@ -8,7 +8,6 @@ two-tower recommender on synthetic clicks with all three and compares held-out l
 """
 
 import argparse
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import bench_sparse
@@ -22,6 +21,7 @@ import adam_transforms as at
 
 TOUCHED = 8192
 LEARNING_RATE = 1e-2  # of 1e-3, 3e-3, 1e-2 and 3e-2 the best for all three
+ANCHORS = ("dense optax.adam",)  # the contenders that are not of this project
 
 
 def bench_step(rows: int, distribution: str, rounds: int) -> list[dict[str, Any]]:
@@ -137,11 +137,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=sections, default=sections)
     parser.add_argument("--rows", type=int, nargs="+", default=[10**5, 10**6, 10**7])
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each (default 3)")
-    parser.add_argument(
-        "--output", type=Path, default=harness.RESULTS / "deferred.json", help="(%(default)s)"
-    )
+    harness.add_options(parser, "deferred", rounds=5)
     arguments = parser.parse_args()
     results = {}
     if "step" in arguments.only:
@@ -155,7 +152,7 @@ def main() -> None:
     if "quality" in arguments.only:
         results["quality"] = bench_quality(arguments.seeds)
         harness.print_table("quality: held-out loss in nats a click", results["quality"])
-    harness.write_json(arguments.output, results)
+    harness.finish(arguments, results, ANCHORS)
 
 
 if __name__ == "__main__":

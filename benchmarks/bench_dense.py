@@ -1,7 +1,7 @@
 """Is dense Adam as fast as it can be, and what does each option cost?
 
     python benchmarks/bench_dense.py [--parameters N] [--leaves N] [--rounds N]
-                                     [--only SECTION ...] [--output F]
+                                     [--only SECTION ...] [--output F] [--compare F]
 
 Sections: `step` (against jitted optax.adam and, where PyTorch is installed, its fused Adam; one
 step, applied, in 1, 64 and 1,024 leaves), `compile` (seconds at 1,024 leaves), `options` (each as a
@@ -12,7 +12,6 @@ import argparse
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import harness
@@ -249,6 +248,12 @@ EVERYTHING = {
     "loss_scale": "dynamic",
 }
 
+# The contenders that are not of this project.
+ANCHORS = (
+    *("optax.adam", "torch.optim.Adam(fused=True)", "Optax: adam", "Optax: clip_by_global_norm"),
+    *("Optax: apply_if_finite", "acc + g alone", "optax.MultiSteps(optax.adam)"),
+)
+
 SECTIONS = {
     "step": (bench_step, 64_000_000),
     "compile": (bench_compile, 64_000_000),
@@ -261,18 +266,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--parameters", type=int, help="parameters in all (default: 32 or 64 M)")
     parser.add_argument("--leaves", type=int, default=1024, help="at most (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=24, help="timed turns of each (default 24)")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument(
-        "--output", type=Path, default=harness.RESULTS / "dense.json", help="(default %(default)s)"
-    )
+    harness.add_options(parser, "dense", rounds=24)
     arguments = parser.parse_args()
     results = {}
     for name in arguments.only:
         bench, parameters = SECTIONS[name]
         size = arguments.parameters or parameters
         results[name] = bench(size, arguments.leaves, arguments.rounds)
-    harness.write_json(arguments.output, results)
+    harness.finish(arguments, results, ANCHORS)
 
 
 if __name__ == "__main__":

@@ -4,20 +4,22 @@
 
 Sections: `step` is the optimizer's step alone, from raw duplicated ids and the cotangents of the
 rows read to new parameters; `flat` is the same at V = 10^4 and 10^7, beside a bare gather and
-scatter of the same rows; `tower` is the whole training step of a two-tower model, forward and
-backward passes included. Contenders that are not installed are left out by name.
+scatter of the same rows; `tables` is the step of 26 tables, and what it takes to compile it;
+`tower` is the whole training step of a two-tower model, forward and backward passes included.
+Contenders that are not installed are left out by name; the native one needs a C++ compiler.
 """
 
 import argparse
 import importlib
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
 import jax
 import jax.numpy as jnp
+import native_lazy
 import numpy as np
 import optax
 
@@ -43,6 +45,15 @@ SIZES = [
     Size(10**7, 32, 8192),
     Size(10**6, 128, 65536),
 ]
+# The tables of a recommender: as many as Criteo's clicks have, of 10^4 to 10^6 rows.
+TABLE_ROWS = [round(rows) for rows in np.geomspace(10**4, 10**6, 26)]
+TABLE_COLUMNS, TABLE_TOUCHED, COMPILATIONS = (16, 64), 4096, 3
+DENSE = "dense optax.adam"
+# The contenders that are not of this project.
+ANCHORS = (
+    *("native C++", "torch SparseAdam", "bare gather, scatter", DENSE),
+    *("TF1 AdamOptimizer", "Keras 3 Adam", "torch Embedding, SparseAdam", "jax.grad, optax.adam"),
+)
 
 
 def draw_ids(distribution: str, rows: int, shape: Sequence[int], seed: int) -> np.ndarray:
@@ -82,21 +93,50 @@ def on_device(batches: Sequence[Any]) -> list[Any]:
 # ---- the step alone -----------------------------------------------------------------------------
 
 
-def jax_step(name: str, tx: Any, size: Size, batches: Any, *, dense: bool = False) -> harness.Case:
-    """A transformation; parameters and state are donated."""
+def jitted_step(tx: Any, sizes: dict[str, Size], *, dense: bool) -> Any:
+    """A jitted ``((params, state), {table: (ids, values)}) -> (params, state)`` that donates what
+    it replaces."""
 
-    def step(carry: Any, ids: jax.Array, values: jax.Array) -> Any:
-        params, state = carry
+    def gradient(size: Size, ids: jax.Array, values: jax.Array) -> Any:
         if dense:
-            gradient: Any = jnp.zeros(params["table"].shape).at[ids].add(values)
-        else:
-            gradient = at.SparseRows(ids, values, size.rows, synchronized=True)
-        updates, state = tx.update({"table": gradient}, state, params)
+            return jnp.zeros((size.rows, size.columns)).at[ids].add(values)
+        return at.SparseRows(ids, values, size.rows, synchronized=True)
+
+    def step(carry: Any, batch: Any) -> Any:
+        params, state = carry
+        gradients = {name: gradient(size, *batch[name]) for name, size in sizes.items()}
+        updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    params = {"table": jax_table(size)}
+    return jax.jit(step, donate_argnums=0)
+
+
+def jax_case(
+    name: str, tx: Any, sizes: dict[str, Size], batches: Any, *, dense: bool = False
+) -> harness.Case:
+    """A transformation on some tables; `batches` are of {table: (ids, values)}."""
+    params = {name: jax_table(size) for name, size in sizes.items()}
+    step = in_turn(jitted_step(tx, sizes, dense=dense), [(x,) for x in on_device(batches)])
+    return harness.Case(name, step, (params, tx.init(params)))
+
+
+def jax_step(name: str, tx: Any, size: Size, batches: Any, *, dense: bool = False) -> harness.Case:
+    """A transformation on one table; `batches` are of (ids, values)."""
+    return jax_case(name, tx, {"table": size}, [{"table": x} for x in batches], dense=dense)
+
+
+def native_step(size: Size, batches: Any) -> harness.Case:
+    """`lazy_adam` as one loop in C++, in place."""
+    native_lazy.compile_and_register()
+
+    def step(carry: Any, ids: jax.Array, values: jax.Array) -> Any:
+        *tables, count = carry
+        return *native_lazy.update(tables, count, ids, values, learning_rate=1e-3), count + 1
+
+    table = jax_table(size)
+    carry = (table, jnp.zeros_like(table), jnp.zeros_like(table), jnp.zeros((), jnp.int32))
     jitted = jax.jit(step, donate_argnums=0)
-    return harness.Case(name, in_turn(jitted, on_device(batches)), (params, tx.init(params)))
+    return harness.Case("native C++", in_turn(jitted, on_device(batches)), carry)
 
 
 def bare_rows(size: Size, batches: Any) -> harness.Case:
@@ -173,9 +213,11 @@ def bench_step(size: Size, distribution: str, rounds: int) -> list[dict[str, Any
 
     def contenders() -> Iterator[Callable[[], harness.Case]]:
         yield lambda: jax_step("lazy_adam", at.lazy_adam(1e-3), size, batches)
+        if jax.default_backend() == "cpu":
+            yield lambda: native_step(size, batches)
         yield lambda: torch_step(size, batches)
         yield lambda: bare_rows(size, batches)
-        yield lambda: jax_step("dense optax.adam", optax.adam(1e-3), size, batches, dense=True)
+        yield lambda: jax_step(DENSE, optax.adam(1e-3), size, batches, dense=True)
         if size.rows <= LARGEST_FOR_ALL:
             inner = at.lazy(optax.adam(1e-3))
             yield lambda: jax_step("lazy(optax.adam)", inner, size, batches)
@@ -217,6 +259,81 @@ def bench_flat(sizes: Sequence[Size], rounds: int) -> list[dict[str, Any]]:
             "ratio": case.median_ms() / cases[i % 2].median_ms(),
         }
         for i, case in enumerate(cases)
+    ]
+
+
+# ---- many tables --------------------------------------------------------------------------------
+
+
+def table_by_table(tx: Any) -> optax.GradientTransformation:
+    """`tx` of each parameter of a dictionary, with a state of its own."""
+
+    def init(params: Any) -> Any:
+        return {name: tx.init({name: p}) for name, p in params.items()}
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        steps = {
+            name: tx.update({name: g}, state[name], {name: params[name]})
+            for name, g in updates.items()
+        }
+        updates = {name: of_table[name] for name, (of_table, _) in steps.items()}
+        return updates, {name: state for name, (_, state) in steps.items()}
+
+    return optax.GradientTransformation(init, update)
+
+
+def compile_costs(
+    contenders: dict[str, Any], sizes: dict[str, Size], batch: Any
+) -> dict[str, tuple[float, int]]:
+    """{contender: (median seconds to trace and compile a step, its lines of StableHLO)}."""
+    params = {
+        name: jax.ShapeDtypeStruct((size.rows, size.columns), jnp.float32)
+        for name, size in sizes.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    lines = {}
+    for _ in range(COMPILATIONS):
+        for name, tx in contenders.items():
+            jax.clear_caches()
+            carry = params, jax.eval_shape(tx.init, params)
+            start = time.perf_counter()
+            lowered = jitted_step(tx, sizes, dense=name == DENSE).lower(carry, batch)
+            lowered.compile()
+            seconds[name].append(time.perf_counter() - start)
+            lines[name] = len(lowered.as_text().splitlines())
+    return {name: (float(np.median(seconds[name])), lines[name]) for name in contenders}
+
+
+def bench_tables(rows: Sequence[int], columns: int, rounds: int) -> list[dict[str, Any]]:
+    """A step for tables of so many rows: what it takes to compile, and to run."""
+    sizes = {f"table{i:02}": Size(n, columns, TABLE_TOUCHED) for i, n in enumerate(rows)}
+    of_tables = {name: step_batches(size, "uniform") for name, size in sizes.items()}
+    batches = [{name: of_tables[name][i] for name in sizes} for i in range(BATCHES)]
+    contenders: dict[str, Any] = {
+        "lazy_adam": at.lazy_adam(1e-3),
+        "deferred_adam": at.deferred_adam(1e-3, tables="table"),
+        DENSE: optax.adam(1e-3),
+    }
+    if sum(rows) * columns <= LARGEST_FOR_ALL * COLUMNS:
+        contenders["lazy_adam, table by table"] = table_by_table(at.lazy_adam(1e-3))
+    costs = compile_costs(contenders, sizes, batches[0])
+    cases = [
+        jax_case(name, tx, sizes, batches, dense=name == DENSE) for name, tx in contenders.items()
+    ]
+    harness.interleave(cases, rounds=rounds, cycle=BATCHES, warm_up=1, alike=True)
+    base = cases[0].median_ms()
+    return [
+        {
+            "tables": len(rows),
+            "columns": columns,
+            "name": case.name,
+            "ms": case.median_ms(),
+            "ratio": case.median_ms() / base,
+            "compile seconds": costs[case.name][0],
+            "ratio to dense": costs[case.name][0] / costs[DENSE][0],
+            "StableHLO lines": costs[case.name][1],
+        }
+        for case in cases
     ]
 
 
@@ -328,7 +445,7 @@ def size_of(text: str) -> Size:
 
 
 def main() -> None:
-    sections = ("step", "flat", "tower")
+    sections = ("step", "flat", "tables", "tower")
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=sections, default=sections)
     parser.add_argument(
@@ -338,12 +455,12 @@ def main() -> None:
         "--rows", type=int, nargs="+", default=[10**4, 10**7], help="of `flat` (default 10^4 10^7)"
     )
     parser.add_argument(
+        "--table-rows", type=int, nargs="+", default=TABLE_ROWS, help="of each of `tables`"
+    )
+    parser.add_argument(
         "--tower-rows", type=int, nargs="+", default=[10**4, 10**5, 10**6], help="of each table"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
-    parser.add_argument(
-        "--output", type=Path, default=harness.RESULTS / "sparse.json", help="(default %(default)s)"
-    )
+    harness.add_options(parser, "sparse", rounds=5)
     arguments = parser.parse_args()
 
     results = {}
@@ -359,6 +476,14 @@ def main() -> None:
         sizes = [Size(rows, 32, 8192) for rows in arguments.rows]
         results["flat"] = bench_flat(sizes, arguments.rounds)
         harness.print_table("flat: 8,192 uniform ids, tables 32 wide", results["flat"])
+    if "tables" in arguments.only:
+        results["tables"] = [
+            row
+            for columns in TABLE_COLUMNS
+            for row in bench_tables(arguments.table_rows, columns, arguments.rounds)
+        ]
+        title = f"tables: {len(arguments.table_rows)} of them, {TABLE_TOUCHED:,} uniform ids each"
+        harness.print_table(title, results["tables"])
     if "tower" in arguments.only:
         results["tower"] = [
             row
@@ -367,7 +492,7 @@ def main() -> None:
             for row in bench_tower(rows, distribution, arguments.rounds)
         ]
         harness.print_table("tower: a whole training step", results["tower"])
-    harness.write_json(arguments.output, results)
+    harness.finish(arguments, results, ANCHORS)
 
 
 if __name__ == "__main__":

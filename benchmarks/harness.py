@@ -5,16 +5,18 @@ one process, and reported as a ratio of medians to the first of the group. On an
 of a turn are made without waiting for one another, as in a training loop.
 """
 
+import argparse
+import itertools
 import json
 import os
 import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -99,8 +101,115 @@ def environment() -> dict[str, Any]:
 
 RESULTS = Path(__file__).parent / "results"
 
+# {section: rows}. The fields of a row before its first float say what was measured: the last text
+# among them is the contender, and all contenders with equal other fields are a group. Fields with
+# these units are times.
+Results = dict[str, list[dict[str, Any]]]
+_UNITS = {"ms", "seconds"}
 
-def write_json(path: Path, results: dict[str, Any]) -> None:
+
+def add_options(parser: argparse.ArgumentParser, name: str, rounds: int) -> None:
+    """The options that all benchmarks have; results go to `name`.json by default."""
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, help="timed turns of each (default %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, help=f"(default {RESULTS / name}.json)")
+    parser.add_argument(
+        "--compare",
+        type=_recorded,
+        metavar="FILE",
+        help="print what got slower than in these results; without --output nothing is written",
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=1.1, help="of --compare (default %(default)s)"
+    )
+    parser.set_defaults(name=name)
+
+
+def _recorded(file: str) -> tuple[str, dict[str, Any]]:
+    """The file and the results in it, read before anything is timed."""
+    try:
+        recorded = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{file} must be a file of results: {error}") from None
+    if not isinstance(recorded, dict) or "environment" not in recorded:
+        raise argparse.ArgumentTypeError(f"{file} must be a file of results, by --output")
+    return file, recorded
+
+
+def finish(options: argparse.Namespace, results: Results, anchors: Collection[str]) -> None:
+    """Writes the results, or compares them; `anchors` as for `slower`."""
+    if options.compare is not None:
+        file, recorded = options.compare
+        here = environment()
+        for field, value in recorded["environment"].items():
+            if here.get(field) != value:
+                print(f"\n{field} was {value} in {file}, and is {here.get(field)}")
+        found, compared = slower(results, recorded, anchors, options.tolerance)
+        print(f"\ncompared with {file}: {compared} times")
+        if found:
+            print_table(f"slower by more than {options.tolerance}", found)
+    if options.compare is None or options.output is not None:
+        write_json(options.output or RESULTS / f"{options.name}.json", results)
+
+
+def slower(
+    results: Results, recorded: dict[str, Any], anchors: Collection[str], tolerance: float
+) -> tuple[list[dict[str, Any]], int]:
+    """What takes longer than it did, as a ratio to contenders of the same run.
+
+    Milliseconds of two runs do not compare. A time is therefore divided by that of an anchor in the
+    same group and the same run. Of all anchors the one that shows the median change counts.
+
+    Args:
+      results, recorded: of this run and of an earlier one.
+      anchors: the names of the contenders that are not of this project.
+      tolerance: the factor above which a change is reported.
+
+    Returns:
+      (rows to print, how many times were compared).
+    """
+    found, compared = [], 0
+    for section in [name for name in results if name in recorded]:
+        new, old = _times(results[section]), _times(recorded[section])
+        both = new.keys() & old.keys()
+        for timed in [x for x in new if x in both and x.name not in anchors]:
+            changes = []
+            for anchor in [x for name in anchors if (x := timed._replace(name=name)) in both]:
+                before, now = old[timed] / old[anchor], new[timed] / new[anchor]
+                changes.append((now / before, anchor.name, before, now))
+            if not changes:
+                continue
+            compared += 1
+            change, anchor, before, now = statistics.median_low(changes)
+            if change > tolerance:
+                what = {"name": timed.name, "of": f"{section} {timed.group}", "time": timed.measure}
+                found.append(
+                    what | {"in units of": anchor, "before": before, "now": now, "change": change}
+                )
+    return found, compared
+
+
+class _Timed(NamedTuple):
+    """What a time is of: a group of contenders, the contender, and the field of the row."""
+
+    group: str
+    name: str
+    measure: str
+
+
+def _times(rows: Sequence[dict[str, Any]]) -> dict[_Timed, float]:
+    times = {}
+    for row in rows:
+        described = dict(itertools.takewhile(lambda x: not isinstance(x[1], float), row.items()))
+        name = described.pop([key for key, x in described.items() if isinstance(x, str)][-1])
+        group = ", ".join(f"{x} {key}" for key, x in described.items())
+        for measure in [key for key in row if key.split()[-1] in _UNITS]:
+            times[_Timed(group, name, measure)] = row[measure]
+    return times
+
+
+def write_json(path: Path, results: Results) -> None:
     """Writes the results, with their environment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
