@@ -325,6 +325,7 @@ def bench_tables(rows: Sequence[int], columns: int, rounds: int) -> list[dict[st
     return [
         {
             "tables": len(rows),
+            "rows": sum(rows),
             "columns": columns,
             "name": case.name,
             "ms": case.median_ms(),
