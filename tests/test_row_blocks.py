@@ -166,6 +166,17 @@ LARGE: dict[str, Any] = {
 }
 
 
+def test_the_rows_of_all_tables_count_together(
+    small_blocks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_blocks(True)
+    both = 4 * WIDTH * (TOUCHED + 17)
+    for limit in (both, both + 1):
+        monkeypatch.setattr(lazy, "LAZY_BYTES", limit)
+        _, program = trained(at.lazy_adam(0.1))
+        assert has_blocks(program) == (limit == both)
+
+
 @pytest.mark.parametrize("name", LARGE)
 def test_many_rows_need_no_memory_for_what_is_computed_on_the_way(
     name: str, monkeypatch: pytest.MonkeyPatch

@@ -40,9 +40,9 @@ def lazy(
     spans both. Time and memory are O(rows touched), whatever V, and in place where the state is
     donated.
 
-    On a CPU, many rows (arrays of 16 MiB and more) are updated in blocks that fit into the caches,
-    if `inner` is seen to compute each row from that row alone and from what the gradients determine
-    beforehand, such as their norm.
+    On a CPU, many rows (16 MiB and more in all tables) are updated in blocks that fit into the
+    caches, if `inner` is seen to compute each row from that row alone and from what the gradients
+    determine beforehand, such as their norm.
 
     Duplicate rows are summed first. Counts are global: bias corrections and schedules are those of
     the step, not of a row's own history. Weight decay acts on touched rows only.
@@ -218,8 +218,9 @@ class _RowUpdate(NamedTuple):
     ) -> tuple[list[Any], list[Any]]:
         """The updates and the new state; in blocks where that pays."""
         sizes = [(rows, rows.values.nbytes) for rows in self.rows.values()]
-        many = [rows for rows, size in sizes if isinstance(size, int) and size >= LAZY_BYTES]
-        lengths = [n for rows in many if (n := block_length(rows)) is not None]
+        known = {rows: size for rows, size in sizes if isinstance(size, int)}
+        are_many = sum(known.values()) >= LAZY_BYTES
+        lengths = [n for rows in known if (n := block_length(rows)) is not None] if are_many else []
         by_row = self.row_function(gradients, params, state) if lengths else None
         if by_row is None:
             return self.at_once(gradients, params, state)

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 
 from adam_transforms._core.sparse_rows import SparseRows, set_rows
 
-# Bytes of the (n, D...) values from which on a step is done in blocks. Time in blocks over time at
-# once, on two cores, for uniform and Zipf ids. Lazy Adam, clipped or not: 0.9-1.1 at 2 MiB, 0.8-1.0
-# at 4 MiB, 0.8-1.1 at 8 MiB, 0.4-0.6 at 16 MiB, where its three temporaries of the rows exceed
-# 32 MB, and 0.5-0.7 at 32 MiB. Deferred Adam, which has five: 0.9-1.0 at 2 MiB, 0.7-0.8 at 4 MiB,
-# 0.3-0.4 from 8 MiB on.
+# Bytes of the (n, D...) values, in `lazy` of all tables together, from which on a step is done in
+# blocks. Time in blocks over time at once, on two cores, for uniform and Zipf ids. Lazy Adam,
+# clipped or not: 0.9-1.1 at 2 MiB, 0.8-1.0 at 4 MiB, 0.8-1.1 at 8 MiB, 0.4-0.6 at 16 MiB, where its
+# three temporaries of the rows exceed 32 MB, and 0.5-0.7 at 32 MiB; of 8 or 26 tables that have 16
+# to 26 MiB together 0.5-0.7, of two tables 0.8-1.0. Deferred Adam, which has five: 0.9-1.0 at
+# 2 MiB, 0.7-0.8 at 4 MiB, 0.3-0.4 from 8 MiB on.
 LAZY_BYTES, DEFERRED_BYTES = 16 * 2**20, 2 * 2**20
 # Bytes of a block's (length, D...) array. As measured with lazy Adam on two cores, 256 KiB to 2 MiB
 # are much alike.
