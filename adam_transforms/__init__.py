@@ -30,6 +30,7 @@ from adam_transforms._transforms.accumulation import (
 from adam_transforms._transforms.adam import ScheduledDecayState, scale_by_adam, scale_by_amsgrad
 from adam_transforms._transforms.apply_updates import apply_updates, update_and_apply
 from adam_transforms._transforms.clipping import clip_by_global_norm, clip_by_norm, clip_by_value
+from adam_transforms._transforms.compress_moments import CompressMomentsState, compress_moments
 from adam_transforms._transforms.ema import ParamsEmaState, ema_params, finalize, params_ema
 from adam_transforms._transforms.learning_rates import (
     ScaleByLearningRateState,
@@ -56,6 +57,7 @@ from adam_transforms._transforms.state_sharding import shard_slots
 
 __all__ = [
     "AccumulateState",
+    "CompressMomentsState",
     "DeferredAdamState",
     "DynamicLossScaleState",
     "FreezeRowsState",
@@ -84,6 +86,7 @@ __all__ = [
     "clip_by_norm",
     "clip_by_value",
     "compat",
+    "compress_moments",
     "deferred_adam",
     "dense_equivalent",
     "dynamic_loss_scale",

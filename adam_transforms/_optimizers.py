@@ -14,6 +14,7 @@ from adam_transforms._core.types import Params, State, Updates
 from adam_transforms._embeddings.lazy import lazy
 from adam_transforms._transforms import accumulation, clipping, loss_scaling
 from adam_transforms._transforms.adam import scale_by_adam, scale_by_amsgrad
+from adam_transforms._transforms.compress_moments import compress_moments
 from adam_transforms._transforms.ema import params_ema
 from adam_transforms._transforms.learning_rates import scale_by_learning_rate
 
@@ -41,6 +42,7 @@ def adam(
     accumulate_every: int | None = None,
     loss_scale: float | jax.Array | Literal["dynamic"] | None = None,
     nu_dtype: Any = None,
+    state_bits: Any = 32,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with every option of the Keras constructor, in Keras's order.
 
@@ -51,7 +53,7 @@ def adam(
             accumulate(                          # accumulate_every
                 optax.chain(
                     clip_by_global_norm(...),    # or clip_by_norm, or clip_by_value
-                    scale_by_adam(...),          # or scale_by_amsgrad
+                    scale_by_adam(...),          # or scale_by_amsgrad; in compress_moments
                     optax.add_decayed_weights(weight_decay, weight_decay_mask),
                     scale_by_learning_rate(learning_rate),
                     params_ema(ema, overwrite_every=ema_overwrite_every),
@@ -75,6 +77,7 @@ def adam(
       accumulate_every: the number of gradients averaged for one update.
       loss_scale: a number, or "dynamic" for the defaults of `dynamic_loss_scale`; scale the loss
         with `scale_loss`.
+      state_bits: 32, or the `bits` of `compress_moments`, which then keeps the moments.
 
     Returns:
       A transformation; its state is that of the chain above.
@@ -126,6 +129,7 @@ def adamw(
     accumulate_every: int | None = None,
     loss_scale: float | jax.Array | Literal["dynamic"] | None = None,
     nu_dtype: Any = None,
+    state_bits: Any = 32,
 ) -> optax.GradientTransformationExtraArgs:
     """`adam` with decoupled weight decay: 1e-4 by default, as in Optax (1e-2 in PyTorch).
 
@@ -170,6 +174,7 @@ def lazy_adam(
     accumulate_like: Any = None,
     loss_scale: float | jax.Array | Literal["dynamic"] | None = None,
     nu_dtype: Any = None,
+    state_bits: Any = 32,
     tables: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`adam` that updates only the touched rows of a table with a row gradient.
@@ -226,6 +231,7 @@ class _Options(NamedTuple):
     accumulate_every: Any
     loss_scale: Any
     nu_dtype: Any
+    state_bits: Any
 
 
 def _chain(options: _Options) -> optax.GradientTransformationExtraArgs:
@@ -285,15 +291,21 @@ def _clips(options: _Options) -> list[Any]:
 
 
 def _moments(options: _Options) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_adam` or `scale_by_amsgrad`."""
+    """`scale_by_adam` or `scale_by_amsgrad`, in `compress_moments` if `state_bits` says so."""
     o = options
     if arguments.flag("amsgrad", o.amsgrad) and arguments.flag("nesterov", o.nesterov):
         raise ValueError("amsgrad and nesterov exclude each other, got both")
     shared = (o.b1, o.b2, o.eps, o.eps_root, o.mu_dtype)
     if o.amsgrad:
-        return scale_by_amsgrad(*shared, eps_hat=o.eps_hat, nu_dtype=o.nu_dtype, max_of=o.max_of)
-    arguments.choice("max_of", o.max_of, ("corrected", "raw"))
-    return scale_by_adam(*shared, nesterov=o.nesterov, eps_hat=o.eps_hat, nu_dtype=o.nu_dtype)
+        tx = scale_by_amsgrad(*shared, eps_hat=o.eps_hat, nu_dtype=o.nu_dtype, max_of=o.max_of)
+    else:
+        arguments.choice("max_of", o.max_of, ("corrected", "raw"))
+        tx = scale_by_adam(*shared, nesterov=o.nesterov, eps_hat=o.eps_hat, nu_dtype=o.nu_dtype)
+    if o.state_bits == 32 and not isinstance(o.state_bits, bool):
+        return tx
+    if o.mu_dtype is not None or o.nu_dtype is not None:
+        raise ValueError("state_bits and mu_dtype or nu_dtype exclude each other, got both")
+    return compress_moments(tx, o.state_bits)
 
 
 def _check_mask(mask: Any) -> None:

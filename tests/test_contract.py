@@ -36,6 +36,11 @@ TRANSFORMATIONS = {
     "scale_by_amsgrad corrected": lambda: at.scale_by_amsgrad(),
     "scale_by_amsgrad raw": lambda: at.scale_by_amsgrad(max_of="raw", eps_hat=True),
     "scale_by_amsgrad scheduled": lambda: at.scale_by_amsgrad(b2=decaying(0.99)),
+    "compress_moments": lambda: at.compress_moments(at.scale_by_adam()),
+    "compress_moments AMSGrad": lambda: at.compress_moments(
+        at.scale_by_amsgrad(), {"mu": 16, "nu": 8}
+    ),
+    "compress_moments 16 bits": lambda: at.compress_moments(at.scale_by_adam(), 16),
     "clip_by_value": lambda: at.clip_by_value(0.5),
     "clip_by_norm": lambda: at.clip_by_norm(0.5),
     "clip_by_global_norm": lambda: at.clip_by_global_norm(0.5),
@@ -95,6 +100,8 @@ KEEPS_GRADIENT_DTYPE = ("clip", "scale_by_learning", "scale_by_path", "params_em
 UPDATES_IN_FLOAT32 = ("master_weights",)
 # Whose parameters are to be on it.
 HAS_A_MESH = ("shard_slots",)
+# Which refuse complex parameters.
+REAL_ONLY = ("compress_moments",)
 
 # The first tier tries one of each,
 VARIANTS = (
@@ -103,6 +110,8 @@ VARIANTS = (
     "scale_by_adam scheduled",
     "scale_by_amsgrad raw",
     "scale_by_amsgrad scheduled",
+    "compress_moments AMSGrad",
+    "compress_moments 16 bits",
     "params_ema overwriting",
     "accumulate scheduled",
     "skip_nonfinite limited",
@@ -241,6 +250,10 @@ def test_state_is_a_scan_carry_for_every_mix_of_dtypes(
 ) -> None:
     with x64():
         params = random_tree(0, param_dtype)
+        if name.startswith(REAL_ONLY) and param_dtype == "complex64":
+            with pytest.raises(TypeError, match="'dense/bias' is complex"):
+                tx.init(params)
+            return
         gradients = jax.tree.map(
             lambda *g: jnp.stack(g), *(random_tree(seed, gradient_dtype) for seed in (1, 2, 3))
         )
@@ -270,8 +283,10 @@ LOW = ["float16", "bfloat16", "complex64"]
     "dtypes", in_tiers(["all", *LOW], lambda dtypes: dtypes == "all")
 )  # a tree of all needs one compilation where trees of each need three
 @every_kind
-def test_low_precision_and_complex_parameters_stay_finite(tx: Any, dtypes: str) -> None:
+def test_low_precision_and_complex_parameters_stay_finite(name: str, tx: Any, dtypes: str) -> None:
     names = LOW if dtypes == "all" else [dtypes]
+    if name.startswith(REAL_ONLY):
+        names = [dtype for dtype in names if dtype != "complex64"]
     params = {dtype: random_tree(0, dtype) for dtype in names}
     params = jax.tree.map(jnp.zeros_like, params)
     gradients = [params, {dtype: random_tree(1, dtype) for dtype in names}]

@@ -36,7 +36,10 @@ FLOORS: list[tuple[str, ...]] = [
 
 MATHEMATICS = (
     "_core/dtypes.py",
-    *(f"_transforms/{name}.py" for name in ("adam", "clipping", "ema", "learning_rates")),
+    *(
+        f"_transforms/{name}.py"
+        for name in ("adam", "clipping", "ema", "learning_rates", "moment_codes")
+    ),
     *(f"_transforms/{name}.py" for name in ("loss_scaling", "master_weights", "numerics")),
     "_transforms/row_norms.py",
     *(f"_embeddings/deferred/{name}.py" for name in ("chebyshev", "missed_updates")),
@@ -69,10 +72,11 @@ PLATFORM_WORDS = {
 PROGRAM_WORDS = {"eqns", "primitive", "invars", "outvars", "Jaxpr", "ClosedJaxpr"}
 PRIVATE_JAX = ("jax.extend", "jax._src", "jax.interpreters")
 # The modules that apply workarounds for XLA, where rows are gathered, scattered or held back, and
-# values rounded or reduced; and those that read programs.
+# values rounded, coded or reduced; and those that read programs.
 USE_XLA = (
     "_core/dtypes.py",
     "_core/sparse_rows.py",
+    "_transforms/moment_codes.py",
     "_transforms/numerics.py",
     "_transforms/conditional_update.py",
     "_embeddings/lazy.py",
@@ -86,17 +90,17 @@ USE_XLA = (
 )
 
 PUBLIC_NAMES = """
-    AccumulateState DeferredAdamState DynamicLossScaleState FreezeRowsState LazyState
-    LimitedSkipNonfiniteState MasterWeightsState Owed ParamsEmaState ScaleByLearningRateState
-    ScaleByPathLearningRateState ScheduledDecayState SkipNonfiniteState SparseRows
-    StaticLossScaleState TransferReport VariableAccumulateState accumulate adam adamw
+    AccumulateState CompressMomentsState DeferredAdamState DynamicLossScaleState FreezeRowsState
+    LazyState LimitedSkipNonfiniteState MasterWeightsState Owed ParamsEmaState
+    ScaleByLearningRateState ScaleByPathLearningRateState ScheduledDecayState SkipNonfiniteState
+    SparseRows StaticLossScaleState TransferReport VariableAccumulateState accumulate adam adamw
     all_reduce_rows apply_updates by_path catch_up check_state clip_by_global_norm clip_by_norm
-    clip_by_value compat deferred_adam dense_equivalent dynamic_loss_scale ema_params equinox
-    explain finalize flax flush flush_accumulated freeze_rows global_norm grad has_updated interop
-    lazy lazy_adam master_weights max_row_norm metrics owed params_ema path_mask path_str resize
-    scale_by_adam scale_by_amsgrad scale_by_learning_rate scale_by_path_learning_rate scale_loss
-    shard_slots skip_nonfinite static_loss_scale summary to_dense transfer_state update_and_apply
-    value_and_grad
+    clip_by_value compat compress_moments deferred_adam dense_equivalent dynamic_loss_scale
+    ema_params equinox explain finalize flax flush flush_accumulated freeze_rows global_norm grad
+    has_updated interop lazy lazy_adam master_weights max_row_norm metrics owed params_ema path_mask
+    path_str resize scale_by_adam scale_by_amsgrad scale_by_learning_rate
+    scale_by_path_learning_rate scale_loss shard_slots skip_nonfinite static_loss_scale summary
+    to_dense transfer_state update_and_apply value_and_grad
 """.split()
 
 

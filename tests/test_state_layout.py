@@ -38,6 +38,8 @@ STATES: dict[str, Any] = {
     "masters": at.master_weights(at.adam()),
     "rate": at.scale_by_learning_rate(optax.constant_schedule(0.1)),
     "rates": at.scale_by_path_learning_rate([("w", 0.1)], 0.2),
+    "compressed": at.adam(state_bits=8),
+    "compressed AMSGrad": at.adam(amsgrad=True, state_bits={"mu": 16, "nu": 8}),
     "lazy": at.lazy_adam(),
     "deferred": at.deferred_adam(0.1, tables="table"),
     "deferred, decayed": at.deferred_adam(0.1, tables="table", weight_decay=0.1, amsgrad=True),
@@ -68,6 +70,10 @@ def test_the_role_of_a_field_fits_what_it_holds(name: str) -> None:
             assert shapes <= SHAPES, where
         elif role in (Role.ROW_MASK, Role.LAST_STEP):
             assert shapes == {(7,)}, where
+        elif role is Role.GROUP_RANGE:
+            assert shapes == ({shape[:1] for shape in SHAPES} if value is not None else set()), (
+                where
+            )
         elif role is Role.AVERAGED_STEP:
             assert shapes == ({shape[:1] for shape in SHAPES} if value is not None else set()), (
                 where

@@ -31,13 +31,16 @@ class Role(enum.Enum):
     AVERAGED_STEP = (
         "an int32 for each row of each parameter, () for a scalar: the last step in its average"
     )
+    GROUP_RANGE = (
+        "an int16 for each group of elements of a parameter, along its first axes: of codes"
+    )
     BUFFER = "like the gradients: a sum or list of them over several steps"
     SCALAR = "a number, or several: counts, rates, scales"
     SHARED = "arrays that belong to no single parameter"
     INNER = "a state: of an inner transformation, or a part of this one"
 
 
-PER_ROW = (Role.ROW_MASK, Role.LAST_STEP, Role.AVERAGED_STEP)
+PER_ROW = (Role.ROW_MASK, Role.LAST_STEP, Role.AVERAGED_STEP, Role.GROUP_RANGE)
 MIRRORS = (Role.SLOT, Role.AVERAGE, Role.COPY, Role.BUFFER, *PER_ROW)
 
 

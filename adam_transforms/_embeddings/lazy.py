@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from adam_transforms._core.slots import StateLeaf, find_slots
 from adam_transforms._core.sparse_rows import SparseRows, sum_duplicates_of_each
 from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.state_layout import FoundField, Role, find_fields, register
-from adam_transforms._core.types import Params, State, Updates
+from adam_transforms._core.types import Params, Path, State, Updates
 from adam_transforms._embeddings.row_blocks import LAZY_BYTES, block_length, over_blocks
 from adam_transforms._xla.platform import by_platform
 from adam_transforms._xla.row_independence import RowFunction, as_row_function
@@ -170,6 +170,7 @@ def lazy(
             raise wrong_state(init, updates, state, params)
         _check_shapes(state_leaves, leaves)
         _refuse_averages_by_row(averages, state_leaves, leaves)
+        _refuse_scalar_rows(state.inner_state, {aligned[i][0]: g for i, g in rows.items()})
         k = len(gradients)
 
         def update_leaves(*flat: Any) -> list[Any]:
@@ -368,6 +369,19 @@ def _refuse_averages_by_row(
                     "a Python number (under optax.inject_hyperparams, in static_args) and "
                     "overwrite_every is None; or mask it to the other parameters (optax.masked)"
                 )
+
+
+def _refuse_scalar_rows(state: State, rows: Mapping[Path, SparseRows]) -> None:
+    """Refuses moments whose codes lie in one range for all rows of a table."""
+    for path, of_table in rows.items():
+        if len(of_table.leading_shape) == len(of_table.shape) and any(
+            path in found.leaves() for found in find_fields(state, Role.GROUP_RANGE)
+        ):
+            raise ValueError(
+                f"each row of {path!r} is a number, and compress_moments keeps one range for the "
+                "8-bit codes of the whole table: give it the shape "
+                f"{[*of_table.shape, 1]}, or 16 bits for nu"
+            )
 
 
 def _check_shapes(state: Sequence[Any], leaves: Sequence[StateLeaf]) -> None:

@@ -23,6 +23,7 @@ from adam_transforms._core.types import Params, Path, State
 from adam_transforms._embeddings.deferred.state import DeferredAdamState, synchronized_at
 from adam_transforms._tools.checkpoint import check_state
 from adam_transforms._transforms.adam import ScheduledDecayState
+from adam_transforms._transforms.compress_moments import decoded, encoded
 
 _MOST_LINES = 30
 
@@ -100,7 +101,8 @@ def transfer_state(
     """
     check_state(state, like=jax.eval_shape(old_tx.init, params))
     _refuse_pending(state)
-    new_state = new_tx.init(params)
+    made = new_tx.init(params)
+    state, new_state = decoded(state), decoded(made)
     old, new = _Leaves.of(params, state), _Leaves.of(params, new_state)
     carried = _carried_slots(old, new)
     carried |= _carried_scalars(old, new, carried)
@@ -125,7 +127,7 @@ def transfer_state(
         [path for path in new.places if path not in given],
         [path for path in old.places if path not in {*carried.values()}],
     )
-    return new_state, report
+    return encoded(new_state, made), report
 
 
 def _refuse_pending(state: State) -> None:

@@ -17,6 +17,7 @@ from adam_transforms._transforms.accumulation import (
     ACCUMULATE_STATES,
     VariableAccumulateState,
 )
+from adam_transforms._transforms.compress_moments import CompressMomentsState, decoded, encoded
 from adam_transforms._transforms.ema import ParamsEmaState
 from adam_transforms._transforms.loss_scaling import DynamicLossScaleState
 from adam_transforms.interop._slots import Contents, find, row_accumulator_message
@@ -100,6 +101,8 @@ def _is_step_counter(x: Any) -> bool:
 
 
 def _fill_adam(x: Any, contents: Contents, count: int) -> Any:
+    if isinstance(x, CompressMomentsState):
+        return encoded(_fill_adam(decoded(x), contents, count), x)
     slots = {
         slot: _fill_slot(getattr(x, slot), contents.slots, slot)
         for slot in state_layout.slot_names(x)

@@ -14,6 +14,7 @@ from adam_transforms._core.state_layout import Role
 from adam_transforms._core.types import Params, Path, State
 from adam_transforms._transforms.accumulation import ACCUMULATE_STATES
 from adam_transforms._transforms.adam import ScheduledDecayState
+from adam_transforms._transforms.compress_moments import decoded
 from adam_transforms._transforms.ema import ParamsEmaState
 from adam_transforms._transforms.loss_scaling import DynamicLossScaleState
 
@@ -136,7 +137,7 @@ def _checked_adam_states(state: State) -> list[Any]:
 
 
 def _slot_trees(state: State, ema: bool, acc: bool) -> Iterator[tuple[str, Any]]:
-    for found in _checked_adam_states(state):
+    for found in _checked_adam_states(decoded(state)):
         for slot in state_layout.slot_names(found):
             yield slot, getattr(found, slot)
     for found in trees.find_states(state, ParamsEmaState) if ema else ():
