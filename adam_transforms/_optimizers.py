@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -42,7 +43,7 @@ def adam(
     accumulate_every: int | None = None,
     loss_scale: float | jax.Array | Literal["dynamic"] | None = None,
     nu_dtype: Any = None,
-    state_bits: Any = 32,
+    state_bits: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with every option of the Keras constructor, in Keras's order.
 
@@ -77,7 +78,8 @@ def adam(
       accumulate_every: the number of gradients averaged for one update.
       loss_scale: a number, or "dynamic" for the defaults of `dynamic_loss_scale`; scale the loss
         with `scale_loss`.
-      state_bits: 32, or the `bits` of `compress_moments`, which then keeps the moments.
+      state_bits: the `bits` of `compress_moments`, which then keeps the moments: 8, 16, ...; None
+        and 32 for moments as `mu_dtype` and `nu_dtype` say. Not to be injected.
 
     Returns:
       A transformation; its state is that of the chain above.
@@ -129,7 +131,7 @@ def adamw(
     accumulate_every: int | None = None,
     loss_scale: float | jax.Array | Literal["dynamic"] | None = None,
     nu_dtype: Any = None,
-    state_bits: Any = 32,
+    state_bits: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`adam` with decoupled weight decay: 1e-4 by default, as in Optax (1e-2 in PyTorch).
 
@@ -174,7 +176,7 @@ def lazy_adam(
     accumulate_like: Any = None,
     loss_scale: float | jax.Array | Literal["dynamic"] | None = None,
     nu_dtype: Any = None,
-    state_bits: Any = 32,
+    state_bits: Any = None,
     tables: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`adam` that updates only the touched rows of a table with a row gradient.
@@ -301,11 +303,14 @@ def _moments(options: _Options) -> optax.GradientTransformationExtraArgs:
     else:
         arguments.choice("max_of", o.max_of, ("corrected", "raw"))
         tx = scale_by_adam(*shared, nesterov=o.nesterov, eps_hat=o.eps_hat, nu_dtype=o.nu_dtype)
-    if o.state_bits == 32 and not isinstance(o.state_bits, bool):
+    bits = o.state_bits
+    if bits is not None and not isinstance(bits, Mapping):
+        bits = arguments.static_number("state_bits", bits)
+    if bits is None or (not isinstance(bits, bool) and bits == 32):
         return tx
     if o.mu_dtype is not None or o.nu_dtype is not None:
         raise ValueError("state_bits and mu_dtype or nu_dtype exclude each other, got both")
-    return compress_moments(tx, o.state_bits)
+    return compress_moments(tx, bits)
 
 
 def _check_mask(mask: Any) -> None:

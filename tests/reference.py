@@ -35,7 +35,7 @@ class Adam:
     `eps_hat` puts epsilon beside the uncorrected root of the second moment. `max_of` makes it
     AMSGrad: the maximum is over "corrected" or "raw" second moments. Under scheduled betas the bias
     correction is one minus the product of the betas so far, and Nesterov's momentum is the next
-    step's (Dozat 2016).
+    step's (Dozat 2016). `nu_per_row` takes the mean of squares over the last axis, of two or more.
     """
 
     def __init__(
@@ -50,10 +50,12 @@ class Adam:
         max_of: str | None = None,
         bias_correction_mu: bool = True,
         bias_correction_nu: bool = True,
+        nu_per_row: bool = False,
     ):
         self.b1, self.b2, self.eps, self.eps_root = b1, b2, eps, eps_root
         self.eps_hat, self.nesterov, self.max_of = eps_hat, nesterov, max_of
         self.bias_correction_mu, self.bias_correction_nu = bias_correction_mu, bias_correction_nu
+        self.nu_per_row = nu_per_row
         self.count = 0
         self.b1_product = self.b2_product = 1.0
         self.mu: Tree = {}
@@ -72,6 +74,8 @@ class Adam:
         result = {}
         for name, g in as_float64(grads).items():
             squared = np.square(np.abs(g))
+            if self.nu_per_row and g.ndim > 1:
+                squared = squared.mean(axis=-1, keepdims=True)
             m = b1 * self.mu.get(name, np.zeros_like(g)) + (1 - b1) * g
             v = b2 * self.nu.get(name, np.zeros_like(squared)) + (1 - b2) * squared
             v = overflowing(v)

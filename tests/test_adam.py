@@ -39,6 +39,33 @@ def assert_follows(tx, adam, gradients=GRADIENTS, params=PARAMS, rtol=2e-6):
         assert_close(state.nu_max, adam.nu_max, rtol=rtol, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", [{}, {"nesterov": True, "b2": 0.9}])
+def test_one_second_moment_a_row_is_of_the_mean_of_squares(options):
+    tx = at.scale_by_adam(nu_per="row", **options)
+    assert_follows(tx, reference.Adam(nu_per_row=True, **options))
+    assert {k: x.shape for k, x in tx.init(PARAMS).nu.items()} == {"w": (4, 1), "b": (5,)}
+
+
+def test_one_second_moment_a_row_of_the_touched_rows_only():
+    table = {"t": jnp.zeros((6, 3))}
+    tx = at.lazy(at.scale_by_adam(nu_per="row"))
+    state, adam = tx.init(table), reference.Adam(nu_per_row=True)
+    for t in range(3):
+        rows = at.SparseRows(jnp.array([4, 1]), normal(t, 2, 3), 6)
+        u, state = tx.update({"t": rows}, state, table)
+        expected = adam.direction({"t": normal(t, 2, 3)})["t"]
+        assert_close(u["t"].to_dense()[jnp.array([4, 1])], expected)
+    assert np.flatnonzero(state.inner_state.nu["t"]).tolist() == [1, 4]
+
+
+def test_second_moments_of_another_shape_are_refused():
+    tx = at.scale_by_adam(nu_per="row")
+    with pytest.raises(ValueError, match=r"nu of 'w' has shape \[4, 3\], but \[4, 1\]"):
+        tx.update(GRADIENTS[0], at.scale_by_adam().init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match="nu_per must be one of 'element', 'row', got 'column'"):
+        at.scale_by_adam(nu_per="column")
+
+
 # Closed forms
 
 

@@ -28,6 +28,7 @@ ONE_DEVICE = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
 TRANSFORMATIONS = {
     "scale_by_adam": lambda: at.scale_by_adam(),
     "scale_by_adam nesterov": lambda: at.scale_by_adam(nesterov=True, eps_root=1e-6),
+    "scale_by_adam by row": lambda: at.scale_by_adam(nu_per="row"),
     "scale_by_adam eps_hat": lambda: at.scale_by_adam(eps_hat=True, mu_dtype=None),
     "scale_by_adam array": lambda: at.scale_by_adam(jnp.float32(0.9), jnp.float32(0.99)),
     "scale_by_adam scheduled": lambda: at.scale_by_adam(
@@ -107,6 +108,7 @@ REAL_ONLY = ("compress_moments",)
 VARIANTS = (
     "scale_by_adam nesterov",
     "scale_by_adam array",
+    "scale_by_adam by row",
     "scale_by_adam scheduled",
     "scale_by_amsgrad raw",
     "scale_by_amsgrad scheduled",

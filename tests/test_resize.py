@@ -100,6 +100,7 @@ DENSE = {
     "inject_hyperparams": lambda n: optax.inject_hyperparams(at.adam)(learning_rate=0.1),
     "masters": lambda n: master_weights(at.adam(0.1, ema=0.9)),
     "frozen": lambda n: freeze_rows(at.adam(0.1), {"table": [1, 2]}),
+    "compressed": lambda n: at.adam(0.1, state_bits=16),
     "scheduled": lambda n: at.scale_by_adam(b1=lambda count: 0.9, b2=0.99),
 }
 ROWS = {

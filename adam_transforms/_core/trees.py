@@ -330,6 +330,14 @@ def zero_rows(table: Any, number: int, dtype: Any, axes: int = 1) -> jax.Array:
     return _zeros_beside(table, shape, dtype, lambda spec: (None, *spec[axes:]))
 
 
+def zero_column(table: Any, dtype: Any) -> jax.Array:
+    """Zeros (..., 1) for an array (..., D), sharded like the other axes."""
+    axes = len(shape_of(table)) - 1
+    return _zeros_beside(
+        table, (*shape_of(table)[:axes], 1), dtype, lambda spec: (*spec[:axes], None)[: axes + 1]
+    )
+
+
 def _zeros_beside(
     table: Any, shape: tuple[int, ...], dtype: Any, spec_of: Callable[[Any], tuple[Any, ...]]
 ) -> jax.Array:

@@ -65,6 +65,7 @@ class Hyperparameters(NamedTuple):
     max_of: Literal["raw", "corrected"] | None = None
     bias_correction_mu: bool = True
     bias_correction_nu: bool = True
+    nu_per: Literal["element", "row"] = "element"
 
     def checked(self) -> Hyperparameters:
         """A copy whose values are checked; numbers become Python floats."""
@@ -76,6 +77,7 @@ class Hyperparameters(NamedTuple):
             mu_dtype=arguments.float_dtype("mu_dtype", self.mu_dtype),
             nu_dtype=arguments.float_dtype("nu_dtype", self.nu_dtype),
         )
+        arguments.choice("nu_per", hp.nu_per, ("element", "row"))
         for name in ("eps_hat", "nesterov", "bias_correction_mu", "bias_correction_nu"):
             arguments.flag(name, getattr(hp, name))
         if hp.eps_hat and hp.max_of == "corrected":
@@ -101,6 +103,7 @@ def scale_by_adam(
     nesterov: bool = False,
     eps_hat: bool = False,
     nu_dtype: Any = None,
+    nu_per: Literal["element", "row"] = "element",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales gradients by Adam's rule.
 
@@ -117,6 +120,10 @@ def scale_by_adam(
 
     With `nesterov`, :math:`\hat m_t = b_1 m_t / (1-b_1^{t+1}) + (1-b_1) g_t / (1-b_1^t)`.
 
+    With ``nu_per="row"`` the elements of a row, along the last axis of a parameter of two axes or
+    more, share one second moment (FBGEMM's partial row-wise Adam): :math:`|g_t|^2` is replaced by
+    its mean over the row.
+
     Args:
       b1, b2: decay rates in [0, 1). Python floats are the most accurate. The bias correction of a
         schedule ``count -> value`` is one minus the running product of its values
@@ -128,9 +135,11 @@ def scale_by_adam(
       eps_hat: epsilon as in the formula just before Section 2.1 of the paper.
       nu_dtype: dtype of nu; None for the parameter's real dtype, but at least float32, because a
         bfloat16 nu stops changing at b2 = 0.999.
+      nu_per: "element" or "row".
 
     Returns:
-      A transformation with `optax.ScaleByAdamState`: count int32 (), mu and nu like the parameters.
+      A transformation with `optax.ScaleByAdamState`: count int32 (), mu and nu like the parameters;
+      with ``nu_per="row"`` the last axis of nu has length 1.
       The dtype of an update is the promotion of the gradient's and the parameter's; the dtypes of
       the state do not change. Where a gradient is None, so is the update; the slots are unchanged.
 
@@ -151,7 +160,9 @@ def scale_by_adam(
     [1.0, -1.0]
     """
     return _moment_transformation(
-        Hyperparameters(b1, b2, eps, eps_root, mu_dtype, nu_dtype, eps_hat, nesterov=nesterov)
+        Hyperparameters(
+            b1, b2, eps, eps_root, mu_dtype, nu_dtype, eps_hat, nesterov=nesterov, nu_per=nu_per
+        )
     )
 
 
@@ -277,7 +288,10 @@ def init_state(hp: Hyperparameters, params: Params) -> State:
         return jnp.zeros_like(p, hp.mu_dtype or dtype)
 
     def zero_nu(p: Any) -> jax.Array:
-        return jnp.zeros_like(p, hp.nu_dtype or dtypes.nu_dtype(jnp.result_type(p)))
+        dtype = hp.nu_dtype or dtypes.nu_dtype(jnp.result_type(p))
+        if hp.nu_per == "row" and _has_rows(p.shape):
+            return trees.zero_column(p, dtype)
+        return jnp.zeros_like(p, dtype)
 
     count = jnp.zeros((), jnp.int32)
     mu, nu = jax.tree_util.tree_map_with_path(zero_mu, params), jax.tree.map(zero_nu, params)
@@ -340,6 +354,8 @@ def update_leaves(
     slots = {name: slot for name, slot in state._asdict().items() if name != "count"}
     # Only the dtype of a parameter matters. Without parameters it is taken from mu.
     params = slots["mu"] if params is None else params
+    if hp.nu_per == "row":
+        slots["nu"] = _filled_rows(slots["nu"], slots["mu"])
     updates, *new_slots = trees.map_leaves(
         functools.partial(update_leaf, hp, c),
         updates,
@@ -348,7 +364,29 @@ def update_leaves(
         names=(*(f"the state's {name}" for name in slots), "the parameters"),
         outputs=1 + len(slots),
     )
+    if hp.nu_per == "row":
+        new_slots[1] = jax.tree.map(lambda x: x[..., :1] if _has_rows(x.shape) else x, new_slots[1])
     return updates, type(state)(count, *new_slots)
+
+
+def _has_rows(shape: tuple[int, ...]) -> bool:
+    """Whether ``nu_per="row"`` applies."""
+    return len(shape) > 1 and shape[-1] > 0
+
+
+def _filled_rows(nu: Any, mu: Any) -> Any:
+    """Each row's second moment for all of its elements."""
+
+    def fill(keys: Any, mu: Any, nu: Any) -> jax.Array:
+        shape = (*mu.shape[:-1], 1) if _has_rows(mu.shape) else mu.shape
+        if nu.shape != shape:
+            raise ValueError(
+                f"the nu of {trees.path_str(keys)!r} has shape {list(nu.shape)}, but "
+                f'{list(shape)} is that of nu_per="row"'
+            )
+        return jnp.broadcast_to(nu, mu.shape)
+
+    return jax.tree_util.tree_map_with_path(fill, mu, nu)
 
 
 def update_leaf(
@@ -363,7 +401,11 @@ def update_leaf(
     g = g.astype(dtype)
     nu = dtypes.real(old_nu).astype(real)
     mu = numerics.moving_average(old_mu.astype(dtype), g, c.b1)
-    nu = numerics.average_of_squares(nu, g, c.b2)
+    if hp.nu_per == "row" and _has_rows(g.shape):
+        mean_square = jnp.mean(dtypes.abs_sq(g), axis=-1, keepdims=True)
+        nu = numerics.moving_average(nu, mean_square, c.b2)
+    else:
+        nu = numerics.average_of_squares(nu, g, c.b2)
     v = nu
     if old_nu_max:
         if c.nu_correction is not None:

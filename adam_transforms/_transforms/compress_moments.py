@@ -50,6 +50,8 @@ class CompressMomentsState(NamedTuple):
     nu_max_range: Params
 
 
+# Until the codes of imported moments lie in the ranges that they would have in training.
+_SETTLING_STEPS = 4
 _MOMENTS = (optax.ScaleByAdamState, optax.ScaleByAmsgradState)
 # States that contain others, and whose transformations neither hold back steps nor choose rows.
 _INSIDE = (ScheduledDecayState, MasterWeightsState, StaticLossScaleState, *INJECTED)
@@ -130,7 +132,9 @@ def compress_moments(
     """
     inner = arguments.transformation("inner", inner)
     mu_dtype, nu_dtype = _dtypes_of(bits)
-    seed = int(arguments.static_number("seed", seed))
+    seed = arguments.static_number("seed", seed)
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an integer, got {seed!r:.200}")
 
     def init(params: Params) -> State:
         state = inner.init(params)
@@ -170,7 +174,7 @@ def encoded(new: State, like: State, old: State = None, *, seed: int = 0) -> Sta
     Args:
       new: a state with Optax's states.
       like: a state that ``decoded`` makes a state like `new` of; its kinds of codes are used.
-      old: ``decoded(like)``; moments that are the same arrays in it keep their codes.
+      old: in a step, ``decoded(like)``: moments that are the same arrays in it keep their codes.
       seed: of the rounding.
     """
     nodes = jax.tree.leaves(like, is_leaf=lambda x: _is_coded(x) or _has_moments(x))
@@ -181,8 +185,8 @@ def encoded(new: State, like: State, old: State = None, *, seed: int = 0) -> Sta
     for i, node in enumerate(nodes):
         if _has_moments(node):
             was = next(before)
-            if _is_coded(was):
-                nodes[i] = _encoded(node, was, known, seed, number)
+            for _ in range(1 if old is not None else _SETTLING_STEPS) if _is_coded(was) else ():
+                was = nodes[i] = _encoded(node, was, known, seed, number)
             number += 2 * len(jax.tree.leaves(node.mu))
     return treedef.unflatten(nodes)
 
@@ -273,10 +277,10 @@ def _encoded(
         fields = {"moments": codes.both, "mu": codes.mu, "nu": codes.nu, "nu_range": codes.nu_range}
         if v_max:
             noise = Noise.of(seed, number + 2 * i + 1, was.count)
-            nu_max = moment_codes.encode_nu(leaf.nu_max, leaf.nu_max_range, *v_max, noise)
-            fields |= dict(zip(("nu_max", "nu_max_range"), nu_max, strict=True))
+            codes = moment_codes.encode_nu(leaf.nu_max, leaf.nu_max_range, v_max[0], noise)
+            fields |= {"nu_max": codes[0], "nu_max_range": codes[1]}
         leaves[i] = leaf._replace(**fields)
-    fields = trees.unzip(leaves, treedef, len(_Leaf._fields))
+    fields = trees.unzip([*leaves], treedef, len(_Leaf._fields))
     kept = [x if old is not None else None for x, old in zip(fields, was[1:], strict=True)]
     return CompressMomentsState(new.count, *kept)
 
@@ -287,11 +291,13 @@ def _encoded(
 def _dtypes_of(bits: Any) -> tuple[Any, Any]:
     """The dtypes of the codes of mu and nu."""
     by_slot = bits if isinstance(bits, Mapping) else {"mu": bits, "nu": bits}
-    is_int = all(isinstance(n, int | np.integer) for n in by_slot.values())
+    is_int = all(
+        isinstance(n, int | np.integer) and not isinstance(n, bool) for n in by_slot.values()
+    )
     if {*by_slot} != {"mu", "nu"} or not is_int or not {*by_slot.values()} <= {8, 16}:
         raise ValueError(
-            'bits must be 8, 16, or a dictionary with one of them for "mu" and for "nu", such as '
-            f'{{"mu": 8, "nu": 16}}, got {bits!r:.200}'
+            'the bits of moments must be 8, 16, or a dictionary with one of them for "mu" and for '
+            f'"nu", such as {{"mu": 8, "nu": 16}}, got {bits!r:.200}'
         )
     return (
         moment_codes.MU_8 if by_slot["mu"] == 8 else moment_codes.BITS_16,

@@ -311,7 +311,8 @@ def _next_range(nu: jax.Array, packed: jax.Array, bits: int) -> jax.Array:
 def _decode_mu(codes: jax.Array, v: jax.Array, bits: int) -> jax.Array:
     """The first moment of int32 codes; `v` is the stored second moment."""
     k, width = _float32(codes), _mu_width(bits)
-    return width * k * reciprocal(_mu_scale(bits) - jnp.abs(k)) * _root(v)
+    m = width * k * reciprocal(_mu_scale(bits) - jnp.abs(k)) * _root(v)
+    return jnp.where(v < jnp.inf, m, jnp.nan)
 
 
 def _encode_mu(m: jax.Array, v: jax.Array, uniform: jax.Array, bits: int) -> jax.Array:
@@ -327,7 +328,7 @@ def _encode_mu(m: jax.Array, v: jax.Array, uniform: jax.Array, bits: int) -> jax
 
 
 def _root(v: jax.Array) -> jax.Array:
-    """Roughly the root of a normal float32, by halving its logarithm; 2^-63.5 or less for zero."""
+    """Roughly the root of a normal float32, by halving its logarithm; about 2^-63.5 for zero."""
     bits = jax.lax.bitcast_convert_type(v, jnp.int32)
     bits = (bits >> 1) + (_BIAS << (_MANTISSA_BITS - 1))
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
