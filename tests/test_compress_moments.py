@@ -359,7 +359,7 @@ def test_states_of_other_bits_are_refused_with_both() -> None:
             compressed(new).update(params, compressed(old).init(params))
     with pytest.raises(ValueError, match="not as this configuration makes it"):
         compressed(8).update(params, at.scale_by_adam().init(params))
-    with pytest.raises(ValueError, match="'mu/w' is int8.* expected bfloat16"):
+    with pytest.raises(ValueError, match="'mu/w' is int8.* expected uint16"):
         at.check_state(
             compressed({"mu": 8, "nu": 16}).init(params), like=compressed(16).init(params)
         )

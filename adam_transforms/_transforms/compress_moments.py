@@ -34,9 +34,10 @@ class CompressMomentsState(NamedTuple):
     Attributes:
       count: int32 (), the number of steps.
       moments: like the parameters: uint16, mu and nu in one word; None unless both have 8 bits.
-      mu: like the parameters: int8, or bfloat16 at 16 bits; None with `moments`.
-      nu, nu_max: like the parameters: uint8, or bfloat16 at 16 bits; nu is None with `moments`,
-        nu_max for Adam.
+      mu: like the parameters: int8, or at 16 bits uint16, the bits of a bfloat16; None with
+        `moments`.
+      nu, nu_max: like the parameters: uint8, or uint16 as mu; nu is None with `moments`, nu_max for
+        Adam.
       nu_range, nu_max_range: int16 for each group of elements, in which their codes lie; None at
         16 bits.
     """

@@ -1,6 +1,6 @@
 r"""Codes of Adam's moments in 8 and 16 bits an element, with stochastic rounding.
 
-**16 bits.** A bfloat16, rounded stochastically.
+**16 bits.** The bits of a bfloat16, rounded stochastically.
 
 **8 bits, second moment.** The code is an integer k of at most K in size, with one code for zero and
 one for what is not finite. With the logarithm :math:`L(v)` of base 2, linear between powers of two,
@@ -49,7 +49,7 @@ import numpy as np
 
 from adam_transforms._xla.arithmetic import reciprocal, rounded
 
-BOTH_8, MU_8, NU_8, BITS_16 = jnp.uint16, jnp.int8, jnp.uint8, jnp.bfloat16
+BOTH_8, MU_8, NU_8, BITS_16 = jnp.uint16, jnp.int8, jnp.uint8, jnp.uint16
 
 _CENTER = -30  # of a group without codes: (1 - b2) g^2 of a gradient of 1e-3
 _CENTERS = (-126, 97)  # less _CENTER, they fit into a byte
@@ -123,9 +123,9 @@ class Codes(NamedTuple):
 
     Attributes:
       both: uint16, seven bits of mu and nine of nu; None if these have their own arrays.
-      mu: int8 or bfloat16.
-      nu: uint8 or bfloat16, of the shape of `mu` or one that broadcasts to it.
-      nu_range: int16 for each group, where the codes of nu lie; None for bfloat16.
+      mu: int8, or uint16 at 16 bits.
+      nu: uint8, or uint16 at 16 bits, of the shape of `mu` or one that broadcasts to it.
+      nu_range: int16 for each group, where the codes of nu lie; None at 16 bits.
     """
 
     both: Any
@@ -142,13 +142,13 @@ def decode(codes: Codes) -> tuple[jax.Array, jax.Array]:
         return _decode_mu((word << 25) >> 25, v, 7), v
     v = decode_nu(codes.nu, codes.nu_range)
     if codes.mu.dtype != MU_8:
-        return _float32(codes.mu), v
+        return _from_bfloat16(codes.mu), v
     return _decode_mu(codes.mu.astype(jnp.int32), v, 8), v
 
 
 def decode_nu(nu: jax.Array, nu_range: Any) -> jax.Array:
     """A second moment that is coded alone, in float32."""
-    return _levels(nu.astype(jnp.int32), nu_range, 8) if nu.dtype == NU_8 else _float32(nu)
+    return _levels(nu.astype(jnp.int32), nu_range, 8) if nu.dtype == NU_8 else _from_bfloat16(nu)
 
 
 def encode(old: Codes, m: jax.Array, v: jax.Array, noise: Noise) -> Codes:
@@ -185,13 +185,17 @@ def _float32(x: jax.Array) -> jax.Array:
 
 
 def _to_bfloat16(x: jax.Array, noise: jax.Array) -> jax.Array:
-    """`x` in bfloat16, rounded stochastically by the high 16 bits of `noise`. No finite number
+    """The bits of `x` in bfloat16, rounded stochastically by the high 16 bits of `noise`. No finite number
     becomes infinite, and no normal number zero."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     size = bits & np.uint32(0x7FFFFFFF)
     rounded = jnp.minimum(size + (noise >> np.uint32(16)), np.uint32(_LARGEST))
     bits = jnp.where(size < np.uint32(_INFINITY), (bits ^ size) | rounded, bits)
-    return jax.lax.bitcast_convert_type((bits >> np.uint32(16)).astype(jnp.uint16), BITS_16)
+    return (bits >> np.uint32(16)).astype(BITS_16)
+
+
+def _from_bfloat16(codes: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(codes.astype(jnp.uint32) << np.uint32(16), jnp.float32)
 
 
 # ---- 8 and 9 bits, second moment ----------------------------------------------------------------
