@@ -76,6 +76,7 @@ STATES: dict[str, tuple[Callable[[], Any], str]] = {
     "rates by path": (rates_by_path, "dense"),
     "skipping": (lambda: at.skip_nonfinite(at.adam(0.1)), "dense"),
     "lazy": (lambda: at.lazy_adam(0.1), "rows"),
+    "lazy, 8 bits": (lambda: at.lazy_adam(0.1, state_bits=8), "rows"),
     "lazy, accumulated": (lambda: at.accumulate(at.lazy_adam(0.1), 2, like=like()), "rows"),
     "deferred": (deferred, "deferred"),
     "deferred AMSGrad, decayed": (lambda: deferred(amsgrad=True, weight_decay=0.1), "deferred"),

@@ -313,6 +313,8 @@ def test_moments_are_transferred_and_exported_decoded(relaxed_promotion: None) -
     back, _ = at.transfer_state(coded, tx, plain, params)
     np.testing.assert_allclose(back[0].nu["w"], state[0].nu["w"], rtol=0.1)
     np.testing.assert_allclose(back[0].mu["w"], state[0].mu["w"], rtol=0.3)
+    _, dense = at.dense_equivalent(params, coded)
+    assert_bits_equal(dense.nu["w"], back[0].nu["w"])
     slots = at.interop.torch.state_to(coded, params, ["w"])["state"][0]
     np.testing.assert_array_equal(slots["exp_avg_sq"], back[0].nu["w"])
     exported = at.interop.torch.state_to(coded, params, ["w"])

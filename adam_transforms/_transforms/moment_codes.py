@@ -185,8 +185,8 @@ def _float32(x: jax.Array) -> jax.Array:
 
 
 def _to_bfloat16(x: jax.Array, noise: jax.Array) -> jax.Array:
-    """The bits of `x` in bfloat16, rounded stochastically by the high 16 bits of `noise`. No finite number
-    becomes infinite, and no normal number zero."""
+    """The bits of `x` in bfloat16, rounded stochastically by the high 16 bits of `noise`. No finite
+    number becomes infinite, and no normal number zero."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     size = bits & np.uint32(0x7FFFFFFF)
     rounded = jnp.minimum(size + (noise >> np.uint32(16)), np.uint32(_LARGEST))

@@ -23,6 +23,7 @@ from adam_transforms._embeddings.deferred.state import (
     with_leaves,
     with_slots,
 )
+from adam_transforms._transforms.compress_moments import CompressMomentsState, decoded
 from adam_transforms._xla.scheduling import gather_separately
 
 
@@ -141,14 +142,14 @@ def dense_equivalent(params: P, state: State) -> tuple[P, Any]:
 
     Args:
       params: the parameters that `state` belongs to.
-      state: an optimizer state with one `DeferredAdamState` in it.
+      state: an optimizer state with one `DeferredAdamState` or `CompressMomentsState` in it.
 
     Returns:
       (params, optax.ScaleByAdamState or optax.ScaleByAmsgradState), the state of `scale_by_adam` or
-      `scale_by_amsgrad` after the same gradients.
+      `scale_by_amsgrad` after the same gradients; of `compress_moments` the decoded moments.
 
     Raises:
-      ValueError: there is not exactly one `DeferredAdamState`.
+      ValueError: there is not exactly one of these states.
 
     >>> import jax.numpy as jnp
     >>> from adam_transforms import deferred_adam
@@ -159,9 +160,14 @@ def dense_equivalent(params: P, state: State) -> tuple[P, Any]:
     ('ScaleByAdamState', 0)
     """
     params, state = flush(params, state)
-    found = deferred_states(state)
+    found = trees.find_states(state, (DeferredAdamState, CompressMomentsState))
     if len(found) != 1:
-        raise ValueError(f"expected one DeferredAdamState in the state, found {len(found)}")
+        raise ValueError(
+            "expected one DeferredAdamState or CompressMomentsState in the state, "
+            f"found {len(found)}"
+        )
+    if isinstance(found[0], CompressMomentsState):
+        return params, decoded(found[0])
     count, *slots = found[0].count, *slot_trees(found[0])
     if len(slots) == 3:
         return params, optax.ScaleByAmsgradState(count, *slots)
