@@ -159,15 +159,13 @@ def dense_equivalent(params: P, state: State) -> tuple[P, Any]:
     >>> type(adam_state).__name__, int(adam_state.count)
     ('ScaleByAdamState', 0)
     """
+    coded = trees.find_states(state, CompressMomentsState)
+    if len(coded) == 1:
+        return params, decoded(coded[0])
     params, state = flush(params, state)
-    found = trees.find_states(state, (DeferredAdamState, CompressMomentsState))
+    found = deferred_states(state)
     if len(found) != 1:
-        raise ValueError(
-            "expected one DeferredAdamState or CompressMomentsState in the state, "
-            f"found {len(found)}"
-        )
-    if isinstance(found[0], CompressMomentsState):
-        return params, decoded(found[0])
+        raise ValueError(f"expected one DeferredAdamState in the state, found {len(found)}")
     count, *slots = found[0].count, *slot_trees(found[0])
     if len(slots) == 3:
         return params, optax.ScaleByAmsgradState(count, *slots)
