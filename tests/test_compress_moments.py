@@ -217,6 +217,18 @@ def test_a_step_makes_no_array_of_the_size_of_the_moments() -> None:
     assert memory is not None and memory.temp_size_in_bytes < 3 * 512 * 1024
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_lazy_step_makes_no_array_of_the_size_of_the_table(bits: int) -> None:
+    tx = at.lazy_adam(0.1, state_bits=bits)
+    table = jax.ShapeDtypeStruct((20_000, 32), jnp.float32)
+    rows = jax.eval_shape(lambda: at.SparseRows(jnp.arange(64), jnp.ones((64, 32)), 20_000))
+    lowered = jax.jit(tx.update, donate_argnums=1).lower(
+        rows, jax.eval_shape(tx.init, table), table
+    )
+    memory = lowered.compile().memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < 20_000 * 32
+
+
 @pytest.mark.parametrize(
     "inner",
     [

@@ -43,6 +43,15 @@ def test_every_value_is_returned_bit_for_bit(name, dtype, columns):
         np.testing.assert_array_equal(jnp.signbit(same.real), jnp.signbit(x.real))
 
 
+@pytest.mark.parametrize("dtype", ["uint16", "int8"])
+def test_codes_of_few_bits_are_returned_bit_for_bit(dtype):
+    limits = np.iinfo(dtype)
+    codes = np.arange(limits.min, limits.max + 1, dtype=dtype).reshape(-1, 64)
+    same = jax.jit(scheduling.materialize)(codes)
+    assert same.dtype == codes.dtype
+    np.testing.assert_array_equal(same, codes)
+
+
 @pytest.mark.parametrize("columns", [16, 32, 64, 128])
 def test_materialized_rows_are_computed_once(columns):
     def fn(table, rows):

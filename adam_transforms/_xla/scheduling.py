@@ -40,9 +40,10 @@ def materialize(x: jax.Array) -> jax.Array:
     columns nothing is gained or lost (`benchmarks/bench_sparse.py`).
     Noticed by: `test_scheduling.test_materialized_rows_are_computed_once`.
     """
+    # float32 holds integers of 16 bits exactly.
     if jnp.issubdtype(x.dtype, jnp.integer) and x.dtype.itemsize <= 2:
         return materialize(x.astype(jnp.float32)).astype(x.dtype)
-    # A complex division by 1 is not exact, and integers do not divide.
+    # A complex division by 1 is not exact, and that of integers makes no array.
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return x
     columns = x.shape[-1] if x.ndim else 1
