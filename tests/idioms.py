@@ -611,7 +611,8 @@ PARTS: dict[str, Any] = {
     "windows by ids": lambda t, ids: t[ids[..., None] + jnp.arange(-1, 2)],
     "dynamic_index_in_dim": lambda t, ids: lax.dynamic_index_in_dim(t, ids[0, 0]),
     "a static window": static(lambda t, ids: t[2:5] * (ids[0, 0] % 3)),
-    "static rows, strided": static(lambda t, ids: t[2:9:3] * (ids[0, 0] % 3)),
+    # Gathers on old versions of JAX: this, and "t[None, :n]".
+    "static rows, strided": Idiom(lambda t, ids: t[2:9:3] * (ids[0, 0] % 3), auto=None),
     "grid[y, x]": lambda grid, ids: grid[ids % 30, ids % 4],
     "grid[y, x]: corners": lambda grid, ids: sum(
         grid[ids % 29 + i, ids % 3 + j] * (i + 2 * j) for i in range(2) for j in range(2)
@@ -748,7 +749,6 @@ VIEWS: dict[str, Any] = {
     "t[..., None][ids]": lambda t, ids: t[..., None][ids],
     "expand_dims and squeeze": lambda t, ids: jnp.squeeze(jnp.expand_dims(t, 0), 0)[ids],
     "t[None, :n] beside rows": lambda t, ids: t[None, :3] + t[ids],
-    # A gather on old versions of JAX, whose index is an array of the program.
     "t[None, :n]": Idiom(lambda t, ids: t[None, :3] * (ids[..., None] % 3), auto=None),
     "t[:n]": static(lambda t, ids: t[:3] * (ids[..., None] % 3)),
     "t[arange(n)]": Idiom(lambda t, ids: t[jnp.arange(3)] * (ids[..., None] % 3), auto=None),
