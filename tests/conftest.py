@@ -32,7 +32,7 @@ def pytest_unconfigure() -> None:
 
 # The first tier runs so many cases of a test, spread evenly over them; all others are slow. Where
 # the spread starts depends on the test's name, so that tests over the same cases take others.
-CASES = 4
+CASES = 2
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -26,7 +26,8 @@ B1, B2 = 0.9, 0.999
 
 
 def compressed(bits: Any, **options: Any) -> Any:
-    return at.compress_moments(at.scale_by_adam(**options), bits)
+    tx = at.compress_moments(at.scale_by_adam(**options), bits)
+    return tx._replace(update=jax.jit(tx.update))  # compiled once, not operation by operation
 
 
 def state_of(mu: Any, nu: Any, bits: Any = 8, count: int = 0) -> Any:
@@ -37,7 +38,7 @@ def state_of(mu: Any, nu: Any, bits: Any = 8, count: int = 0) -> Any:
 
     tx = at.compress_moments(optax.GradientTransformation(at.scale_by_adam().init, update), bits)
     state = tx.init(mu)
-    return tx, state._replace(count=jnp.int32(count))
+    return tx._replace(update=jax.jit(tx.update)), state._replace(count=jnp.int32(count))
 
 
 # ---- the codes ----------------------------------------------------------------------------------
@@ -157,10 +158,13 @@ def test_moments_on_codes_stay_where_they_are(bits: Any) -> None:
         if before is not None:
             assert_bits_equal(after["a"], before["a"])
     settled = Codes(*(None if x is None else x["a"] for x in (*state[1:4], state.nu_range)))
+
+    @jax.jit
+    def code_again(codes: Codes, t: Any) -> Codes:
+        return moment_codes.encode(codes, *moment_codes.decode(codes), Noise.of(0, 0, t))
+
     for t in range(3):
-        again = moment_codes.encode(
-            settled, *moment_codes.decode(settled), Noise.of(0, 0, jnp.int32(t))
-        )
+        again = code_again(settled, jnp.int32(t))
         same = np.asarray(again.nu_range == settled.nu_range) if again.nu_range is not None else ...
         for old, new in zip(settled[:3], again[:3], strict=True):
             if old is not None:
@@ -169,13 +173,15 @@ def test_moments_on_codes_stay_where_they_are(bits: Any) -> None:
 
 @pytest.mark.parametrize("bits", [8, {"mu": 8, "nu": 16}], ids=str)
 def test_extreme_moments_stay_finite_and_not_zero(bits: Any) -> None:
-    v = jnp.array([[0.0, 1e-38, 1e-30, 1e-12, 1.0, 1e12, 1e30, 3e38] * 4])
+    v = jnp.array([[0.0, 2e-38, 1e-30, 1e-12, 1.0, 1e12, 1e30, 3.4e38] * 4])
     m = jnp.sqrt(v) * jnp.array([[5.0, -1000.0] * 16])
     tx, state = state_of(m, v, bits)
-    for _ in range(4):
+    for t in range(20):
         _, state = tx.update(m, state)
-    found = decoded(state)
-    np.testing.assert_array_equal(found.nu == 0, v == 0)
+        found = decoded(state)
+        np.testing.assert_array_equal(found.nu == 0, v == 0)
+        if t >= 4:  # the range of the codes has settled
+            np.testing.assert_allclose(found.nu, v, rtol=0.8)
     assert bool(jnp.all(jnp.isfinite(found.nu))) and bool(jnp.all(jnp.isfinite(found.mu)))
     ratio = np.asarray(found.mu / jnp.sqrt(jnp.where(v == 0, 1.0, found.nu)))
     assert np.abs(ratio).max() < 140

@@ -254,9 +254,10 @@ class _Grid(NamedTuple):
 
     def level(self, k: jax.Array) -> jax.Array:
         """v of the code k, float32."""
-        bits = rounded(self.distance(k) * 2.0**_FRACTION_BITS)
-        bits = self.bits_of_center + (bits << (_MANTISSA_BITS - _FRACTION_BITS))
-        bits = jnp.clip(bits, _SMALLEST, _LARGEST)
+        shift = _MANTISSA_BITS - _FRACTION_BITS
+        distance = rounded(self.distance(k) * 2.0**_FRACTION_BITS)
+        distance = jnp.minimum(distance, (_LARGEST - self.bits_of_center) >> shift)
+        bits = jnp.maximum(self.bits_of_center + (distance << shift), _SMALLEST)
         return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
