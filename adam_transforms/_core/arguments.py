@@ -182,13 +182,14 @@ def refuse_modules(args: Sequence[Any], is_differentiable: Callable[[Any], bool]
     if not packages:
         return
 
-    def package_of(x: Any) -> str | None:
-        modules = [f"{cls.__module__}." for cls in type(x).__mro__]
+    @functools.cache  # many nodes of a tree have the same class
+    def package_of(kind: type) -> str | None:
+        modules = [f"{cls.__module__}." for cls in kind.__mro__]
         found = (p for p in packages if any(m.startswith(f"{p}.") for m in modules))
         return next(found, None)
 
-    for module in jax.tree.leaves(args, is_leaf=lambda x: package_of(x) is not None):
-        package = package_of(module)
+    for module in jax.tree.leaves(args, is_leaf=lambda x: package_of(type(x)) is not None):
+        package = package_of(type(module))
         if package is None:
             continue
         why = None

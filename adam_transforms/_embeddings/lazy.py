@@ -218,9 +218,8 @@ class _RowUpdate(NamedTuple):
         self, gradients: _Leaves, params: _Leaves, state: _Leaves
     ) -> tuple[list[Any], list[Any]]:
         """The updates and the new state; in blocks where that pays."""
-        sizes = [(rows, rows.values.nbytes) for rows in self.rows.values()]
-        known = {rows: size for rows, size in sizes if isinstance(size, int)}
-        are_many = sum(known.values()) >= LAZY_BYTES
+        known = [rows for rows in self.rows.values() if isinstance(rows.values.nbytes, int)]
+        are_many = sum(rows.values.nbytes for rows in known) >= LAZY_BYTES
         lengths = [n for rows in known if (n := block_length(rows)) is not None] if are_many else []
         by_row = self.row_function(gradients, params, state) if lengths else None
         if by_row is None:

@@ -46,7 +46,7 @@ def are_differentiable(args: Sequence[Any], positions: Sequence[int]) -> bool:
     """Whether the arguments exist and hold nothing but floating and complex arrays.
 
     Raises:
-      TypeError: an argument holds a module of another library that is no tree of such arrays.
+      TypeError: an argument holds a module that cannot be differentiated as a tree.
     """
     given = [args[i] for i in positions if -len(args) <= i < len(args)]
     arguments.refuse_modules(given, _is_differentiable)

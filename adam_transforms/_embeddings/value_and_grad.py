@@ -143,8 +143,7 @@ def value_and_grad(
         differentiated = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
         (value, (aux, indices)), (dense, taps) = differentiated(dense, taps)
         rest = iter(dense)
-        values = {i: leaf.value for i, leaf in enumerate(leaves) if i in chosen}
-        rows = _assemble(values, choice, indices, taps, set(deferred))
+        rows = _assemble(tables, choice, indices, taps)
         grads = treedef.unflatten(
             [rows[i] if i in rows else next(rest) for i in range(len(leaves))]
         )
@@ -206,24 +205,16 @@ def positions_of(argnums: Any) -> tuple[int, ...]:
 
 
 def _assemble(
-    tables: dict[int, Any],
-    choice: Choice,
-    indices: Sequence[Any],
-    taps: Sequence[Any],
-    synchronized: set[int],
+    tables: dict[int, Table], choice: Choice, indices: Sequence[Any], taps: Sequence[Any]
 ) -> dict[int, SparseRows]:
-    """The row gradient of each table.
-
-    Args:
-      indices, taps: of all reads, the indices and the gradients of the taps.
-      synchronized: the tables whose rows were read with all pending updates applied.
-    """
+    """The row gradient of each table, from the indices of all reads and the gradients of the
+    taps."""
     rows = []
     for i, table in tables.items():
-        wide = dtypes.compute_dtype(jnp.result_type(table))
+        wide = dtypes.compute_dtype(jnp.result_type(table.array))
         row_shape = choice.row_shapes[i]
-        width = jnp.shape(table)[len(row_shape) :]
-        columns = jax.typeof(table).sharding.spec[len(row_shape) :]
+        width = jnp.shape(table.array)[len(row_shape) :]
+        columns = jax.typeof(table.array).sharding.spec[len(row_shape) :]
         of_table = [k for k, read in enumerate(choice.program.reads) if read.table == i]
         reads: list[Read] = [choice.program.reads[k] for k in of_table]
         found = [replicated(indices[k]) for k in of_table]
@@ -234,10 +225,10 @@ def _assemble(
                 jnp.concatenate(values or [jnp.zeros((0, *width), wide)]),
                 num_rows=math.prod(row_shape),
                 leading_shape=row_shape,
-                synchronized=i in synchronized,
+                synchronized=table.read_now is not None,
             )
         )
     return {
-        i: x.with_values(x.values.astype(jnp.result_type(tables[i])))
+        i: x.with_values(x.values.astype(jnp.result_type(tables[i].array)))
         for i, x in zip(tables, sum_duplicates_of_each(rows), strict=True)
     }

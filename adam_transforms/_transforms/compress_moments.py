@@ -180,7 +180,7 @@ def encoded(new: State, like: State, old: State = None, *, seed: int = 0) -> Sta
 
     Args:
       new: a state with Optax's states.
-      like: a state that ``decoded`` makes a state like `new` of; its kinds of codes are used.
+      like: a state whose decoded form has the structure of `new`; it says which codes to use.
       old: in a step, ``decoded(like)``: moments that are the same arrays in it keep their codes.
       seed: of the rounding.
     """

@@ -58,7 +58,7 @@ _LOG_WIDTHS = (1, 6)
 _REACH = 160.0
 _LEAST_GROUP = 16
 _SAMPLE = 64
-# Levels are multiples of 2^-13 binades, so that the last bit of a product decides no level.
+# Levels are multiples of 2^-13 binades: a product with another last bit gives the same level.
 _FRACTION_BITS = 13
 
 _LARGEST_RATIO = 128.0
@@ -292,7 +292,8 @@ def _next_range(nu: jax.Array, packed: jax.Array, bits: int) -> jax.Array:
     nu = nu.reshape(*packed.shape, math.prod(nu.shape[packed.ndim :]))
     nu = nu[..., :: max(1, nu.shape[-1] // _SAMPLE)].astype(jnp.int32)
     k = jnp.where(nu == 0, 0, nu - 2 ** (bits - 1))
-    # Two sums in one: of fewer than 2 * _SAMPLE codes below 2^8 in size, and their number.
+    # One sum contains the total of the codes and their number. The codes are fewer than
+    # 2 * _SAMPLE, and each is below 2^8 in size.
     sums = jnp.sum(jnp.where(nu == 0, 0, k + (1 << 16)), -1, dtype=jnp.int32)
     number = _float32((sums + (1 << 15)) >> 16)
     total = _float32(sums) - number * 2.0**16
@@ -326,8 +327,8 @@ def _encode_mu(m: jax.Array, v: jax.Array, uniform: jax.Array, bits: int) -> jax
     y = scale * size * reciprocal(_mu_width(bits) * _root(v) + size)
     k = jnp.minimum(jnp.floor(y), 2.0 ** (bits - 1) - 2.0)
     rest = y - k
-    # Of a value between the levels of k and k + 1, the distance from k relative to theirs is
-    # rest * (scale - k - 1) / (scale - y).
+    # A value between the levels of k and k + 1 lies at rest * (scale - k - 1) / (scale - y) of the
+    # way from the first to the second.
     k = jnp.where(uniform * (scale - y) < rest * (scale - k - 1.0), k + 1.0, k)
     return rounded(jnp.where((v > 0) & (size > 0), jnp.where(m < 0, -k, k), 0.0))
 

@@ -52,8 +52,8 @@ def by_hashing(indices: jax.Array) -> list[jax.Array]:
             indices, jnp.minimum(winner, n - 1), axis=1, mode="promise_in_bounds"
         )
         settled = is_open & (of_winner == indices) & (winner < n)
-        # An array for each table: XLA would fuse a slice of one array into what uses it, and
-        # compile the same kernel once for each table.
+        # One array for each table. XLA would fuse a slice of a common array into each kernel that
+        # uses it: the kernels of equal tables would differ, and each would be compiled.
         first = [*jnp.where(settled, winner, jnp.stack(first))]
         return attempt + jnp.uint32(1), is_open & ~settled, first
 
@@ -78,8 +78,8 @@ def _look_up(indices: jax.Array, empty: jax.Array) -> list[jax.Array]:
 
 
 def _winners(bucket: jax.Array, empty: jax.Array) -> jax.Array:
-    """For each of (T, n) buckets the smallest position of its table that has it; n for a bucket out
-    of range.
+    """For each of (T, n) buckets the smallest position in its table with that bucket; n for a
+    bucket out of range.
 
     Args:
       empty: (T, buckets), all n.
@@ -96,7 +96,7 @@ _look_up_or_sort = unchecked(on_cpu(lambda indices, empty: by_sorting(indices))(
 
 
 def first_positions(indices: jax.Array, num_rows: Sequence[int]) -> list[jax.Array]:
-    """For n indices of each of T tables the positions of the first that equals each.
+    """For each index the position of the first equal index of its table.
 
     Args:
       indices: int32 (T, n), those of a table with V rows in [0, V].

@@ -407,14 +407,14 @@ def _refuse_stale(path: Path, g: Any) -> None:
         )
 
 
+# The rows that a step of the round robin has room for are a multiple of this: tables of different
+# sizes then share a program.
+_TURN = 16
+
+
 def add_round_robin_rows(rows: SparseRows, count: jax.Array, max_idle: int) -> SparseRows:
     """The rows, unique, and with zeros the rows that this step of the round robin synchronizes."""
     period, length = round_robin_schedule(rows.num_rows, max_idle)
     start = (count % period) * length
     room = -(-length // _TURN) * _TURN
     return sum_with_run(rows, start, start + length, room, DEFERRED_BYTES)
-
-
-# The rows that a step of the round robin has room for are a multiple of this: tables of different
-# sizes then share a program.
-_TURN = 16
