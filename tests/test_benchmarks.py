@@ -34,6 +34,10 @@ RUNS = {
         ["step", "flat", "tables", "tower"],
     ),
     "bench_deferred.py": (["--rows", "10000", "--only", "step"], ["step"]),
+    "bench_gpu.py": (
+        ["--sizes", "1000,4,64", "--parameters", "65536"],
+        ["rows", "gated", "dense", "states"],
+    ),
 }
 COMMON = ["--rounds", "--output", "--compare", "--tolerance"]
 
@@ -65,7 +69,7 @@ def test_benchmark_runs(script: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     results = json.loads(output.read_text())
     assert list(results) == ["environment", *sections]
-    assert all(row["ms"] > 0 for row in results["step"])
+    assert all(row["ms"] > 0 for row in results[sections[0]])
     assert all(section in done.stdout for section in sections)
 
 
@@ -146,14 +150,18 @@ def test_comparing_with_no_results_fails_before_anything_is_timed(
 
 
 @pytest.mark.slow
-def test_the_native_kernel_takes_the_steps_of_lazy_adam(module: Any) -> None:
-    native = module("native_lazy")
-    try:
-        native.compile_and_register()
-    except ImportError as error:
-        pytest.skip(f"{error.name} is not installed")
-    rows, columns, ids = 300, 17, 5000
-    step = jax.jit(native.update, static_argnames="learning_rate")
+@pytest.mark.parametrize(("name", "columns", "ids"), [("native", 17, 5000), ("pallas", 16, 800)])
+def test_one_kernel_takes_the_steps_of_lazy_adam(
+    module: Any, name: str, columns: int, ids: int
+) -> None:
+    kernel = module(f"{name}_lazy")
+    if name == "native":
+        try:
+            kernel.compile_and_register()
+        except ImportError as error:
+            pytest.skip(f"{error.name} is not installed")
+    rows = 300
+    step = jax.jit(kernel.update, static_argnames="learning_rate")
     generator = np.random.default_rng(0)
     tx, params = at.lazy_adam(1e-2), {"table": jnp.ones((rows, columns))}
     state = tx.init(params)

@@ -58,6 +58,14 @@ def test_accelerators_get_sorting_and_no_trick_for_cpus(name: str, platform: str
 
 
 @pytest.mark.parametrize("name", STEPS)
+def test_a_gpu_looks_up_the_ids_of_a_table_with_few_rows(name: str) -> None:
+    program = exported(STEPS[name](), "cuda")
+    assert loops(program) == 0
+    assert "stablehlo.sort" not in program
+    assert exported(STEPS[name](), "tpu").count("stablehlo.sort") == 1
+
+
+@pytest.mark.parametrize("name", STEPS)
 def test_a_cpu_gets_hashing_and_its_tricks(name: str) -> None:
     program = exported(STEPS[name](), "cpu", rows=SORTED)
     assert "stablehlo.sort" not in program
@@ -77,6 +85,21 @@ def test_a_dense_step_is_the_same_program_everywhere(platform: str) -> None:
     assert program == form("cpu")
     assert loops(program) == bit_tricks(program) == 0
     assert program.count("stablehlo.case") == 1  # the norm of gradients whose squares overflow
+
+
+@pytest.mark.parametrize(
+    ("tx", "dense", "on_gpu"),
+    [
+        (at.skip_nonfinite(at.adam(0.1)), True, 0),
+        (at.dynamic_loss_scale(at.adam(0.1)), True, 0),
+        (at.skip_nonfinite(at.lazy_adam(0.1)), False, 1),  # a select would copy the table
+        (at.accumulate(at.adam(0.1), 4), True, 1),  # mostly held
+    ],
+)
+@pytest.mark.every_case
+def test_a_gpu_waits_for_no_condition_that_mostly_holds(tx: Any, dense: bool, on_gpu: int) -> None:
+    assert loops(exported(tx, "cuda", dense=dense)) == on_gpu
+    assert loops(exported(tx, "tpu", dense=dense)) == 1
 
 
 EXPORTED: dict[str, Any] = {

@@ -22,6 +22,8 @@ def update_if(
     update: Callable[[Updates, State], tuple[Updates, State]],
     gradients: Updates,
     state: State,
+    *,
+    mostly: bool = False,
 ) -> tuple[Updates, State]:
     """``update(gradients, state)`` if `condition` holds, else ``(gradients, state)``.
 
@@ -31,6 +33,7 @@ def update_if(
         a gradient is None the update may be an array, as that of a deferred table.
       gradients: a tree of arrays, row gradients and None.
       state: a tree of arrays; their dtypes do not change.
+      mostly: whether the condition mostly holds.
 
     Returns:
       (carried, state). ``carried`` contains the updates or the gradients, in the promotion of their
@@ -79,7 +82,8 @@ def update_if(
         jax.tree.map(jnp.zeros_like, u) if g is None else jax.tree.map(to_carried, to_parts(g), u)
         for g, u in zip(leaves, jax.eval_shape(to_parts, output_leaves), strict=True)
     ]
-    carried, state = run_if(condition, step, (carried, state))
+    has_rows = any(map(is_rows, output_leaves))
+    carried, state = run_if(condition, step, (carried, state), mostly=mostly and not has_rows)
     return treedef.unflatten(from_parts(output_leaves, carried)), state
 
 

@@ -324,7 +324,7 @@ def _step_if(
     params: Params | None,
 ) -> tuple[Updates, State]:
     """``step(gradients, state)``, or zero updates and the state as it is."""
-    carried, state = conditional_update.update_if(accept, step, gradients, state)
+    carried, state = conditional_update.update_if(accept, step, gradients, state, mostly=True)
     return conditional_update.select(accept, carried, gradients, params), state
 
 

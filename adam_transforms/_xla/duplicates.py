@@ -12,6 +12,9 @@ from adam_transforms._xla.unchecked import unchecked
 
 # Buckets to an index in the hash table: few collisions, and little memory.
 _BUCKETS_PER_INDEX = 8
+# Rows to an index up to which a GPU has a bucket for each row: filling these takes less time than
+# sorting, and they are no larger than the rows of a table of 128 columns.
+_GPU_ROWS_PER_INDEX = 128
 # 2^32 over the golden ratio: multiplying by it spreads consecutive indices (Knuth, TAOCP 3, 6.4).
 _MULTIPLIER = 2654435769
 
@@ -91,8 +94,14 @@ def _winners(bucket: jax.Array, empty: jax.Array) -> jax.Array:
     return owner.at[place].get(mode="fill", fill_value=n).reshape(bucket.shape)
 
 
+def _find_by(*, cpu: Any, gpu: Any) -> Any:
+    """`cpu` or `gpu`, functions of indices and empty buckets; sorting on all other platforms."""
+    return unchecked(on_cpu(lambda indices, empty: by_sorting(indices), gpu=gpu)(cpu))
+
+
 _hash_or_sort = unchecked(on_cpu(by_sorting)(by_hashing))
-_look_up_or_sort = unchecked(on_cpu(lambda indices, empty: by_sorting(indices))(_look_up))
+_hash_look_up_or_sort = _find_by(cpu=lambda indices, empty: by_hashing(indices), gpu=_look_up)
+_look_up_or_sort = _find_by(cpu=_look_up, gpu=_look_up)
 
 
 def first_positions(indices: jax.Array, num_rows: Sequence[int]) -> list[jax.Array]:
@@ -107,14 +116,18 @@ def first_positions(indices: jax.Array, num_rows: Sequence[int]) -> list[jax.Arr
 
     Buys: on a CPU hashing takes a tenth of the time of sorting; a lazy step that sorts takes 1.3 to
     2 times as long (`benchmarks/bench_sparse.py`). On a GPU a data-dependent while_loop
-    synchronizes with the host at every iteration, so other platforms sort. All tables have one loop
-    or sort, which compiles once: a step of 26 tables of different sizes compiles in 0.85 of the
-    time. Each table has buckets of its own, which stay in the cache.
+    synchronizes with the host at every iteration, so other platforms sort. Of 8,192 ids a GPU sorts
+    for 40 of the 70 microseconds of a step (`benchmarks/bench_gpu.py`): where the table has few
+    rows to an id, it looks the rows up instead. All tables have one loop or sort, which compiles
+    once: a step of 26 tables of different sizes compiles in 0.85 of the time. Each table has
+    buckets of its own, which stay in the cache.
     Noticed by: `test_platforms`, and `test_budgets`' lines of StableHLO.
     """
     tables, n = indices.shape
     if not isinstance(n, int):  # symbolic, under `jax.export`: no hash table has a power of 2 slots
         return by_sorting(indices)
-    if tables == 1 and num_rows[0] < _num_buckets(n):  # a bucket for each row: nothing collides
-        return _look_up_or_sort(indices, jnp.full((1, num_rows[0] + 1), n, jnp.int32))
+    if max(num_rows) < _GPU_ROWS_PER_INDEX * n:  # a bucket for each row: nothing collides
+        fits_cpu = tables == 1 and num_rows[0] < _num_buckets(n)
+        find = _look_up_or_sort if fits_cpu else _hash_look_up_or_sort
+        return find(indices, jnp.full((tables, max(num_rows) + 1), n, jnp.int32))
     return _hash_or_sort(indices)
