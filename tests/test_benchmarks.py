@@ -173,4 +173,4 @@ def test_one_kernel_takes_the_steps_of_lazy_adam(
         params = optax.apply_updates(params, updates)
         tables = step(tables, jnp.int32(count), indices, gradient.values, learning_rate=1e-2)
     adam = state.inner_state[0]
-    assert_close(tables, [params["table"], adam.mu["table"], adam.nu["table"]])
+    assert_close([*tables], [params["table"], adam.mu["table"], adam.nu["table"]])
