@@ -3,9 +3,9 @@
     python benchmarks/bench_sparse.py [--only SECTION ...] [--sizes V,D,N ...] [--rounds N]
 
 Sections: `step` is the optimizer's step alone, from raw duplicated ids and the cotangents of the
-rows read to new parameters; `flat` is the same at V = 10^4 and 10^7, beside a bare gather and
-scatter of the same rows; `tables` is the step of 26 tables, and what it takes to compile it;
-`tower` is the whole training step of a two-tower model, forward and backward passes included.
+rows read to new parameters; `growth` is the same for tables of 10^3 to 10^7 rows, from which
+figure.py draws the README's figure; `tables` is the step of 26 tables, and what it takes to compile
+it; `tower` is the whole training step of a two-tower model, forward and backward passes included.
 Contenders that are not installed are left out by name; the native one needs a C++ compiler.
 """
 
@@ -45,6 +45,7 @@ SIZES = [
     Size(10**7, 32, 8192),
     Size(10**6, 128, 65536),
 ]
+GROWTH_ROWS, GROWTH_COLUMNS, GROWTH_TOUCHED = [10**n for n in range(3, 8)], 32, 8192
 # The tables of a recommender: as many as Criteo's clicks have, of 10^4 to 10^6 rows.
 TABLE_ROWS = [round(rows) for rows in np.geomspace(10**4, 10**6, 26)]
 TABLE_COLUMNS, TABLE_TOUCHED, COMPILATIONS = (16, 64), 4096, 3
@@ -242,23 +243,28 @@ def bench_step(size: Size, distribution: str, rounds: int) -> list[dict[str, Any
     ]
 
 
-def bench_flat(sizes: Sequence[Size], rounds: int) -> list[dict[str, Any]]:
-    cases = []
-    for size in sizes:
-        batches = step_batches(size, "uniform")
-        cases += [
-            jax_step("lazy_adam", at.lazy_adam(1e-3), size, batches),
-            bare_rows(size, batches),
-        ]
+def bench_growth(size: Size, rounds: int) -> list[dict[str, Any]]:
+    """One of the tables that grow while the ids of a step stay as many."""
+    batches = step_batches(size, "uniform")
+    deferred = at.deferred_adam(1e-3, tables="table")
+
+    def contenders() -> Iterator[Callable[[], harness.Case]]:
+        yield lambda: jax_step("lazy_adam", at.lazy_adam(1e-3), size, batches)
+        yield lambda: jax_step("deferred_adam", deferred, size, batches)
+        yield lambda: torch_step(size, batches)
+        yield lambda: bare_rows(size, batches)
+        yield lambda: jax_step(DENSE, optax.adam(1e-3), size, batches, dense=True)
+
+    cases = installed(contenders())
     harness.interleave(cases, rounds=rounds, cycle=BATCHES, warm_up=1, alike=True)
     return [
         {
+            "rows": size.rows,
             "name": case.name,
-            "rows": sizes[i // 2].rows,
             "ms": case.median_ms(),
-            "ratio": case.median_ms() / cases[i % 2].median_ms(),
+            "ratio": case.median_ms() / cases[0].median_ms(),
         }
-        for i, case in enumerate(cases)
+        for case in cases
     ]
 
 
@@ -446,14 +452,18 @@ def size_of(text: str) -> Size:
 
 
 def main() -> None:
-    sections = ("step", "flat", "tables", "tower")
+    sections = ("step", "growth", "tables", "tower")
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=sections, default=sections)
     parser.add_argument(
         "--sizes", type=size_of, nargs="+", default=SIZES, metavar="V,D,N", help="of `step`"
     )
     parser.add_argument(
-        "--rows", type=int, nargs="+", default=[10**4, 10**7], help="of `flat` (default 10^4 10^7)"
+        "--rows",
+        type=int,
+        nargs="+",
+        default=GROWTH_ROWS,
+        help="of `growth` (default 10^3 to 10^7)",
     )
     parser.add_argument(
         "--table-rows", type=int, nargs="+", default=TABLE_ROWS, help="of each of `tables`"
@@ -473,10 +483,14 @@ def main() -> None:
             for row in bench_step(size, distribution, arguments.rounds)
         ]
         harness.print_table("step: the optimizer alone", results["step"])
-    if "flat" in arguments.only:
-        sizes = [Size(rows, 32, 8192) for rows in arguments.rows]
-        results["flat"] = bench_flat(sizes, arguments.rounds)
-        harness.print_table("flat: 8,192 uniform ids, tables 32 wide", results["flat"])
+    if "growth" in arguments.only:
+        results["growth"] = [
+            row
+            for rows in arguments.rows
+            for row in bench_growth(Size(rows, GROWTH_COLUMNS, GROWTH_TOUCHED), arguments.rounds)
+        ]
+        title = f"growth: {GROWTH_TOUCHED:,} uniform ids, tables {GROWTH_COLUMNS} wide"
+        harness.print_table(title, results["growth"])
     if "tables" in arguments.only:
         results["tables"] = [
             row

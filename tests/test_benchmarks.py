@@ -31,7 +31,7 @@ RUNS = {
             *("--sizes", "1000,4,64", "--rows", "1000", "2000", "--table-rows", "1000", "2000"),
             *("--tower-rows", "1000"),
         ],
-        ["step", "flat", "tables", "tower"],
+        ["step", "growth", "tables", "tower"],
     ),
     "bench_deferred.py": (["--rows", "10000", "--only", "step"], ["step"]),
     "bench_gpu.py": (
