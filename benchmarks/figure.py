@@ -22,6 +22,8 @@ LINES = {
     "lazy_adam": ("lazy_adam", "#1b7837"),
 }
 
+LABEL_POINTS = 28  # between two labels
+
 
 def draw(results: dict[str, Any]) -> Figure:
     """Both axes are logarithmic; each line has its name at its right end."""
@@ -31,18 +33,9 @@ def draw(results: dict[str, Any]) -> Figure:
             times[row["name"]].append((row["rows"], row["ms"]))
     figure = Figure(figsize=(8, 3.6), layout="constrained", facecolor="white")
     axes = figure.subplots()
-    for name, (label, color) in LINES.items():
-        if not times[name]:
-            continue
-        axes.plot(*zip(*times[name], strict=True), "o-", color=color, linewidth=2)
-        axes.annotate(
-            f"{label}\n{times[name][-1][1]:.3g} ms",
-            times[name][-1],
-            xytext=(10, 0),
-            textcoords="offset points",
-            color=color,
-            verticalalignment="center",
-        )
+    for name, points in times.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", color=LINES[name][1], linewidth=2)
     axes.set(xscale="log", yscale="log", xlabel="rows of the table", ylabel="ms a step")
     axes.set_title("One Adam step on a table, 8,192 ids of 32 columns", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
@@ -51,6 +44,21 @@ def draw(results: dict[str, Any]) -> Figure:
     figure.supxlabel(
         f"{cores} CPU cores" if device == "cpu" else device, x=0.99, ha="right", fontsize=8
     )
+    figure.draw_without_rendering()  # gives the axes their place
+    lowest = 0.0
+    for name in sorted([x for x in times if times[x]], key=lambda x: times[x][-1][1]):
+        rows, ms = times[name][-1]
+        label, color = LINES[name]
+        height = axes.transData.transform((rows, ms))[1] * 72 / figure.dpi  # points
+        lowest = max(lowest + LABEL_POINTS, height)
+        axes.annotate(
+            f"{label}\n{ms:,.0f} ms" if ms >= 100 else f"{label}\n{ms:.2g} ms",
+            (rows, ms),
+            xytext=(10, lowest - height),
+            textcoords="offset points",
+            color=color,
+            verticalalignment="center",
+        )
     return figure
 
 

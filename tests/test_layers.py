@@ -215,13 +215,20 @@ def test_every_public_state_class_is_exported() -> None:
     assert ours - {"IdleRows"} == {name for name in adam_transforms.__all__ if name[-5:] == "State"}
 
 
-def test_the_readme_names_modules_that_exist() -> None:
-    readme = (PACKAGE.parent / "README.md").read_text()
-    architecture = readme[readme.index("## Architecture") :]
-    paths = re.findall(r"`((?:_\w+|interop|compat)/[\w/]+\.py)`", architecture)
-    assert paths
+def test_the_documents_name_modules_that_exist() -> None:
+    root = PACKAGE.parent
+    where = (root / ".github" / "CONTRIBUTING.md").read_text()
+    where = where[where.index("## Where is") : where.index("## Rules")]
+    paths = re.findall(r"`((?:_\w+|interop|compat)/[\w/]+\.py)`", where)
+    assert len(paths) > 10
     for path in paths:
         assert (PACKAGE / path).exists(), path
+    readme = (root / "README.md").read_text()
+    picture = re.findall("(?:^    .*\n)+", readme[readme.index("## Architecture") :], re.MULTILINE)[
+        0
+    ]
+    for folder in [path for path in PACKAGE.iterdir() if path.is_dir() and path.name[1:2] != "_"]:
+        assert f"{folder.name}/" in picture, folder.name
 
 
 def test_optional_packages_are_imported_when_first_used() -> None:
