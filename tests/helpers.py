@@ -1,5 +1,6 @@
 """What several test files need."""
 
+import functools
 import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -45,6 +46,11 @@ def assert_bits_equal(actual: Any, expected: Any) -> None:
 def _bits(x: Any) -> np.ndarray:
     is_key = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     return np.asarray(jax.random.key_data(x) if is_key else x)
+
+
+# `jax.jit` as it is outside of the tests: conftest.py turns LLVM's optimizations off.
+OPTIMIZED = {"xla_backend_optimization_level": 3}
+optimized_jit = functools.partial(jax.jit, compiler_options=OPTIMIZED)
 
 
 def as_numpy(x: Any) -> np.ndarray:

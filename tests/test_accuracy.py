@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from helpers import in_tiers
+from helpers import in_tiers, optimized_jit
 
 import adam_transforms as at
 
@@ -44,7 +44,7 @@ def float32_trajectory(tx, start, grads):
         params = optax.apply_updates(params, updates)
         return (params, state), params
 
-    @jax.jit
+    @optimized_jit
     def run(params, grads):
         return jax.lax.scan(step, (params, tx.init(params)), grads)[1]
 

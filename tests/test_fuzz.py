@@ -26,7 +26,7 @@ import programs
 import pytest
 import reference
 from bounds import Bounded, rounded
-from helpers import as_numpy
+from helpers import OPTIMIZED, as_numpy
 from program_model import SLOTS, Model, Outcome
 from programs import Leaf, Number, Program
 
@@ -98,7 +98,7 @@ class Compiled:
 
         self.eager = update
         jit = functools.partial(
-            jax.jit, compiler_options=None if program.optimized else quick_compilation()
+            jax.jit, compiler_options=OPTIMIZED if program.optimized else quick_compilation()
         )
         self.step = jit(step, donate_argnums=(2, 3) if program.donated else ())
         self.scan, self.flush, self.catch_up = map(jit, (scan, flush, catch_up))
@@ -108,7 +108,7 @@ class Compiled:
 @functools.cache
 def quick_compilation() -> dict[str, Any] | None:
     """Options with which a step of a few small arrays compiles four times as fast."""
-    options = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 0}
+    options = {"xla_cpu_use_fusion_emitters": False}
     try:
         jax.jit(lambda: 0, compiler_options=options)()
     except jax.errors.JaxRuntimeError:  # another version, or platform

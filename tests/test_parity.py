@@ -17,7 +17,7 @@ import optax
 import pytest
 import recordings
 import reference
-from helpers import in_tiers
+from helpers import in_tiers, optimized_jit
 from recordings import DATA, DENSE, Recording, differences, slot_tolerance
 
 import adam_transforms as at
@@ -439,7 +439,7 @@ def test_follows_the_recorded_run(case, request):
     names = list(recording.start)
     tx, training = build(recording)
 
-    @jax.jit
+    @optimized_jit
     def step(grads, state, params):
         updates, state = tx.update(grads, state, params)
         return at.apply_updates(params, updates), state

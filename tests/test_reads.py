@@ -27,9 +27,6 @@ PROGRAM = 24  # idioms in one program: what takes time is to compile many
 KEYS = [key for key in idioms.ALL if key[0] not in ("inherent", "no table")]
 QUICK = KEYS[::4]  # those whose gradients the first tier compares
 
-# Most of the time goes into compiling; what a program computes, XLA's optimizations do not change.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def is_rows(x: Any) -> bool:
     return isinstance(x, at.SparseRows)
@@ -123,7 +120,7 @@ def try_together(keys: tuple[Any, ...]) -> dict[Any, Tried] | None:
         )
         return sum(values), (values, aux)
 
-    @jit
+    @jax.jit
     def run(params: Any, ids: Any) -> Any:
         ours = at.value_and_grad(loss, has_aux=True, tables=tables)(params, ids)
         return ours, jax.value_and_grad(loss, has_aux=True)(params, ids)
@@ -216,7 +213,7 @@ def test_under_vmap(group: str, name: str) -> None:
     idiom = idioms.ALL[group, name]
     params, loss, _ = make_case(idiom)
 
-    @jit
+    @jax.jit
     def run(params: Any) -> Any:
         actual = jax.vmap(lambda ids: at.to_dense(ours(idiom, loss)(params, ids)))(IDS)
         return actual, jax.vmap(lambda ids: jax.value_and_grad(loss, has_aux=True)(params, ids))(
@@ -257,8 +254,8 @@ def test_in_shard_map(group: str, name: str) -> None:
         check_vma = True
     except TypeError:  # a carry of zeros, say, does not vary over devices before the loop
         check_vma = False
-    actual = jit(on_devices(reduced, check_vma))(params, batch)
-    expected = jax.tree.map(jnp.add, *[jit(dense)(params, ids)[0] for ids in IDS])
+    actual = jax.jit(on_devices(reduced, check_vma))(params, batch)
+    expected = jax.tree.map(jnp.add, *[jax.jit(dense)(params, ids)[0] for ids in IDS])
     assert_equal(*jax.device_get((actual, expected)), idiom.tolerance * 2)
 
 
@@ -300,7 +297,7 @@ def test_deferred_adam_follows_dense_adam(group: str, name: str) -> None:
     deferred = at.deferred_adam(0.1, tables=NAMED, eps=1e-2, eps_hat=True)
     dense = at.adam(0.1, eps=1e-2, eps_hat=True)
 
-    @jit
+    @jax.jit
     def step(ours: Any, theirs: Any, ids: Any) -> Any:
         grads, _ = at.grad(loss, has_aux=True, rows_from=ours[1])(ours[0], ids)
         updates, state = deferred.update(grads, ours[1], ours[0])
