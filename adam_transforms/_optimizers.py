@@ -8,8 +8,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
+from jax.typing import DTypeLike
 
 from adam_transforms._core import arguments, trees
+from adam_transforms._core.patterns import Selection
 from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.types import Params, State, Updates
 from adam_transforms._embeddings.lazy import lazy
@@ -27,7 +29,7 @@ def adam(
     b2: optax.ScalarOrSchedule = 0.999,
     eps: optax.ScalarOrSchedule = 1e-8,
     eps_root: optax.ScalarOrSchedule = 0.0,
-    mu_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
     *,
     eps_hat: bool = False,
     amsgrad: bool = False,
@@ -42,8 +44,8 @@ def adam(
     ema_overwrite_every: int | None = None,
     accumulate_every: int | None = None,
     loss_scale: float | jax.Array | Literal["dynamic"] | None = None,
-    nu_dtype: Any = None,
-    state_bits: Any = None,
+    nu_dtype: DTypeLike | None = None,
+    state_bits: int | Mapping[str, int] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with every option of the Keras constructor, in Keras's order.
 
@@ -114,7 +116,7 @@ def adamw(
     b2: optax.ScalarOrSchedule = 0.999,
     eps: optax.ScalarOrSchedule = 1e-8,
     eps_root: optax.ScalarOrSchedule = 0.0,
-    mu_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     mask: Any = None,
     *,
@@ -130,8 +132,8 @@ def adamw(
     ema_overwrite_every: int | None = None,
     accumulate_every: int | None = None,
     loss_scale: float | jax.Array | Literal["dynamic"] | None = None,
-    nu_dtype: Any = None,
-    state_bits: Any = None,
+    nu_dtype: DTypeLike | None = None,
+    state_bits: int | Mapping[str, int] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`adam` with decoupled weight decay: 1e-4 by default, as in Optax (1e-2 in PyTorch).
 
@@ -160,7 +162,7 @@ def lazy_adam(
     b2: optax.ScalarOrSchedule = 0.999,
     eps: optax.ScalarOrSchedule = 1e-8,
     eps_root: optax.ScalarOrSchedule = 0.0,
-    mu_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
     *,
     eps_hat: bool = False,
     amsgrad: bool = False,
@@ -175,9 +177,9 @@ def lazy_adam(
     accumulate_every: int | None = None,
     accumulate_like: Any = None,
     loss_scale: float | jax.Array | Literal["dynamic"] | None = None,
-    nu_dtype: Any = None,
-    state_bits: Any = None,
-    tables: Any = None,
+    nu_dtype: DTypeLike | None = None,
+    state_bits: int | Mapping[str, int] | None = None,
+    tables: Selection | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`adam` that updates only the touched rows of a table with a row gradient.
 

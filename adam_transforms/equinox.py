@@ -10,15 +10,18 @@ from typing import Any
 import equinox as eqx
 import jax
 
+from adam_transforms._core.patterns import Selection
 from adam_transforms._core.types import P, Updates
 from adam_transforms._embeddings import value_and_grad as _row_gradients
 from adam_transforms._transforms import apply_updates as _updates
+
+__all__ = ["apply_updates", "filter_grad", "filter_value_and_grad"]
 
 _ABSENT = object()
 
 
 def filter_value_and_grad(
-    fun: Any = _ABSENT, *, has_aux: bool = False, tables: Any = "auto", rows_from: Any = None
+    fun: Any = _ABSENT, *, has_aux: bool = False, tables: Selection = "auto", rows_from: Any = None
 ) -> Callable[..., Any]:
     r"""As `equinox.filter_value_and_grad`, but the gradient of a table is a `SparseRows`.
 
@@ -73,7 +76,7 @@ def filter_value_and_grad(
 
 
 def filter_grad(
-    fun: Any = _ABSENT, *, has_aux: bool = False, tables: Any = "auto", rows_from: Any = None
+    fun: Any = _ABSENT, *, has_aux: bool = False, tables: Selection = "auto", rows_from: Any = None
 ) -> Callable[..., Any]:
     """As `equinox.filter_grad`, but the gradient of a table is a `SparseRows`: see
     `filter_value_and_grad`.
@@ -156,3 +159,7 @@ class _Differentiated(eqx.Module):
         if self.has_value:
             return value, grads
         return (grads, value[1]) if self.has_aux else grads
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -13,8 +13,11 @@ from flax import nnx, serialization
 
 from adam_transforms._core import trees
 from adam_transforms._core.key_type import KEY_TYPE
+from adam_transforms._core.patterns import Selection
 from adam_transforms._core.sparse_rows import SparseRows
 from adam_transforms._embeddings import value_and_grad as _row_gradients
+
+__all__ = ["grad", "value_and_grad"]
 
 
 def value_and_grad(
@@ -22,9 +25,9 @@ def value_and_grad(
     *,
     argnums: int | nnx.DiffState | Sequence[int | nnx.DiffState] = 0,
     has_aux: bool = False,
-    tables: Any = "auto",
+    tables: Selection = "auto",
     rows_from: Any = None,
-) -> Callable[..., Any]:
+) -> Callable[..., tuple[Any, Any]]:
     r"""As `flax.nnx.value_and_grad`, but the gradient of a table is a `SparseRows`.
 
     The equivalent of `adam_transforms.value_and_grad` for modules. `f` may draw from their
@@ -117,7 +120,7 @@ def grad(
     *,
     argnums: int | nnx.DiffState | Sequence[int | nnx.DiffState] = 0,
     has_aux: bool = False,
-    tables: Any = "auto",
+    tables: Selection = "auto",
     rows_from: Any = None,
 ) -> Callable[..., Any]:
     """As `flax.nnx.grad`, but the gradient of a table is a `SparseRows`: see `value_and_grad`.
@@ -191,3 +194,7 @@ def _from_state_dict(rows: SparseRows, state: dict[str, Any]) -> SparseRows:
 
 
 serialization.register_serialization_state(SparseRows, _to_state_dict, _from_state_dict)
+
+
+def __dir__() -> list[str]:
+    return __all__

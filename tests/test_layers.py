@@ -5,6 +5,7 @@ in the table.
 """
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
@@ -201,6 +202,19 @@ def test_no_import_is_dodged_by_probing_attributes() -> None:
 
 def test_the_public_names_are_these() -> None:
     assert sorted({*adam_transforms.__all__, "equinox", "flax"}) == PUBLIC_NAMES
+
+
+def test_dir_shows_the_public_names_and_nothing_else() -> None:
+    assert dir(adam_transforms) == sorted({*PUBLIC_NAMES, "__version__"})
+    compat, interop = adam_transforms.compat, adam_transforms.interop
+    for module in (
+        *(compat, compat.capreolus, compat.keras, compat.keras.schedules, compat.tf1),
+        *(interop, interop.keras, interop.tf1, interop.tf2, interop.torch),
+        *(importlib.import_module(f"{NAME}.{name}") for name in ("equinox", "flax")),
+    ):
+        assert dir(module) == sorted(module.__all__), module.__name__
+        for name in module.__all__:
+            assert getattr(module, name).__doc__, f"{module.__name__}.{name}"
 
 
 def test_every_public_function_has_an_example() -> None:

@@ -10,7 +10,7 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,12 @@ import optax
 from jax.core import Tracer
 
 from adam_transforms._core import trees
+from adam_transforms._core.types import A
 
 _NUMBERS = int | float | np.integer | np.floating
 _ARRAYS = jax.Array | np.ndarray
 _SCALARS = _NUMBERS | _ARRAYS
 
-A = ParamSpec("A")
 R = TypeVar("R")
 
 

@@ -15,6 +15,9 @@ Patterns = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 They are trusted: a hostile expression can take exponential time.
 """
 
+Selection = Patterns | Callable[[Path, Any], bool]
+"""Which parameters: patterns of their paths, or a predicate ``(path, leaf) -> bool``."""
+
 
 def compile_patterns(name: str, patterns: Any) -> tuple[re.Pattern[str], ...]:
     """Compiles `patterns`; errors name the argument and the pattern."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from adam_transforms._core import dtypes
 from adam_transforms._core.key_type import KEY_TYPE
@@ -305,7 +306,7 @@ class SparseRows(metaclass=_Described):
     def __neg__(self) -> "SparseRows":
         return self.with_values(-self.values)
 
-    def astype(self, dtype: Any) -> "SparseRows":
+    def astype(self, dtype: DTypeLike) -> "SparseRows":
         """These rows with values in a floating or complex dtype."""
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(f"values must be floating or complex, got {jnp.dtype(dtype)}")
@@ -313,9 +314,11 @@ class SparseRows(metaclass=_Described):
 
     @property
     def real(self) -> "SparseRows":
+        """These rows with the real parts of the values."""
         return self.with_values(self.values.real)
 
     def conj(self) -> "SparseRows":
+        """These rows with conjugate values."""
         return self.with_values(self.values.conj())
 
     def __repr__(self) -> str:
@@ -330,6 +333,7 @@ class SparseRows(metaclass=_Described):
         return f"SparseRows({values.dtype}[{sizes}], {n[-1]} of {num_rows} {rows}{marks})"
 
     def tree_flatten_with_keys(self) -> Any:
+        """The leaves with their names, and what is static, for JAX."""
         # The values first: whoever asks the first leaf for a dtype, as `optax.inject_hyperparams`
         # does, wants one of numbers.
         names = (jax.tree_util.GetAttrKey("values"), jax.tree_util.GetAttrKey("indices"))
@@ -339,6 +343,7 @@ class SparseRows(metaclass=_Described):
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], leaves: tuple[Any, Any]) -> "SparseRows":
+        """The inverse of `tree_flatten_with_keys`, for JAX; the leaves may be anything."""
         rows = object.__new__(cls)
         rows.values, rows._keys = leaves
         rows.num_rows, rows.unique, rows.leading_shape, rows.synchronized = static

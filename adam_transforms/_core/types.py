@@ -1,10 +1,11 @@
 """Names for the trees that transformations take and return.
 
 JAX has no type for "a tree of arrays", so that each is `Any` to a type checker; the names tell a
-reader which tree is meant. Functions that return the tree that they were given use `P` and `S`.
+reader which tree is meant. Functions that return the tree that they were given use `P` and `S`, and
+functions that return one with the arguments of another `A`.
 """
 
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 Params: TypeAlias = Any
 """The parameters: a tree of arrays, in which None stands for a parameter left out."""
@@ -21,3 +22,4 @@ Path: TypeAlias = str
 
 P = TypeVar("P")
 S = TypeVar("S")
+A = ParamSpec("A")

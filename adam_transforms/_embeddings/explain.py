@@ -73,7 +73,7 @@ def explain(
     *args: Any,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
-    tables: Any = "auto",
+    tables: patterns.Selection = "auto",
     rows_from: Any = None,
     **kwargs: Any,
 ) -> Explanation:

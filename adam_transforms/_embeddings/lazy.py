@@ -29,7 +29,7 @@ class LazyState(NamedTuple):
 
 
 def lazy(
-    inner: optax.GradientTransformation, *, tables: Any = None
+    inner: optax.GradientTransformation, *, tables: patterns.Selection | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Makes a chain lazy: of a table with a row gradient, only the touched rows are updated.
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from adam_transforms._core import dtypes, patterns
 from adam_transforms._core.sparse_rows import SparseRows, sum_duplicates_of_each
+from adam_transforms._core.types import A
 from adam_transforms._embeddings.reads.choosing import Choice
 from adam_transforms._embeddings.reads.direct import Read, replicated, values_of
 from adam_transforms._embeddings.reads.program import Value
@@ -31,13 +32,13 @@ from adam_transforms._embeddings.tracing import (
 
 
 def value_and_grad(
-    fun: Callable[..., Any],
+    fun: Callable[A, Any],
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
-    tables: Any = "auto",
+    tables: patterns.Selection = "auto",
     rows_from: Any = None,
-) -> Callable[..., Any]:
+) -> Callable[A, tuple[Any, Any]]:
     r"""As `jax.value_and_grad`, but the gradient of a table is a `SparseRows`.
 
     .. math:: G_{r} = \sum_{i:\, \mathrm{id}_i = r} \partial L / \partial\,\mathrm{read}_i
@@ -154,13 +155,13 @@ def value_and_grad(
 
 
 def grad(
-    fun: Callable[..., Any],
+    fun: Callable[A, Any],
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
-    tables: Any = "auto",
+    tables: patterns.Selection = "auto",
     rows_from: Any = None,
-) -> Callable[..., Any]:
+) -> Callable[A, Any]:
     """As `jax.grad`, but the gradient of a table is a `SparseRows`: see `value_and_grad`.
 
     Returns:

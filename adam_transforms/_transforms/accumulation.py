@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from adam_transforms._core import arguments, dtypes, trees
 from adam_transforms._core.sparse_rows import SparseRows, is_rows, on_values
@@ -70,7 +71,7 @@ def accumulate(
     *,
     average: bool = True,
     weighted: bool = False,
-    accumulator_dtype: Any = None,
+    accumulator_dtype: DTypeLike | None = None,
     like: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Accumulates `every` gradients, then runs `inner` once on their mean or sum.

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from adam_transforms._core import arguments, dtypes, trees
 from adam_transforms._core.state_check import wrong_state
@@ -98,11 +99,11 @@ def scale_by_adam(
     b2: optax.ScalarOrSchedule = 0.999,
     eps: optax.ScalarOrSchedule = 1e-8,
     eps_root: optax.ScalarOrSchedule = 0.0,
-    mu_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    nu_dtype: Any = None,
+    nu_dtype: DTypeLike | None = None,
     nu_per: Literal["element", "row"] = "element",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales gradients by Adam's rule.
@@ -171,12 +172,12 @@ def scale_by_amsgrad(
     b2: optax.ScalarOrSchedule = 0.999,
     eps: optax.ScalarOrSchedule = 1e-8,
     eps_root: optax.ScalarOrSchedule = 0.0,
-    mu_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
     bias_correction_mu: bool = True,
     bias_correction_nu: bool = True,
     *,
     eps_hat: bool = False,
-    nu_dtype: Any = None,
+    nu_dtype: DTypeLike | None = None,
     max_of: Literal["raw", "corrected"] = "corrected",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales gradients by the AMSGrad rule: Adam with the running maximum of second moments.

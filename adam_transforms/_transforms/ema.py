@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
 from adam_transforms._core import arguments, dtypes, state_layout, trees
 from adam_transforms._core.sparse_rows import DeferredRows, SparseRows
@@ -54,7 +55,7 @@ def params_ema(
     overwrite_every: int | None = None,
     initial: Literal["first", "params"] = "first",
     debias: bool = False,
-    ema_dtype: Any = None,
+    ema_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averages the parameters after each update. It must be the last in a chain.
 
@@ -117,7 +118,7 @@ def track_params_ema(
     *,
     initial: Literal["first", "params"] = "first",
     debias: bool = False,
-    ema_dtype: Any = None,
+    ema_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`params_ema` that overwrites the parameters if ``overwrite_when(count)`` is true, where
     `count` is the number of steps before this one."""

@@ -14,7 +14,7 @@ from adam_transforms._transforms.apply_updates import apply_update
 
 
 def max_row_norm(
-    limit: float | jax.Array, *, tables: Any = None
+    limit: float | jax.Array, *, tables: patterns.Selection | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each updated row with a norm above `limit` down to `limit`: max_norm of nn.Embedding.
 

@@ -3,3 +3,7 @@
 from adam_transforms.compat import capreolus, keras, tf1
 
 __all__ = ["capreolus", "keras", "tf1"]
+
+
+def __dir__() -> list[str]:
+    return __all__

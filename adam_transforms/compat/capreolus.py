@@ -17,6 +17,8 @@ from adam_transforms.compat._optimizer import current_value, densify
 from adam_transforms.compat.keras import _adam_config, _config, _dataclass
 from adam_transforms.compat.keras._surface import KerasOptimizer
 
+__all__ = ["AdamMultilr"]
+
 
 @_dataclass.accept_lr
 @_dataclass.optimizer
@@ -170,3 +172,7 @@ def _groups(pattern_lrs: Any) -> list[tuple[tuple[re.Pattern[str], ...], Any]]:
         rate = arguments.scalar_or_schedule(f"{name}['lr']", group["lr"])
         groups.append((compiled, rate))
     return groups
+
+
+def __dir__() -> list[str]:
+    return __all__

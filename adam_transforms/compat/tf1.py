@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_transforms._core import dtypes, trees
+from adam_transforms._core.patterns import Selection
 from adam_transforms._core.state_layout import Role, find_fields
 from adam_transforms._core.types import Params, State, Updates
 from adam_transforms._embeddings.deferred import sync
@@ -49,6 +50,8 @@ from adam_transforms.compat import _optimizer
 from adam_transforms.compat._optimizer import Variable, current_value
 from adam_transforms.interop import _slots
 from adam_transforms.interop.tf1 import SLOT_SUFFIXES
+
+__all__ = ["AdamOptimizer", "LazyAdamOptimizer"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -361,8 +364,12 @@ class LazyAdamOptimizer(_Adam):
     """
 
     _: dataclasses.KW_ONLY
-    tables: Any = None
+    tables: Selection | None = None
 
     def transform(self) -> optax.GradientTransformationExtraArgs:
         """The optimizer as a transformation, for an Optax chain; accepts row gradients too."""
         return lazy(self._adam(), tables=self.tables)
+
+
+def __dir__() -> list[str]:
+    return __all__

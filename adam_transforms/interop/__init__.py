@@ -8,3 +8,7 @@ Optax states need no conversion: the transformations of this package use the sam
 from adam_transforms.interop import keras, tf1, tf2, torch
 
 __all__ = ["keras", "tf1", "tf2", "torch"]
+
+
+def __dir__() -> list[str]:
+    return __all__

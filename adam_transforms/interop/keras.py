@@ -13,6 +13,8 @@ from adam_transforms._core.types import Params, State
 from adam_transforms._transforms.loss_scaling import DynamicLossScaleState
 from adam_transforms.interop import _filling, _matching, _slots, _stores
 
+__all__ = ["Layout", "entries", "state_from", "state_from_variables", "state_to"]
+
 # {slot: Keras's name for it}.
 SLOT_NAMES = {
     "ema": "average",
@@ -301,3 +303,7 @@ def _every(tx: Any, every: int | None) -> int:
     if every is None:
         raise ValueError("the state accumulates gradients: pass every, gradient_accumulation_steps")
     return arguments.positive_int("every", every)
+
+
+def __dir__() -> list[str]:
+    return __all__

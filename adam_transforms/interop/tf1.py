@@ -11,6 +11,8 @@ from adam_transforms._core import arguments
 from adam_transforms._core.types import Params, State
 from adam_transforms.interop import _filling, _matching, _slots
 
+__all__ = ["state_from", "state_to"]
+
 # The slots of "w" are "w/<optimizer><suffix>".
 SLOT_SUFFIXES = {"mu": "", "nu": "_1"}
 
@@ -254,3 +256,7 @@ def _is_zero(power: Any) -> bool:
 
 def _smallest_normal(dtype: Any) -> float:
     return float(np.finfo(dtype).tiny)
+
+
+def __dir__() -> list[str]:
+    return __all__

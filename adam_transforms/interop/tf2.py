@@ -12,6 +12,8 @@ from adam_transforms._transforms.loss_scaling import DynamicLossScaleState
 from adam_transforms.interop import _filling, _matching, _slots
 from adam_transforms.interop.keras import state_from_variables
 
+__all__ = ["state_from"]
+
 _VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
 _SLOT = "/.OPTIMIZER_SLOT/"
 # {our slot: the slot of tf.keras}.
@@ -176,3 +178,7 @@ def _missing_message(values: Mapping[str, Any], optimizer: str) -> str:
     if f"{optimizer}/iter" in values or f"{optimizer}/_iterations" in values:
         return f"{optimizer!r} has no slots: it is not Adam, or was saved before its first step"
     return "the checkpoint was saved without an optimizer"
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -8,6 +8,8 @@ import numpy as np
 from adam_transforms._core.types import Params, State
 from adam_transforms.interop import _filling, _matching, _slots
 
+__all__ = ["state_from", "state_to"]
+
 _LABELS = {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}
 _SLOTS = {label: slot for slot, label in _LABELS.items()}
 
@@ -284,3 +286,7 @@ def _check_amsgrad(name: str, slots: Mapping[str, Any], group: Mapping[str, Any]
             f"the parameter group of {name!r} has amsgrad={group['amsgrad']}, but the state "
             f"{'has' if 'nu_max' in slots else 'lacks'} a maximum of nu"
         )
+
+
+def __dir__() -> list[str]:
+    return __all__

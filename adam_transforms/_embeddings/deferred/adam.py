@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from adam_transforms._core import arguments, dtypes, patterns, trees
 from adam_transforms._core.sparse_rows import DeferredRows, SparseRows, is_rows, sum_with_run
@@ -63,14 +64,14 @@ def deferred_adam(
     b2: float = 0.999,
     eps: float = 1e-8,
     *,
-    tables: Any,
+    tables: patterns.Selection,
     eps_hat: bool = False,
     amsgrad: bool = False,
     max_of: Literal["corrected", "raw"] = "raw",
     weight_decay: float | jax.Array | None = None,
     weight_decay_mask: Any = None,
-    mu_dtype: Any = None,
-    nu_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
+    nu_dtype: DTypeLike | None = None,
     max_idle: int = 65536,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam(W) that updates the touched rows of a table now, and the others when they are needed.

@@ -71,3 +71,7 @@ from adam_transforms.compat.keras._loss_scale import LossScaleOptimizer
 from adam_transforms.compat.keras._serialization import deserialize, get, serialize
 
 __all__ = ["Adam", "AdamW", "LossScaleOptimizer", "deserialize", "get", "schedules", "serialize"]
+
+
+def __dir__() -> list[str]:
+    return __all__

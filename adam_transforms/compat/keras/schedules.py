@@ -76,3 +76,7 @@ def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | N
     known = _SCHEDULES | dict(custom_objects or {})
     cls, arguments = _config.class_and_config("a learning rate schedule", config, known)
     return cls.from_config(arguments)
+
+
+def __dir__() -> list[str]:
+    return __all__
