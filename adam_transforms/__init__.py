@@ -129,7 +129,7 @@ __all__ = [
 if TYPE_CHECKING:
     from adam_transforms import compat, interop
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported when first used: flax needs Flax, and equinox Equinox.
 _SUBMODULES = ("compat", "equinox", "flax", "interop")
