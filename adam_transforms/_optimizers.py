@@ -137,7 +137,9 @@ def adamw(
 ) -> optax.GradientTransformationExtraArgs:
     """`adam` with decoupled weight decay: 1e-4 by default, as in Optax (1e-2 in PyTorch).
 
-    Arguments, return value and errors are those of `adam`, and:
+    The return value, the errors and the other arguments are those of `adam`.
+
+    Args:
       mask: Optax's name of `weight_decay_mask`.
 
     >>> import jax.numpy as jnp
@@ -189,7 +191,9 @@ def lazy_adam(
             accumulate(lazy(chain, tables=tables), accumulate_every, like=accumulate_like)
         )
 
-    The arguments are those of `adam`, without `ema_overwrite_every` (it sets all rows), and:
+    The other arguments are those of `adam`, without `ema_overwrite_every`, which sets all rows.
+
+    Args:
       ema: as in `params_ema`, a Python number.
       accumulate_like: with `accumulate_every`, a tree like the gradients, as in `accumulate`.
       tables: the parameters whose gradients must have rows, as in `lazy`: a dense gradient of one

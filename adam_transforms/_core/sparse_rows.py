@@ -140,7 +140,7 @@ class SparseRows(metaclass=_Described):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The table's, or the batch of tables': (V, D...), or (B, V, D...)."""
+        """(V, D...) of a table, (B, V, D...) of a batch of tables."""
         keys = self._keys
         return (*keys.shape[:-1], *self.leading_shape, *self.values.shape[len(keys.shape) :])
 
@@ -154,7 +154,7 @@ class SparseRows(metaclass=_Described):
 
     @property
     def is_valid(self) -> jax.Array:
-        """bool (n,): False at padding."""
+        """bool (n,), False at padding."""
         self._refuse_batch()
         return self.indices < self.num_rows
 

@@ -74,7 +74,7 @@ def compress_moments(
     ====================  ==========================  ===========  ===================
     16                    bfloat16                    4 bytes      0.02
     {"mu": 8, "nu": 16}   m relative to sqrt(v)       3 bytes      0.04
-    8                     and v logarithmic           2 to 2.1     0.07, 0.09, 0.11
+    8                     and v logarithmic too       2 to 2.1     0.07, 0.09, 0.11
     ====================  ==========================  ===========  ===================
 
     The error is the root mean square, relative to the update's, after 2,000 steps at the default

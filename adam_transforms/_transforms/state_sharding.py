@@ -38,7 +38,8 @@ def shard_slots(
       on unchanged: shard their tables instead.
 
     Raises:
-      ValueError: the mesh has no such axis. TypeError: `mesh` is not a `jax.sharding.Mesh`.
+      ValueError: the mesh has no such axis.
+      TypeError: `mesh` is not a `jax.sharding.Mesh`.
 
     References:
       Rajbhandari et al., `ZeRO <https://arxiv.org/abs/1910.02054>`_, 2020.

@@ -307,7 +307,7 @@ class AdamOptimizer(_Adam):
     """
 
     _: dataclasses.KW_ONLY
-    deferred: Any = False
+    deferred: bool | Selection = False
 
     def transform(self) -> optax.GradientTransformationExtraArgs:
         """The optimizer as a transformation, for an Optax chain; accepts row gradients too."""
@@ -347,7 +347,9 @@ class LazyAdamOptimizer(_Adam):
     """`tf.contrib.opt.LazyAdamOptimizer`: a row gradient updates only its own rows.
 
     Moments and parameters of the other rows stay bit-identical; the bias correction counts all
-    steps. Arguments and the update of dense gradients are those of `AdamOptimizer`, and:
+    steps. The other arguments and the update of dense gradients are those of `AdamOptimizer`.
+
+    Args:
       tables: the parameters whose gradients must have rows, as in `adam_transforms.lazy`.
 
     References:

@@ -96,9 +96,9 @@ def deferred_adam(
 
     Args:
       learning_rate: a number, a scalar array or a schedule ``count -> value``.
-      b1, b2: decay rates, 0 <= b1 < sqrt(b2) < 1 (with `amsgrad` any below 1), and
-      eps: > 0, and not below some 1e-17; Python numbers, or arrays of one element that are not
-        traced.
+      b1, b2: decay rates, 0 <= b1 < sqrt(b2) < 1 (with `amsgrad`, any below 1): Python numbers, or
+        arrays of one element that are not traced.
+      eps: a number as b1 and b2 are, > 0 and not below some 1e-17.
       tables: which parameters, all (V, D...), are tables: one regular expression or several,
         searched for in the path, or a predicate ``(path, leaf) -> bool``. All other parameters get
         dense Adam.
