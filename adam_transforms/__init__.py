@@ -127,7 +127,7 @@ __all__ = [
 
 
 if TYPE_CHECKING:
-    from adam_transforms import compat, interop
+    from adam_transforms import compat, equinox as equinox, flax as flax, interop
 
 __version__ = "0.2.0"
 
