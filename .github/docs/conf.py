@@ -38,7 +38,6 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build"]
 # A name in single backticks is a link where this site has it, and code where it does not.
 default_role = "py:obj"
 
