@@ -91,6 +91,11 @@ def held_out_loss(name: str, seed: int) -> float:
         "lazy": at.lazy_adam(LEARNING_RATE),
         "deferred": at.deferred_adam(LEARNING_RATE, tables=["users", "items"]),
     }[name]
+    return train(tx, name, seed)
+
+
+def train(tx: Any, name: str, seed: int) -> float:
+    """The held-out loss; `name` says which gradients `tx` takes."""
 
     def step(carry: Any, clicks: Clicks) -> Any:
         params, state = carry
@@ -108,8 +113,8 @@ def held_out_loss(name: str, seed: int) -> float:
         "items": 0.1 * jax.random.normal(keys[1], (ITEMS, DIM)),
     }
     clicks = draw_clicks(seed, STEPS, BATCH)
-    train = jax.jit(lambda carry, clicks: jax.lax.scan(step, carry, clicks)[0])
-    params, state = train((params, tx.init(params)), clicks)
+    run = jax.jit(lambda carry, clicks: jax.lax.scan(step, carry, clicks)[0])
+    params, state = run((params, tx.init(params)), clicks)
     if name == "deferred":
         params, _ = at.flush(params, state)
     held_out = jax.tree.map(lambda x: x[0], draw_clicks(10_000, 1, HELD_OUT))

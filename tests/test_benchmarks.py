@@ -34,6 +34,7 @@ RUNS = {
         ["step", "growth", "tables", "tower"],
     ),
     "bench_deferred.py": (["--rows", "10000", "--only", "step"], ["step"]),
+    "bench_lowmem.py": (["--parameters", "65536", "--only", "step"], ["step"]),
     "bench_gpu.py": (
         ["--sizes", "1000,4,64", "--parameters", "65536"],
         ["rows", "gated", "dense", "states"],
@@ -147,6 +148,21 @@ def test_comparing_with_no_results_fails_before_anything_is_timed(
     with pytest.raises(SystemExit):
         parser.parse_args(["--compare", str(file)])
     assert f"{file} must be a file of results" in capsys.readouterr().err
+
+
+def test_blockwise_codes_are_the_nearest_values(module: Any) -> None:
+    blockwise = module("blockwise_adam")
+    for values in (blockwise._OF_MU, blockwise._OF_NU):
+        assert values.size == 256
+        assert values.max() == 1.0
+        x = normal(0, 3, 100) if values.min() < 0 else jnp.abs(normal(0, 3, 100))
+        decoded = blockwise.decode(blockwise.encode(x, values), values, x)
+        padded = np.pad(np.ravel(x), (0, 212)).reshape(2, 256)
+        scaled = padded / np.abs(padded).max(axis=1, keepdims=True)
+        nearest = np.abs(scaled[..., None] - values).min(axis=-1).reshape(-1)[:300]
+        scales = np.repeat(np.abs(padded).max(axis=1), 256)[:300]
+        error = np.abs(np.ravel(decoded) - np.ravel(x))
+        np.testing.assert_allclose(error, nearest * scales, atol=1e-6)
 
 
 @pytest.mark.slow
