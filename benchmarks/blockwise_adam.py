@@ -26,7 +26,7 @@ def dynamic_map(bits: int) -> np.ndarray:
 
 _OF_NU = dynamic_map(8)
 _SIZES = dynamic_map(7)
-_OF_MU = np.concatenate([-_SIZES[:0:-1], _SIZES])[:256]
+_OF_MU = np.concatenate([-_SIZES[-2:0:-1], _SIZES])  # without -1
 
 
 class Blocks(NamedTuple):
