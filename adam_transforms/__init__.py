@@ -4,6 +4,11 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from adam_transforms._core import interrupts as _interrupts
+
+if _interrupts.is_program(__name__):  # before the imports, which take seconds
+    _interrupts.end_quietly()
+
 from adam_transforms._core.sparse_rows import SparseRows, to_dense
 from adam_transforms._core.trees import path_str
 from adam_transforms._embeddings.collectives import all_reduce_rows

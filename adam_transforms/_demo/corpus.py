@@ -74,6 +74,11 @@ class Corpus:
         return np.flatnonzero(stream != self.pad)
 
 
+def contexts(stream: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """(positions, CONTEXT): the ids before each of these positions of a stream."""
+    return stream[positions[:, None] + np.arange(-CONTEXT, 0)[None, :]]
+
+
 def read_words(source: str) -> list[str]:
     """The words of comments and docstrings, and the identifiers, of Python source, in order."""
     words: list[str] = []

@@ -1,21 +1,27 @@
-"""The output of the demonstration: plan, progress, table and plot."""
+"""The printed output around training: the plan before it, and the results after it."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
+from textwrap import indent
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from adam_transforms._demo import DemoError
-from adam_transforms._demo.optimizers import OPTIMIZERS, REFERENCE
+from adam_transforms._demo.findings import about_each, in_equal_time
+from adam_transforms._demo.optimizers import OPTIMIZERS
 from adam_transforms._demo.options import Options
-from adam_transforms._demo.training import Problem, Result, largest_difference
+from adam_transforms._demo.problem import Problem
+from adam_transforms._demo.training import Result
+
+# Where a loop with `jax.value_and_grad` and `optax.adam` changes, for a table to be lazy.
+TWO_LINES = """\
+tx = at.lazy_adam(1e-3, tables="my_table")
+loss, grads = at.value_and_grad(loss_fn)(params, batch)"""
+NOTEBOOK = "notebooks/02_embedding_tables.ipynb"
+README_SECTION = "Which optimizer to take"
 
 
 def print_plan(console: Console, problem: Problem, options: Options) -> None:
@@ -23,113 +29,75 @@ def print_plan(console: Console, problem: Problem, options: Options) -> None:
     corpus, device = problem.corpus, jax.devices()[0]
     shapes = jax.eval_shape(problem.init_params)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    console.print(
-        "Learning to predict the next word of Python's standard library.\n"
-        f"  corpus      {corpus.num_files:,} files, {corpus.num_characters / 1e6:.1f} MB of source;"
-        f" {len(corpus.positions(corpus.train)):,} words to\n"
-        f"              train on, {len(corpus.positions(corpus.held_out)):,} in files held out\n"
-        f"  vocabulary  {len(corpus.words):,} words\n"
-        f"  model       {num_params:,} parameters, of which {options.rows * options.dim:,} in"
-        f" the n-gram\n              table of {options.rows:,} rows of {options.dim}\n"
-        f"  training    {options.steps:,} steps of {options.batch:,} words;"
-        f" learning rate {options.learning_rate:g}, seed {options.seed}\n"
-        f"  optimizers  {', '.join(options.optimizers)}\n"
-        f"  device      {device.device_kind} ({device.platform})\n"
+    rows_read = len(np.unique(next(problem.batches()).context_rows))
+    _print_pairs(
+        console,
+        {
+            "corpus": f"{corpus.num_files:,} files, {corpus.num_characters / 1e6:.1f} MB of source;"
+            f" {len(corpus.positions(corpus.train)):,} words to train on,"
+            f" {len(corpus.positions(corpus.held_out)):,} in files held out",
+            "vocabulary": f"{len(corpus.words):,} words",
+            "model": f"{num_params:,} parameters, of which {options.rows * options.dim:,} are the"
+            f" n-gram table of {options.rows:,} rows of {options.dim}",
+            "training": f"{options.steps:,} steps with each optimizer, in turns of one step;"
+            f" a step reads {options.batch:,} words and, for these, about {rows_read:,} rows of the"
+            f" table; learning rate {options.learning_rate:g}, seed {options.seed}",
+            "device": f"{device.device_kind} ({device.platform})",
+        },
     )
+    console.print("\nOptimizers:")
+    _print_pairs(console, {name: OPTIMIZERS[name].description for name in options.optimizers})
+    console.print()
 
 
-@contextmanager
-def show_progress(
-    console: Console, name: str, steps: int
-) -> Iterator[Callable[[float, float], None]]:
-    """A progress bar with loss and step time; without a terminal, one line at the end.
-
-    Yields a function to call at each step with its loss and its milliseconds.
-    """
-    loss = time = float("nan")
-    columns = (
-        TextColumn(f"{name:8}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[time]:.1f} ms/step"),
-    )
-    with Progress(
-        *columns, console=console, disable=not console.is_terminal, expand=True
-    ) as progress:
-        task = progress.add_task(name, total=steps, loss=loss, time=time)
-
-        def on_step(new_loss: float, new_time: float) -> None:
-            nonlocal loss, time
-            loss, time = _smooth(loss, new_loss), _smooth(time, new_time)
-            progress.update(task, advance=1, loss=loss, time=time)
-
-        yield on_step
-    if not console.is_terminal:
-        console.print(f"{name:8} {steps:,} steps, loss {loss:.3f}, {time:.1f} ms/step")
-
-
-def _smooth(average: float, new: float) -> float:
-    """An exponential average over about twenty steps; single batches are noisy."""
-    return new if np.isnan(average) else 0.95 * average + 0.05 * new
-
-
-def print_table(console: Console, problem: Problem, results: Mapping[str, Result]) -> None:
-    """Prints the results: one line for the unigram model and one for each optimizer."""
+def print_results(console: Console, problem: Problem, results: Mapping[str, Result]) -> None:
+    """Prints a table with a line for each optimizer, and what it means."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("optimizer")
-    headings = ["held-out loss\nnats/word", "step\nmedian ms", "state\nMiB"]
-    reference = results.get(REFERENCE)
-    if reference is not None:
-        headings += [f"max |loss\n- {REFERENCE}'s|", f"max |param\n- {REFERENCE}'s|"]
-    for heading in headings:
+    for heading in ("ms/step", "state MiB", "held-out loss"):
         table.add_column(heading, justify="right")
-    table.add_row("(unigram)", f"{problem.unigram_loss():.4f}")
     for name, result in results.items():
-        row = [
-            f"{result.held_out_loss:.4f}",
-            f"{np.median(result.milliseconds):.1f}",
+        table.add_row(
+            name,
+            f"{result.step_milliseconds:.1f}",
             f"{result.state_bytes / 2**20:.1f}",
-        ]
-        if reference is not None and result is not reference:
-            loss_difference = np.abs(result.losses - reference.losses).max()
-            params_difference = float(largest_difference(result.params, reference.params))
-            row += [f"{loss_difference:.1e}", f"{params_difference:.1e}"]
-        table.add_row(name, *row)
-    console.print(table)
-    for name in results:
-        console.print(f"{name:9} {OPTIMIZERS[name].description}")
-    console.print(
-        f"Held-out loss: over the full vocabulary, at {len(problem.evaluated):,} of the words held"
-        " out;\n(unigram) knows only the frequency of each word. Step: without compilation"
-        f"\n({', '.join(f'{result.compile_seconds:.1f} s' for result in results.values())})."
-    )
-    if reference is not None:
-        console.print(
-            "Differences: of the training losses, and of the parameters after training."
-            "\nAdam normalizes gradients: near zero, rounding errors become whole steps."
+            f"{result.held_out_loss:.4f}",
         )
+    table.add_row("(unigram)", "", "", f"{problem.held_out.unigram_loss():.4f}")
+    console.print(table)
+    compile_seconds = [result.compile_seconds for result in results.values()]
+    console.print(
+        "ms/step: the median, without compilation"
+        f" ({min(compile_seconds):.1f} to {max(compile_seconds):.1f} s). Held-out loss: nats a"
+        f" word over the full vocabulary, at {len(problem.held_out):,} held-out words; (unigram)"
+        " knows only the frequency of each word. One seed: --seed 1 shows how much the losses"
+        " vary.\n"
+    )
+    meanings = about_each(results)
+    if meanings:
+        console.print("What it means:")
+        _print_pairs(console, meanings)
+    compared = in_equal_time(results)
+    if compared is not None:
+        console.print(compared)
 
 
-def save_plot(path: Path, problem: Problem, results: Mapping[str, Result]) -> None:
-    """Writes a PNG of the smoothed training losses and the final held-out losses."""
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    # Each line is thinner than the one beneath it, so that equal trajectories stay visible.
-    widths = np.linspace(2.0 + len(results), 1.5, len(results))
-    axes.plot([], [], " ", label=f"{problem.unigram_loss():.3f}  (unigram)")
-    for (name, result), width in zip(results.items(), widths, strict=True):
-        steps, held_out = len(result.losses), result.held_out_loss
-        window = max(1, steps // 20)
-        smooth = np.convolve(result.losses, np.full(window, 1 / window), mode="valid")
-        label = f"{held_out:.3f}  {name}: {OPTIMIZERS[name].description}"
-        (line,) = axes.plot(np.arange(window, steps + 1), smooth, lw=width, label=label)
-        axes.plot(steps, held_out, "o", ms=2 * width, color=line.get_color(), clip_on=False)
-    axes.set_title("Predicting the next word of Python's standard library")
-    axes.set_xlabel("step")
-    axes.set_ylabel("training loss in nats/word, smoothed")
-    axes.grid(alpha=0.3)
-    axes.legend(title="held-out loss at the end (dots)", alignment="left", loc="upper right")
-    try:
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise DemoError(f"cannot write {path}: {error.strerror or error}") from error
+def print_next_steps(console: Console, figure: Path) -> None:
+    """Prints where the figure is, and what to do after the demonstration."""
+    console.print("\nLoss curves, over steps and over seconds:")
+    console.print(f"  {figure}", soft_wrap=True)
+    console.print("\nWhat to do next:")
+    console.print("1. Make a table of your own model lazy: change two lines of its training loop.")
+    console.print(indent(TWO_LINES, "     "), soft_wrap=True)
+    console.print(f"2. Run {NOTEBOOK}: time, memory and quality.")
+    console.print(f'3. Choose an optimizer: README.md, "{README_SECTION}".')
+
+
+def _print_pairs(console: Console, pairs: Mapping[str, str]) -> None:
+    """Prints two columns, the second wrapped."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column()
+    for name, text in pairs.items():
+        grid.add_row(f"  {name}", text)
+    console.print(grid)

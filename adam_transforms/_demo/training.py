@@ -1,33 +1,18 @@
-"""Trains with one optimizer and measures loss, time and memory."""
+"""Training with several optimizers at once, in turns of one step, each with its own clock."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import adam_transforms as at
 from adam_transforms._core.types import Params, State
-from adam_transforms._demo import CONTEXT, NEGATIVES
-from adam_transforms._demo.corpus import Corpus
-from adam_transforms._demo.model import NextWord
-from adam_transforms._demo.ngrams import ngram_rows
 from adam_transforms._demo.optimizers import Optimizer
-from adam_transforms._demo.softmax import draw_log_uniform, full_softmax_loss
+from adam_transforms._demo.problem import Batch, Problem
 
-EVALUATED = 4096  # held-out words, evenly spaced
-CHUNK = 512  # words evaluated at once; bounds the (CHUNK, vocabulary) logits
-
-
-class Batch(NamedTuple):
-    """The arguments of the model's loss."""
-
-    context_rows: np.ndarray
-    targets: np.ndarray
-    negatives: np.ndarray
+EVALUATIONS = 10  # of the held-out loss, after the one at the start
 
 
 @dataclass(frozen=True)
@@ -38,110 +23,113 @@ class Result:
     milliseconds: np.ndarray  # (steps,), without compilation
     compile_seconds: float
     state_bytes: int
-    held_out_loss: float  # nats a word, over the full vocabulary
-    params: Params  # after training and `settle`
+    evaluated_after: np.ndarray  # (evaluations,) numbers of steps, from 0 to all
+    held_out_losses: np.ndarray  # (evaluations,) nats a word, over the full vocabulary
+    params: Params  # those of the last evaluation
+
+    @property
+    def held_out_loss(self) -> float:
+        """The loss after training."""
+        return float(self.held_out_losses[-1])
+
+    @property
+    def step_milliseconds(self) -> float:
+        return float(np.median(self.milliseconds))
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """(evaluations,) seconds of training before each evaluation."""
+        return np.concatenate([[0.0], np.cumsum(self.milliseconds) / 1e3])[self.evaluated_after]
 
 
-class Problem:
-    """The task of every optimizer: the model, its initial parameters and the batches."""
+class Observer:
+    """Is told of the progress of `train`; this one ignores it."""
 
-    def __init__(self, corpus: Corpus, *, rows: int, dim: int, batch: int, seed: int) -> None:
-        self.corpus = corpus
-        self.batch = batch
-        self.seed = seed
-        self.word_rows = ngram_rows(corpus.words, rows)
-        smoothed = corpus.counts + 1  # a word may be missing from the training files
-        self.frequency = smoothed / smoothed.sum()
-        self.model = NextWord(rows, dim, self.frequency)
-        positions = corpus.positions(corpus.held_out)
-        spread = np.linspace(0, len(positions) - 1, min(EVALUATED, len(positions)))
-        self.evaluated = positions[spread.astype(np.int64)]
+    def on_step(self, name: str, loss: float, milliseconds: float) -> None:
+        """After each step of an optimizer, with its training loss and its time."""
 
-    def init_params(self) -> Params:
-        """The initial parameters. Each call returns new arrays, because training donates them."""
-        return jax.jit(self.model.init)(jax.random.key(self.seed), *next(self.batches()))
-
-    def batches(self) -> Iterator[Batch]:
-        """Endless random batches, the same at each call."""
-        generator = np.random.default_rng(self.seed)
-        stream = self.corpus.train
-        positions = self.corpus.positions(stream)
-        while True:
-            chosen = generator.choice(positions, self.batch)
-            yield Batch(
-                self.word_rows[_contexts(stream, chosen)],
-                stream[chosen],
-                draw_log_uniform(generator, NEGATIVES, len(self.corpus.words)),
-            )
-
-    def held_out_loss(self, params: Params) -> float:
-        """The mean cross entropy of the held-out words over the full vocabulary, in nats."""
-        model, stream = self.model, self.corpus.held_out
-
-        @jax.jit
-        def losses(params: Params, vectors: jax.Array, ids: jax.Array, targets: jax.Array):
-            logits: Any = model.apply(params, vectors[ids], method="logits")
-            return full_softmax_loss(logits, targets)
-
-        vectors = jax.jit(lambda params, rows: model.apply(params, rows, method="word_vectors"))(
-            params, self.word_rows
-        )
-        chunks = np.array_split(self.evaluated, range(CHUNK, len(self.evaluated), CHUNK))
-        return float(
-            np.concatenate(
-                [losses(params, vectors, _contexts(stream, c), stream[c]) for c in chunks]
-            ).mean()
-        )
-
-    def unigram_loss(self) -> float:
-        """`held_out_loss` of the unigram model, which ignores the context."""
-        return float(-np.log(self.frequency[self.corpus.held_out[self.evaluated]]).mean())
+    def on_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
+        """After `step` steps of all optimizers, with their held-out losses."""
 
 
 def train(
     problem: Problem,
-    optimizer: Optimizer,
+    optimizers: Mapping[str, Optimizer],
     learning_rate: float,
     steps: int,
-    on_step: Callable[[float, float], None] = lambda loss, milliseconds: None,
-) -> Result:
-    """Trains from the initial parameters; calls ``on_step(loss, milliseconds)`` at each step."""
-    transform = optimizer.make(learning_rate)
+    observer: Observer | None = None,
+) -> dict[str, Result]:
+    """Trains with each optimizer, from the same parameters and on the same batches.
 
-    def step(params: Params, state: State, batch: Batch) -> tuple[Params, State, jax.Array]:
-        value_and_grad = optimizer.value_and_grad(problem.model.apply, state)
-        loss, gradients = value_and_grad(params, *batch)
-        updates, state = transform.update(gradients, state, params)
-        return at.apply_updates(params, updates), state, loss
+    The optimizers take turns of one step, so that a disturbance of the machine hits all alike. The
+    order within a turn is random: each step runs after every other equally often, with the caches
+    that it left. Batches are made, and held-out losses computed, while no clock runs.
+    """
+    observer = Observer() if observer is None else observer
+    runs = {name: _Run(problem, item, learning_rate) for name, item in optimizers.items()}
+    evaluated_after = np.unique(np.linspace(0, steps, EVALUATIONS + 1).round().astype(int))
+    orders = np.random.default_rng(problem.seed)
+    for step, batch in zip(range(steps + 1), problem.batches(), strict=False):
+        if step in evaluated_after:
+            observer.on_evaluation(step, {name: run.evaluate() for name, run in runs.items()})
+        if step < steps:
+            batch = jax.block_until_ready(jax.device_put(batch))
+            for index in orders.permutation(len(runs)):
+                name = [*runs][index]
+                observer.on_step(name, *runs[name].step(batch))
+    return {name: run.result(evaluated_after) for name, run in runs.items()}
 
-    params = problem.init_params()
-    state = jax.jit(transform.init)(params)
-    state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    batches = problem.batches()
-    start = perf_counter()
-    # Ahead of time, so that step times contain no compilation.
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, next(batches)).compile()
-    compile_seconds = perf_counter() - start
 
-    losses, milliseconds = np.empty(steps), np.empty(steps)
-    for i, batch in zip(range(steps), problem.batches(), strict=False):
+class _Run:
+    """The training with one optimizer; its clock runs in `step` alone."""
+
+    def __init__(self, problem: Problem, optimizer: Optimizer, learning_rate: float) -> None:
+        transform = optimizer.make(learning_rate)
+
+        def step(params: Params, state: State, batch: Batch) -> tuple[Params, State, jax.Array]:
+            value_and_grad = optimizer.value_and_grad(problem.model.apply, state)
+            loss, gradients = value_and_grad(params, *batch)
+            updates, state = transform.update(gradients, state, params)
+            return at.apply_updates(params, updates), state, loss
+
+        self._held_out, self._finalize = problem.held_out, jax.jit(optimizer.finalize)
+        self._params = problem.init_params()
+        self._state = jax.jit(transform.init)(self._params)
+        self._losses: list[float] = []
+        self._milliseconds: list[float] = []
+        self._held_out_losses: list[float] = []
         start = perf_counter()
-        params, state, loss = jax.block_until_ready(compiled(params, state, batch))
-        losses[i], milliseconds[i] = float(loss), 1e3 * (perf_counter() - start)
-        on_step(losses[i], milliseconds[i])
+        # Ahead of time, so that step times contain no compilation.
+        self._step = (
+            jax.jit(step, donate_argnums=(0, 1))
+            .lower(self._params, self._state, next(problem.batches()))
+            .compile()
+        )
+        self._compile_seconds = perf_counter() - start
 
-    params, state = optimizer.settle(params, state)
-    held_out_loss = problem.held_out_loss(optimizer.finalize(params, state))
-    return Result(losses, milliseconds, compile_seconds, state_bytes, held_out_loss, params)
+    def step(self, batch: Batch) -> tuple[float, float]:
+        """Takes a step and returns its training loss and its milliseconds."""
+        start = perf_counter()
+        self._params, self._state, loss = jax.block_until_ready(
+            self._step(self._params, self._state, batch)
+        )
+        self._milliseconds.append(1e3 * (perf_counter() - start))
+        self._losses.append(float(loss))
+        return self._losses[-1], self._milliseconds[-1]
 
+    def evaluate(self) -> float:
+        """Computes the held-out loss."""
+        params = self._finalize(self._params, self._state)
+        self._held_out_losses.append(self._held_out.loss(params))
+        return self._held_out_losses[-1]
 
-@jax.jit
-def largest_difference(params: Params, others: Params) -> jax.Array:
-    """The largest absolute difference between two trees of parameters."""
-    differences = jax.tree.map(lambda p, q: jnp.abs(p - q).max(), params, others)
-    return jnp.stack(jax.tree.leaves(differences)).max()
-
-
-def _contexts(stream: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """(positions, CONTEXT): the ids before each of these positions of a stream."""
-    return stream[positions[:, None] + np.arange(-CONTEXT, 0)[None, :]]
+    def result(self, evaluated_after: np.ndarray) -> Result:
+        return Result(
+            losses=np.array(self._losses),
+            milliseconds=np.array(self._milliseconds),
+            compile_seconds=self._compile_seconds,
+            state_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(self._state)),
+            evaluated_after=evaluated_after,
+            held_out_losses=np.array(self._held_out_losses),
+            params=self._finalize(self._params, self._state),
+        )
