@@ -2,8 +2,12 @@
 
 import ast
 import base64
+import importlib.util
+import itertools
 import pkgutil
 import re
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,8 @@ import nbclient
 import nbformat
 import pytest
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 # Folders that are somebody's or some machine's own, on Linux, macOS, Colab or Windows.
@@ -108,13 +113,61 @@ def test_a_notebook_is_committed_as_one_execution_left_it(path: Path) -> None:
 
 
 @each_notebook
-def test_a_notebook_installs_the_library_first_where_it_is_missing(path: Path) -> None:
+def test_a_notebook_installs_only_what_is_missing(path: Path) -> None:
     first, *others = read(path).cells
-    assert first.cell_type == "code"
-    lines = first.source.splitlines()
-    condition = lines.index('if importlib.util.find_spec("adam_transforms") is None:')
-    assert lines[condition + 1 :] == ['    %pip install -q "adam-transforms[notebooks]"']
-    assert not any("pip install" in cell.source for cell in others)
+    assert first.source == read(NOTEBOOKS[0]).cells[0].source
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = extras["optional-dependencies"]
+    for cell in others:
+        if "pip" in cell.source and cell.cell_type == "code":
+            assert "find_spec" in cell.source
+            packages = re.findall(r'"([\w-]+)"', cell.source)
+            assert packages
+            for extra in ("notebooks", "test"):
+                names = {re.match(r"[\w-]+", line)[0] for line in extras[extra]}
+                assert names.issuperset(packages), extra
+
+
+def run_first_cell(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, source: str
+) -> tuple[list[str], list[str]]:
+    """Runs a first cell in a folder, where the library is not installed.
+
+    Returns:
+      What it prepends to sys.path, and the requirements that it installs.
+    """
+    before, requirements = [*sys.path], []
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*before])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    source = re.sub(r'%pip install -q (".*")', r"install(f\1)", source)
+    exec(source, {"install": requirements.append})  # noqa: S102
+    return sys.path[: len(sys.path) - len(before)], requirements
+
+
+def test_a_first_cell_uses_the_clone_that_it_lies_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = read(NOTEBOOKS[0]).cells[0].source
+    assert run_first_cell(monkeypatch, ROOT / "notebooks", source) == ([str(ROOT)], [])
+
+
+def test_a_first_cell_without_a_clone_installs_from_git(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = read(NOTEBOOKS[0]).cells[0].source
+    with pytest.raises(ValueError, match="replace OWNER"):
+        run_first_cell(monkeypatch, tmp_path, source)
+    source = source.replace("com/OWNER/", "com/someone/")
+    requirement = "adam-transforms[notebooks] @ git+https://github.com/someone/adam_transforms"
+    assert run_first_cell(monkeypatch, tmp_path, source) == ([], [requirement])
+
+
+@each_notebook
+def test_a_notebook_says_what_each_cell_does_and_on_which_device(path: Path) -> None:
+    notebook = read(path)
+    for before, cell in itertools.pairwise(notebook.cells):
+        assert "markdown" in (before.cell_type, cell.cell_type), cell.source
+    printed = [output.get("text", "") for output in outputs_of(notebook)]
+    assert re.match(r"jax [\d.]+ on \w+", "".join(printed))
 
 
 @each_notebook
