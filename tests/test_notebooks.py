@@ -16,6 +16,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -117,8 +118,7 @@ def test_a_notebook_is_committed_as_one_execution_left_it(path: Path) -> None:
 def test_a_notebook_installs_only_what_is_missing(path: Path) -> None:
     first, *others = read(path).cells
     assert first.source == read(NOTEBOOKS[0]).cells[0].source
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = extras["optional-dependencies"]
+    extras = PROJECT["optional-dependencies"]
     for cell in others:
         if "pip" in cell.source and cell.cell_type == "code":
             assert "find_spec" in cell.source
@@ -141,7 +141,7 @@ def run_first_cell(
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [*before])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    source = re.sub(r'%pip install -q (".*")', r"install(f\1)", source)
+    source = re.sub(r'%pip install -q (".*")', r"install(f\1)", source)  # as IPython does
     exec(source, {"install": requirements.append})
     return sys.path[: len(sys.path) - len(before)], requirements
 
@@ -155,10 +155,7 @@ def test_a_first_cell_without_a_clone_installs_from_git(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     source = read(NOTEBOOKS[0]).cells[0].source
-    with pytest.raises(ValueError, match="replace OWNER"):
-        run_first_cell(monkeypatch, tmp_path, source)
-    source = source.replace("com/OWNER/", "com/someone/")
-    requirement = "adam-transforms[notebooks] @ git+https://github.com/someone/adam_transforms"
+    requirement = f"adam-transforms[notebooks] @ git+{PROJECT['urls']['Source']}"
     assert run_first_cell(monkeypatch, tmp_path, source) == ([], [requirement])
 
 
