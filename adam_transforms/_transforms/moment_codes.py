@@ -13,10 +13,11 @@ The gap between neighbours is a factor :math:`2^\delta` with
 :math:`\delta = (w / A)(1 + |x| / w)^2`, for K = 255 and w = 2 about 0.5 % near the center. The
 codes reach 160 binades below the center and 130 above it, and never leave the range of normal
 float32 numbers: no v that is not zero becomes zero. A group is the elements of the last axes, 16 or
-more of them, but never of the first axis of several. Its center and width follow its codes, one
-step behind: the center is the mean of 64 of them, and the width, one of 2, 4, ..., 64, is of the
-size of the largest distance from it. Both stay until the mean has moved by w / 4, or the distance
-has left [w / 2, 2 w]: in an unchanged group, a v that stands on a code is stored exactly.
+more of them, but never of the first axis of several. Its center and width are
+computed from the codes of the step before: the center is the mean of 64 of them, and the width, one
+of 2, 4, ..., 64, is about the largest distance from the center. Both stay until the mean has moved
+by w / 4, or the distance has left [w / 2, 2 w]: in an unchanged group, a v that stands on a code is
+stored exactly.
 
 **8 bits, first moment.** Relative to s, the root of the stored second moment by a linear
 interpolation of logarithms (which is within 6 % of it), element by element,

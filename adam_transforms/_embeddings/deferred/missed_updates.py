@@ -17,9 +17,9 @@ The sum over j is interpolated in x (`chebyshev`): for a row it is one of Q frac
 
     sum_j D A rho^j / (q + x_j)  ~  sum_{i=1}^{Q} W_i(s) / (q + X_i(s)),
 
-with nodes X that depend on s alone. The weights W are linear in the terms, so each step adds one
-term to those of the K steps before it. A ring buffer keeps both for the last `max_idle` steps,
-whatever the number of rows.
+with nodes X that depend on s alone. The weights W(s) are sums of one term for each step
+after s. A step therefore adds its term to the weights of the K steps before it. A ring buffer keeps
+both for the last `max_idle` steps, whatever the number of rows.
 """
 
 from typing import Any, NamedTuple

@@ -1,6 +1,6 @@
 """Bodies in which tables are read: of loops, branches, checkpoints.
 
-Each function of `BODIES` makes a step of an equation with bodies; the step runs it again with taps.
+Each function of `BODIES` turns a loop, branch or checkpoint into a step, which runs it with taps.
 A body closes over the tables, and over all other arrays that it takes unchanged.
 """
 

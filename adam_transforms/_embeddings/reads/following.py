@@ -1,8 +1,9 @@
 """Follows the tables of a program to the reads of their rows.
 
-What an equation computes from a table row by row is left *pending* as long as every use of it reads
-a part of it. Where one does not, the value is computed from the rows that it needs, if it is a part
-of the table itself; or else the table is used as a whole.
+The result of an equation that works row by row on a table is *pending*, not computed, as long as
+every use of the result reads a part of it. If some use needs the whole result, there are two cases.
+A result that is itself a part of the table is computed from the rows of that part. For any other
+result the table is used as a whole, and its gradient is dense.
 """
 
 import contextlib
