@@ -89,8 +89,8 @@ class _Run:
         def step(params: Params, state: State, batch: Batch) -> tuple[Params, State, jax.Array]:
             value_and_grad = optimizer.value_and_grad(problem.model.apply, state)
             loss, gradients = value_and_grad(params, *batch)
-            updates, state = transform.update(gradients, state, params)
-            return at.apply_updates(params, updates), state, loss
+            params, state = at.update_and_apply(transform, gradients, state, params)
+            return params, state, loss
 
         self._held_out, self._finalize = problem.held_out, jax.jit(optimizer.finalize)
         self._params = problem.init_params()
