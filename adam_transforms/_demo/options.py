@@ -84,7 +84,7 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     add("--rows", _integer(2, 2**31 - 1), 2**20, "rows of the hashed n-gram table")
     add("--dim", _integer(1, 2**16), 32, "numbers in a row of the table")
-    add("--steps", _integer(1, 10**9), 400, "training steps with each optimizer")
+    add("--steps", _integer(1, 10**9), 320, "training steps with each optimizer")
     add("--batch", _integer(1, 2**24), 512, "words to predict in a step")
     add("--learning-rate", _positive, 5e-3, "Adam's learning rate")
     add("--seed", _integer(0, 2**32 - 1), 0, "seed of the initial parameters and the batches")
