@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from adam_transforms._core import patterns
@@ -105,6 +106,9 @@ def explain(
     """
     check_loss(fun)
     positions = positions_of(argnums)
+    if max(positions, default=0) >= len(args):
+        # JAX's own error.
+        jax.eval_shape(jax.value_and_grad(fun, argnums, has_aux), *args, **kwargs)
     leaves, _ = leaves_of(args, positions)
     traced = trace(fun, has_aux, args, kwargs, positions)
     deferred = set(deferred_leaves(rows_from, leaves))
