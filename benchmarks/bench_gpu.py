@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import optax
 import pallas_lazy
+from bench_dense import EVERY
 
 import adam_transforms as at
 
 PROFILED = 8  # calls
-EVERY = 4  # gradients to a cycle of accumulation
 SIZES = [
     bench_sparse.Size(10**4, 32, 8192),
     bench_sparse.Size(10**6, 64, 8192),

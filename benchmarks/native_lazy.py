@@ -39,6 +39,14 @@ def compile_and_register() -> None:
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
 
 
+def of_step(count: jax.Array, learning_rate: float, b1: float, b2: float, eps: float) -> jax.Array:
+    """Step size and epsilon, float32 (2,), with both bias corrections in them."""
+    t = (count + 1).astype(jnp.float32)
+    correction1, correction2 = (-jnp.expm1(t * np.float32(np.log(b))) for b in (b1, b2))
+    root = jnp.sqrt(correction2)
+    return jnp.stack([learning_rate * root / correction1, eps * root])
+
+
 def update(
     tables: Sequence[jax.Array],
     count: jax.Array,
@@ -55,10 +63,7 @@ def update(
       tables: parameters, mu and nu, float32 (V, D).
       ids, values: int32 (n,), float32 (n, D); duplicates are summed.
     """
-    t = (count + 1).astype(jnp.float32)
-    correction1, correction2 = (-jnp.expm1(t * np.float32(np.log(b))) for b in (b1, b2))
-    root = jnp.sqrt(correction2)
-    numbers = jnp.stack([learning_rate * root / correction1, eps * root])
+    numbers = of_step(count, learning_rate, b1, b2, eps)
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in tables]
     aliases = {3 + i: i for i in range(len(tables))}
     call = jax.ffi.ffi_call(TARGET, results, input_output_aliases=aliases)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import native_lazy
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
@@ -31,10 +31,7 @@ def update(
       ids, values: int32 (n,), float32 (n, D), where n is a multiple of 8; duplicates are summed, by
         XLA.
     """
-    t = (count + 1).astype(jnp.float32)
-    correction1, correction2 = (-jnp.expm1(t * np.float32(np.log(b))) for b in (b1, b2))
-    root = jnp.sqrt(correction2)
-    numbers = jnp.stack([learning_rate * root / correction1, eps * root])
+    numbers = native_lazy.of_step(count, learning_rate, b1, b2, eps)
     num_rows, columns = tables[0].shape
     rows = at.SparseRows(ids, values, num_rows).sum_duplicates()
 

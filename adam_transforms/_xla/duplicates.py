@@ -1,7 +1,8 @@
 """Which indices of a table are equal, in O(n) memory whatever the size of the table."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -49,8 +50,7 @@ def by_hashing(indices: jax.Array) -> list[jax.Array]:
         hashed = salted * (jnp.uint32(_MULTIPLIER) + attempt * jnp.uint32(0x9E3779B2))
         hashed = (hashed ^ (hashed >> 15)) * jnp.uint32(0x85EBCA6B)
         bucket = hashed >> jnp.uint32(33 - buckets.bit_length())
-        empty = jnp.full((tables, buckets), n, jnp.int32)
-        winner = _winners(jnp.where(is_open, bucket.astype(jnp.int32), buckets), empty)
+        winner = _winners(jnp.where(is_open, bucket.astype(jnp.int32), buckets), buckets)
         of_winner = jnp.take_along_axis(
             indices, jnp.minimum(winner, n - 1), axis=1, mode="promise_in_bounds"
         )
@@ -75,33 +75,32 @@ def _num_buckets(n: int) -> int:
     return 1 << max(1, math.ceil(math.log2(max(1, n * _BUCKETS_PER_INDEX))))
 
 
-def _look_up(indices: jax.Array, empty: jax.Array) -> list[jax.Array]:
-    """`first_positions`, with a bucket for each row."""
-    return [*_winners(indices, empty)]
-
-
-def _winners(bucket: jax.Array, empty: jax.Array) -> jax.Array:
+def _winners(bucket: jax.Array, buckets: int) -> jax.Array:
     """For each of (T, n) buckets the smallest position in its table with that bucket; n for a
     bucket out of range.
 
     Args:
-      empty: (T, buckets), all n.
+      buckets: the number of buckets of each table.
     """
-    (tables, buckets), n = empty.shape, bucket.shape[1]
+    tables, n = bucket.shape
+    empty = jnp.full((tables * buckets,), n, jnp.int32)
     start = jnp.arange(tables, dtype=jnp.int32)[:, None] * buckets
     place = jnp.where(bucket < buckets, start + bucket, tables * buckets).reshape(-1)
-    owner = empty.reshape(-1).at[place].min(_positions(bucket).reshape(-1), mode="drop")
+    owner = empty.at[place].min(_positions(bucket).reshape(-1), mode="drop")
     return owner.at[place].get(mode="fill", fill_value=n).reshape(bucket.shape)
 
 
-def _find_by(*, cpu: Any, gpu: Any) -> Any:
-    """`cpu` or `gpu`, functions of indices and empty buckets; sorting on all other platforms."""
-    return unchecked(on_cpu(lambda indices, empty: by_sorting(indices), gpu=gpu)(cpu))
-
-
 _hash_or_sort = unchecked(on_cpu(by_sorting)(by_hashing))
-_hash_look_up_or_sort = _find_by(cpu=lambda indices, empty: by_hashing(indices), gpu=_look_up)
-_look_up_or_sort = _find_by(cpu=_look_up, gpu=_look_up)
+
+
+@functools.cache
+def _look_up_or_sort(buckets: int, *, fits_cpu: bool) -> Callable[[jax.Array], list[jax.Array]]:
+    """`first_positions` with a bucket for each row, on a CPU only if that `fits_cpu`."""
+
+    def look_up(indices: jax.Array) -> list[jax.Array]:
+        return [*_winners(indices, buckets)]
+
+    return unchecked(on_cpu(by_sorting, gpu=look_up)(look_up if fits_cpu else by_hashing))
 
 
 def first_positions(indices: jax.Array, num_rows: Sequence[int]) -> list[jax.Array]:
@@ -128,6 +127,5 @@ def first_positions(indices: jax.Array, num_rows: Sequence[int]) -> list[jax.Arr
         return by_sorting(indices)
     if max(num_rows) < _GPU_ROWS_PER_INDEX * n:  # a bucket for each row: nothing collides
         fits_cpu = tables == 1 and num_rows[0] < _num_buckets(n)
-        find = _look_up_or_sort if fits_cpu else _hash_look_up_or_sort
-        return find(indices, jnp.full((tables, max(num_rows) + 1), n, jnp.int32))
+        return _look_up_or_sort(max(num_rows) + 1, fits_cpu=fits_cpu)(indices)
     return _hash_or_sort(indices)
