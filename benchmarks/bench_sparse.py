@@ -5,7 +5,8 @@
 Sections: `step` is the optimizer's step alone, from raw duplicated ids and the cotangents of the
 rows read to new parameters; `growth` is the same for tables of 10^3 to 10^7 rows, from which
 figure.py draws the README's figure; `tables` is the step of 26 tables, and what it takes to compile
-it; `tower` is the whole training step of a two-tower model, forward and backward passes included.
+it; `tower` is the whole training step of a two-tower model, forward and backward passes included;
+`tracing` is how long JAX traces the gradient of a transformer.
 Contenders that are not installed are left out by name; the native one needs a C++ compiler.
 """
 
@@ -54,6 +55,7 @@ DENSE = "dense optax.adam"
 ANCHORS = (
     *("native C++", "torch SparseAdam", "bare gather, scatter", DENSE),
     *("TF1 AdamOptimizer", "Keras 3 Adam", "torch Embedding, SparseAdam", "jax.grad, optax.adam"),
+    "jax.value_and_grad",
 )
 
 
@@ -443,6 +445,45 @@ def bench_tower(rows: int, distribution: str, rounds: int) -> list[dict[str, Any
     ]
 
 
+# ---- tracing ------------------------------------------------------------------------------------
+
+
+def bench_tracing(rounds: int) -> list[dict[str, Any]]:
+    """Tracing the gradient of a transformer with 12 layers and an embedding of its tokens."""
+    nn: Any = importlib.import_module("flax.linen")
+
+    class Transformer(nn.Module):
+        @nn.compact
+        def __call__(self, ids: jax.Array) -> jax.Array:
+            x = nn.Embed(50_000, 256, name="tokens")(ids)
+            for _ in range(12):
+                h = nn.LayerNorm()(x)
+                x = x + nn.MultiHeadDotProductAttention(8)(h, h)
+                x = x + nn.Dense(256)(nn.gelu(nn.Dense(1024)(nn.LayerNorm()(x))))
+            return nn.Dense(100)(x)
+
+    model, ids = Transformer(), jnp.zeros((2, 64), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), ids)
+
+    def loss(params: Any) -> jax.Array:
+        return jnp.mean(model.apply(params, ids) ** 2)
+
+    contenders = {
+        "jax.value_and_grad": jax.value_and_grad(loss),
+        "at.value_and_grad": at.value_and_grad(loss, tables="tokens"),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds + 1):  # the first also loads what it needs
+        for name, function in contenders.items():
+            jax.clear_caches()
+            start = time.perf_counter()
+            jax.make_jaxpr(function)(params)
+            seconds[name].append(time.perf_counter() - start)
+    times = {name: float(np.median(values[1:])) for name, values in seconds.items()}
+    base = times["jax.value_and_grad"]
+    return [{"name": name, "seconds": t, "ratio": t / base} for name, t in times.items()]
+
+
 # ---- the command --------------------------------------------------------------------------------
 
 
@@ -452,7 +493,7 @@ def size_of(text: str) -> Size:
 
 
 def main() -> None:
-    sections = ("step", "growth", "tables", "tower")
+    sections = ("step", "growth", "tables", "tower", "tracing")
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=sections, default=sections)
     parser.add_argument(
@@ -507,6 +548,9 @@ def main() -> None:
             for row in bench_tower(rows, distribution, arguments.rounds)
         ]
         harness.print_table("tower: a whole training step", results["tower"])
+    if "tracing" in arguments.only:
+        results["tracing"] = bench_tracing(arguments.rounds)
+        harness.print_table("tracing: the gradient of 12 layers", results["tracing"])
     harness.finish(arguments, results, ANCHORS)
 
 

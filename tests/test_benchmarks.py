@@ -31,7 +31,7 @@ RUNS = {
             *("--sizes", "1000,4,64", "--rows", "1000", "2000", "--table-rows", "1000", "2000"),
             *("--tower-rows", "1000"),
         ],
-        ["step", "growth", "tables", "tower"],
+        ["step", "growth", "tables", "tower", "tracing"],
     ),
     "bench_deferred.py": (["--rows", "10000", "--only", "step"], ["step"]),
     "bench_lowmem.py": (["--parameters", "65536", "--only", "step"], ["step"]),
