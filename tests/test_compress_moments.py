@@ -123,10 +123,10 @@ def test_rounding_is_unbiased_and_to_a_neighbour(bits: Any) -> None:
 def test_random_numbers_are_uniform_and_independent() -> None:
     shape = (64, 1024)
 
-    def numbers(seed: int = 0, leaf: int = 0, count: int = 0, stream: int = 0) -> np.ndarray:
-        return np.asarray(Noise.of(seed, leaf, jnp.int32(count)).bits(shape, stream))
+    def numbers(seed: int = 0, leaf: int = 0, count: int = 0) -> np.ndarray:
+        return np.asarray(Noise.of(seed, leaf, jnp.int32(count)).bits(shape))
 
-    of = {name: numbers(**{name: 1}) for name in ("seed", "leaf", "count", "stream")}
+    of = {name: numbers(**{name: 1}) for name in ("seed", "leaf", "count")}
     plain = numbers()
     halves = {"high": plain >> 16, "low": plain & 0xFFFF}
     halves |= {f"{name} {i}": x >> 16 for name, x in of.items() for i in (0,)}
@@ -208,9 +208,11 @@ def test_bytes_and_temporaries() -> None:
         assert sum(x.nbytes for x in jax.tree.leaves(state)) <= most * elements
 
 
-def test_a_step_makes_no_array_of_the_size_of_the_moments() -> None:
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.7), (16, 0.01)])
+def test_a_step_keeps_no_copy_of_the_moments(bits: int, most: float) -> None:
+    """Most bytes of an element: at 8 bits a part of the codes is read as int32 for their range."""
     params = jax.ShapeDtypeStruct((512, 1024), jnp.float32)
-    tx = at.adam(0.1, state_bits=8)
+    tx = at.adam(0.1, state_bits=bits)
 
     def step(params: Any, state: Any, grads: Any) -> Any:
         updates, state = tx.update(grads, state, params)
@@ -220,7 +222,7 @@ def test_a_step_makes_no_array_of_the_size_of_the_moments() -> None:
         params, jax.eval_shape(tx.init, params), params
     )
     memory = lowered.compile().memory_analysis()
-    assert memory is not None and memory.temp_size_in_bytes < 3 * 512 * 1024
+    assert memory is not None and memory.temp_size_in_bytes < most * 512 * 1024
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -264,7 +266,7 @@ def test_extra_arguments_reach_the_chain() -> None:
     )
     tx = at.compress_moments(optax.chain(at.scale_by_adam(), factor))
     g = jnp.ones(3)
-    assert np.allclose(tx.update(g, tx.init(g), factor=2.0)[0], 2.0)
+    assert np.allclose(tx.update(g, tx.init(g), factor=2.0)[0], 2.0, rtol=0.2)
 
 
 def test_seeds_leaves_and_resumed_runs() -> None:

@@ -77,7 +77,7 @@ PRIVATE_JAX = ("jax.extend", "jax._src", "jax.interpreters")
 USE_XLA = (
     "_core/dtypes.py",
     "_core/sparse_rows.py",
-    "_transforms/moment_codes.py",
+    "_transforms/compress_moments.py",
     "_transforms/numerics.py",
     "_transforms/conditional_update.py",
     "_embeddings/lazy.py",

@@ -17,7 +17,7 @@ from adam_transforms._core import dtypes
 from adam_transforms._core.key_type import KEY_TYPE
 from adam_transforms._core.serialization import serializable_node
 from adam_transforms._xla.duplicates import first_positions
-from adam_transforms._xla.scheduling import depend_on, materialize, token
+from adam_transforms._xla.scheduling import CODES, depend_on, gather_separately, materialize, token
 from adam_transforms._xla.unchecked import unchecked
 
 # Bytes of values from which on summed rows are packed: an update in blocks then skips the padding.
@@ -216,7 +216,9 @@ class SparseRows(metaclass=_Described):
     def gather_each(self, tables: Sequence[jax.Array]) -> list[jax.Array]:
         """`gather` of several arrays, each computed once for all its uses."""
         gathered = _gather_rows([*map(jnp.asarray, tables)], self._places())
-        return [*map(materialize, self._zeros_at_padding(gathered))]
+        gathered = self._zeros_at_padding(gathered)
+        # Codes are decoded in a long kernel, which would have few rows in flight.
+        return [gather_separately(x) if x.dtype in CODES else materialize(x) for x in gathered]
 
     def scatter(self, table: jax.Array, values: jax.Array) -> jax.Array:
         """A table or a slot with these rows, which must be unique, replaced."""

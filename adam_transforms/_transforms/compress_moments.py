@@ -1,6 +1,6 @@
 """Adam's moments kept in 8 or 16 bits an element."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from adam_transforms._transforms.adam import ScheduledDecayState
 from adam_transforms._transforms.loss_scaling import StaticLossScaleState
 from adam_transforms._transforms.master_weights import MasterWeightsState
 from adam_transforms._transforms.moment_codes import Noise
+from adam_transforms._xla.jaxprs import change_outputs
 
 
 @register(
@@ -33,13 +34,14 @@ class CompressMomentsState(NamedTuple):
 
     Attributes:
       count: int32 (), the number of steps.
-      moments: like the parameters: uint16, mu and nu in one word; None unless both have 8 bits.
-      mu: like the parameters: int8, or at 16 bits uint16, the bits of a bfloat16; None with
-        `moments`.
-      nu, nu_max: like the parameters: uint8, or uint16 as mu; nu is None with `moments`, nu_max for
-        Adam.
-      nu_range, nu_max_range: int16 for each group of elements, in which their codes lie; None at
-        16 bits.
+      moments: like the parameters: uint16, mu and nu in one word; None unless both have 8 bits and
+        the same shape.
+      mu: like the parameters: int8, or at 16 bits the bits of a bfloat16 as uint16; None if
+        `moments` contains it.
+      nu, nu_max: like the parameters: uint8, or at 16 bits uint16 as for mu; nu is None if
+        `moments` contains it, nu_max is None for Adam.
+      nu_range, nu_max_range: int16 for each group of elements: the center and width of their
+        8-bit codes; None at 16 bits.
     """
 
     count: jax.Array
@@ -66,50 +68,53 @@ def compress_moments(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps Adam's moments in 8 or 16 bits an element, rounded stochastically.
 
-    At every step the moments are decoded to float32, `inner` updates them, and they are coded
-    again, without an array of decoded moments. All else in the state is untouched.
+    A step decodes the moments to float32, `inner` updates them, and they are coded again, without
+    an array of decoded moments. The updates are computed from the new moments as they are stored.
+    All else in the state is untouched.
 
     ====================  ==========================  ===========  ===================
     bits                  code                        m and v      error of the update
     ====================  ==========================  ===========  ===================
     16                    bfloat16                    4 bytes      0.02
     {"mu": 8, "nu": 16}   m relative to sqrt(v)       3 bytes      0.04
-    8                     and v logarithmic too       2 to 2.1     0.07, 0.09, 0.11
+    8                     and v logarithmic too       2 to 2.1     0.07, 0.10, 0.13
     ====================  ==========================  ===========  ===================
 
-    The error is the root mean square, relative to the update's, after 2,000 steps at the default
-    decay rates, for gradients whose scales within a row spread by exp(N(0, s)); at 8 bits for
-    s = 0, 1 and 2.5. With b1 = 0.99 the first moment averages ten times as many roundings of a
-    smaller update, and the error at 8 bits is 0.3: keep mu in 16 bits there. Bytes are those of an
-    element where rows have 20 elements or more; a row of one takes 4 bytes at 8 bits.
+    The error is the root mean square of the update's error, divided by that of the update, after
+    2,000 steps at the default decay rates. The elements of a row have gradients of different
+    scales, drawn from exp(N(0, s)). The three errors at 8 bits are for s = 0, 1 and 2.5. With
+    b1 = 0.99 the error at 8 bits is 0.3, because the first moment then averages ten times as many
+    roundings of a smaller update: keep mu in 16 bits. Bytes are per element, for rows of 20
+    elements or more; a row of one element takes 4 bytes at 8 bits.
 
-    A second moment in 8 bits is a logarithm around a center, with a spacing that grows with the
-    distance from it, and a first moment is relative to the root of the second, element by element:
+    An 8-bit second moment is stored as a logarithm relative to a center. The gap between its codes
+    grows with the distance from the center. An 8-bit first moment is stored relative to the root of
+    the second moment of the same element, in codes whose gap grows with the ratio:
 
     .. math::
-      \log_2 v = c + \frac{w k}{A - |k|}, \qquad \frac{m}{\sqrt v} = \frac{h l}{B - |l|}
+      \log_2 v \approx c \pm w\, x_k, \qquad m = \pm 2^{\mathrm{round}(\log_2 \sqrt v)}\, y_l
 
-    with integers k and l of 9 and 7 bits. Center c and width w, 2 bytes, are shared by the elements
-    of the last axis, or of as many of the last axes as have 16 elements. They follow the codes, so
-    that no step needs the largest value of a block. A second moment that is not zero is never
-    decoded as zero, and a first moment is at most 128 times the root of the second: no update
-    explodes. Adam's own ratio is at most
-    :math:`(1-b_1) / \sqrt{(1-b_2)(1-b_1^2/b_2)}`, 7.3 at the default rates, if b1 < sqrt(b2); for
-    other rates it has no bound, and a larger first moment is cut off at 128 roots.
+    The integers k and l have 9 and 7 bits where the two share a 16-bit word, else 8 bits. The
+    center c and the width w, 2 bytes, are shared by the elements of the last axis, or of as many of
+    the last axes as have 16 elements. They are computed from the codes of the step before, so that
+    no step needs the largest value of a block. A second moment that is not zero is never decoded as
+    zero, and a first moment is at most 16 times the root of the second: no update explodes. A first
+    moment of more than 7.8 roots may be cut off. Adam's own ratio is at most
+    :math:`(1-b_1) / \sqrt{(1-b_2)(1-b_1^2/b_2)}` if b1 < sqrt(b2), 7.3 at the default rates; for
+    other rates it has no bound.
 
-    Rounding is unbiased: the averages move on even where a step is smaller than the gap between
-    two codes. The random numbers are a hash of the seed, the count, the leaf and the position of
-    the element. Equal seeds give equal trajectories, for any sharding, and a resumed run is
-    bit-identical. Within `lazy` the position is that among the touched rows, so that a row's
-    rounding depends on which rows are touched with it.
+    Rounding is unbiased: a moment moves on average even if the change of a step is smaller than the
+    gap between two codes. The random numbers are a hash of the seed, the count, the leaf and the
+    position of the element. Equal seeds give equal trajectories, for any sharding, and a resumed
+    run is bit-identical. Inside `lazy`, the position of a row is its position among the touched
+    rows: its rounding depends on which other rows are touched.
 
-    A step computes more and moves less memory. On a CPU, which computes each code several times,
-    a dense step takes 2 to 3 times as long as plain Adam at 16 bits and 5 at 8; a lazy one 1.0 and
-    1.6 times.
+    A step computes more and moves less memory than plain Adam. On a CPU a dense step takes 1.3
+    times as long at 16 bits and 4 times at 8 bits; a lazy step takes 0.9 and 1.4 times as long.
 
     Args:
-      inner: a chain with the state of `scale_by_adam`, `scale_by_amsgrad`, or Optax's of the same
-        class, one or several.
+      inner: a chain with one or several states of `scale_by_adam`, `scale_by_amsgrad`, or Optax's
+        transformations with the same state classes.
       bits: 8, 16, or ``{"mu": 8, "nu": 16}``; nu_max has the bits of nu.
       seed: an integer.
 
@@ -122,7 +127,7 @@ def compress_moments(
         `compress_moments`; update was given a state of other bits.
       TypeError: a parameter is complex.
 
-    It goes directly around the chain, inside everything that holds back steps or chooses rows:
+    Put it directly around the chain, inside all wrappers that skip steps or select rows:
     ``accumulate(lazy(compress_moments(optax.chain(...))), 4)``. The presets do this for
     ``state_bits=8``.
 
@@ -164,8 +169,15 @@ def compress_moments(
             raise wrong_state(init, updates, state, params)
         _check_bits(coded, mu_dtype, nu_dtype)
         old = decoded(state)
-        updates, new = inner.update(updates, old, params, **extra_args)
-        return updates, encoded(new, state, old, seed=seed)
+        structure = jax.tree.structure(old)
+        coding = _Coding(state, structure.unflatten(range(structure.num_leaves)), seed)
+
+        def step(updates: Updates, old: State, params: Params | None) -> tuple[State, Updates]:
+            updates, new = inner.update(updates, old, params, **extra_args)
+            return new, updates
+
+        new, updates = change_outputs(coding.code, step, (updates, old, params), coding.groups)
+        return updates, coding.put_into(new)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -175,27 +187,19 @@ def decoded(state: State) -> State:
     return jax.tree.map(lambda x: _decoded(x) if _is_coded(x) else x, state, is_leaf=_is_coded)
 
 
-def encoded(new: State, like: State, old: State = None, *, seed: int = 0) -> State:
-    """The inverse of `decoded`.
+def encoded(new: State, like: State, *, seed: int = 0) -> State:
+    """The inverse of `decoded`, for a state that no step has made.
 
     Args:
       new: a state with Optax's states.
       like: a state whose decoded form has the structure of `new`; it says which codes to use.
-      old: in a step, ``decoded(like)``: moments that are the same arrays in it keep their codes.
       seed: of the rounding.
     """
-    nodes = jax.tree.leaves(like, is_leaf=lambda x: _is_coded(x) or _has_moments(x))
-    before = iter([x for x in nodes if _is_coded(x) or _has_moments(x)])
-    known = {id(x) for x in jax.tree.leaves(old)}
-    number = 0
-    nodes, treedef = jax.tree.flatten(new, is_leaf=_has_moments)
-    for i, node in enumerate(nodes):
-        if _has_moments(node):
-            was = next(before)
-            for _ in range(1 if old is not None else _SETTLING_STEPS) if _is_coded(was) else ():
-                was = nodes[i] = _encoded(node, was, known, seed, number)
-            number += 2 * len(jax.tree.leaves(node.mu))
-    return treedef.unflatten(nodes)
+    coding = _Coding(like, new, seed)
+    for i, moments in enumerate(coding.groups):
+        for _ in range(_SETTLING_STEPS):
+            coding.code(i, moments)
+    return coding.put_into(new)
 
 
 def _has_moments(x: Any) -> bool:
@@ -248,8 +252,23 @@ class _Leaf(NamedTuple):
     nu_range: Any
     nu_max_range: Any
 
-    def codes(self) -> moment_codes.Codes:
-        return moment_codes.Codes(self.moments, self.mu, self.nu, self.nu_range)
+    def decoded(self) -> tuple[jax.Array, jax.Array]:
+        """(mu, nu)."""
+        codes = moment_codes.Codes(self.moments, self.mu, self.nu, self.nu_range)
+        return moment_codes.decode(codes)
+
+    def decoded_max(self) -> jax.Array:
+        """nu_max."""
+        return moment_codes.decode_nu(self.nu_max, self.nu_max_range)
+
+    def with_moments(self, m: jax.Array, v: jax.Array, noise: Noise) -> "_Leaf":
+        codes = moment_codes.Codes(self.moments, self.mu, self.nu, self.nu_range)
+        codes = moment_codes.encode(codes, m, v, noise)
+        return self._replace(moments=codes.both, mu=codes.mu, nu=codes.nu, nu_range=codes.nu_range)
+
+    def with_max(self, v: jax.Array, noise: Noise) -> "_Leaf":
+        nu_max, nu_max_range = moment_codes.encode_nu(self.nu_max, self.nu_max_range, v, noise)
+        return self._replace(nu_max=nu_max, nu_max_range=nu_max_range)
 
 
 def _leaves(state: CompressMomentsState) -> tuple[list[_Leaf], Any]:
@@ -262,34 +281,70 @@ def _leaves(state: CompressMomentsState) -> tuple[list[_Leaf], Any]:
 
 def _decoded(state: CompressMomentsState) -> Any:
     leaves, treedef = _leaves(state)
-    mu, nu = trees.unzip([moment_codes.decode(leaf.codes()) for leaf in leaves], treedef, 2)
+    mu, nu = trees.unzip([leaf.decoded() for leaf in leaves], treedef, 2)
     if state.nu_max is None:
         return optax.ScaleByAdamState(state.count, mu, nu)
-    nu_max = [moment_codes.decode_nu(leaf.nu_max, leaf.nu_max_range) for leaf in leaves]
-    return optax.ScaleByAmsgradState(state.count, mu, nu, treedef.unflatten(nu_max))
+    nu_max = treedef.unflatten([leaf.decoded_max() for leaf in leaves])
+    return optax.ScaleByAmsgradState(state.count, mu, nu, nu_max)
 
 
-def _encoded(
-    new: Any, was: CompressMomentsState, known: set[int], seed: int, number: int
+class _Coding:
+    """The codes in a state, while new moments take the place of the old ones.
+
+    Attributes:
+      groups: the new moments that are coded together: mu and nu of a parameter, or its nu_max.
+    """
+
+    groups: list[list[Any]]
+
+    def __init__(self, state: State, new: State, seed: int) -> None:
+        """
+        Args:
+          state: with the old codes.
+          new: of the structure of ``decoded(state)``: the new moments, or what stands for them.
+          seed: of the rounding.
+        """
+        old = jax.tree.leaves(state, is_leaf=lambda x: _is_coded(x) or _has_moments(x))
+        self._old = [x for x in old if _is_coded(x) or _has_moments(x)]
+        self._leaves = [_leaves(x)[0] if _is_coded(x) else [] for x in self._old]
+        self.groups, self._places, number = [], [], 0
+        nodes = filter(_has_moments, jax.tree.leaves(new, is_leaf=_has_moments))
+        for was, leaves, node in zip(self._old, self._leaves, nodes, strict=True):
+            columns = map(jax.tree.leaves, node[1:])
+            for i, (m, v, *v_max) in enumerate(zip(*columns, strict=True)):
+                for group in ([m, v], v_max):
+                    if leaves and group:
+                        self.groups.append(group)
+                        self._places.append((leaves, i, Noise.of(seed, number, was.count)))
+                    number += 1
+
+    def code(self, i: int, moments: Sequence[jax.Array]) -> Sequence[jax.Array]:
+        """Codes the moments of the i-th group, and returns what their codes stand for."""
+        leaves, k, noise = self._places[i]
+        if len(moments) == 2:
+            leaves[k] = leaves[k].with_moments(*moments, noise)
+            return leaves[k].decoded()
+        leaves[k] = leaves[k].with_max(*moments, noise)
+        return [leaves[k].decoded_max()]
+
+    def put_into(self, state: State) -> State:
+        """`state` with the codes in place of its moments."""
+        nodes, treedef = jax.tree.flatten(state, is_leaf=_has_moments)
+        pairs = iter(zip(self._old, self._leaves, strict=True))
+        for i, node in enumerate(nodes):
+            if _has_moments(node):
+                was, leaves = next(pairs)
+                nodes[i] = _with_leaves(was, leaves, node.count) if _is_coded(was) else node
+        return treedef.unflatten(nodes)
+
+
+def _with_leaves(
+    state: CompressMomentsState, leaves: list[_Leaf], count: jax.Array
 ) -> CompressMomentsState:
-    """The codes of the moments in `new`, except of arrays in `known`; `number` is that of the first
-    leaf."""
-    leaves, treedef = _leaves(was)
-    moments = [jax.tree.leaves(x) for x in new[1:]]
-    for i, (leaf, m, v, *v_max) in enumerate(zip(leaves, *moments, strict=True)):
-        if {id(m), id(v)} <= known:
-            continue
-        noise = Noise.of(seed, number + 2 * i, was.count)
-        codes = moment_codes.encode(leaf.codes(), m, v, noise)
-        fields = {"moments": codes.both, "mu": codes.mu, "nu": codes.nu, "nu_range": codes.nu_range}
-        if v_max:
-            noise = Noise.of(seed, number + 2 * i + 1, was.count)
-            codes = moment_codes.encode_nu(leaf.nu_max, leaf.nu_max_range, v_max[0], noise)
-            fields |= {"nu_max": codes[0], "nu_max_range": codes[1]}
-        leaves[i] = leaf._replace(**fields)
+    _, treedef = _leaves(state)
     fields = trees.unzip([*leaves], treedef, len(_Leaf._fields))
-    kept = [x if old is not None else None for x, old in zip(fields, was[1:], strict=True)]
-    return CompressMomentsState(new.count, *kept)
+    kept = [x if old is not None else None for x, old in zip(fields, state[1:], strict=True)]
+    return CompressMomentsState(count, *kept)
 
 
 # ---- checks -------------------------------------------------------------------------------------

@@ -2,43 +2,39 @@ r"""Codes of Adam's moments in 8 and 16 bits an element, with stochastic roundin
 
 **16 bits.** The bits of a bfloat16, rounded stochastically.
 
-**8 bits, second moment.** The code is an integer k of at most K in size, with one code for zero and
-one for what is not finite. With the logarithm :math:`L(v)` of base 2, linear between powers of two,
-and a center c and a width w for each group of elements,
+**8 bits.** Codes are equidistant in pieces. The gap of the first piece is the unit of the code, and
+that of each further piece is wider, by a power of two.
 
-.. math::
-  L(v) = c + x(k), \qquad x(k) = \frac{w k}{A - |k|}, \qquad A = K (1 + w / 160)
+The second moment is coded by the distance of its logarithm of base 2, linear between powers of two,
+from a center c: :math:`L(v) = c \pm w\, x_k`. A group of elements shares the integer c and the
+width w, a power of two: the elements of the last axes, 16 or more of them, but never of the first
+axis of several. With nine bits, the gaps of x are 1/128 up to 1, 1/64 up to 2.5, 1/8 up to 4, 1/2
+up to 10 and 8 up to 58: near the center a factor :math:`2^{w/128}`, 0.5 % for w = 1. All codes are
+normal float32 numbers: no v that is not zero becomes zero. Center and width are computed from the
+codes of the step before: the center is the mean of 64 of them, and the width, one of 1, 2, ..., 64,
+is about the largest distance from the center. Both stay until the mean has moved by w / 4, or the largest
+distance has left [0.9 w, 2 w].
 
-The gap between neighbours is a factor :math:`2^\delta` with
-:math:`\delta = (w / A)(1 + |x| / w)^2`, for K = 255 and w = 2 about 0.5 % near the center. The
-codes reach 160 binades below the center and 130 above it, and never leave the range of normal
-float32 numbers: no v that is not zero becomes zero. A group is the elements of the last axes, 16 or
-more of them, but never of the first axis of several. Its center and width are
-computed from the codes of the step before: the center is the mean of 64 of them, and the width, one
-of 2, 4, ..., 64, is about the largest distance from the center. Both stay until the mean has moved
-by w / 4, or the distance has left [w / 2, 2 w]: in an unchanged group, a v that stands on a code is
-stored exactly.
-
-**8 bits, first moment.** Relative to s, the root of the stored second moment by a linear
-interpolation of logarithms (which is within 6 % of it), element by element,
-
-.. math::
-  m = s\, \frac{h l}{B - |l|}, \qquad B = K_m (1 + h / 128), \qquad |l| \le K_m
-
-By the inequality of Cauchy and Schwarz :math:`|m| / \sqrt v` is at most
+The first moment is coded relative to a power of two s, between :math:`\sqrt{v/2}` and
+:math:`\sqrt{2v}` of the stored v, element by element: :math:`m = \pm s\, y_k`. With seven bits, the
+gaps of y are 3/128 up to 0.9, 3/32 up to 2, 3/8 up to 5 and 3/2 up to 11. By the inequality of
+Cauchy and Schwarz :math:`|m| / \sqrt v` is at most
 :math:`(1-b_1) / \sqrt{(1-b_2)(1-b_1^2/b_2)}` for :math:`b_1 < \sqrt{b_2}`, which is 7.3 at the
-default rates. The code reaches 128. A larger ratio, which is possible for b1 = 0 with b2 above
-0.99994 and for b1 >= sqrt(b2), becomes 128: the update is then smaller than Adam's.
+default rates. The codes reach 7.8 roots or more. A larger ratio, which other rates make possible,
+is cut off there: the update is then smaller than Adam's.
 
 **Both in 16 bits.** Noise of v stays for 1 / (1 - b2) steps, that of m for 1 / (1 - b1) only. The
-second moment therefore has nine bits, K = 255, and the first seven, K_m = 63 with h = 0.75, in one
-word of 16. Alone each has eight: K = 127, and K_m = 127 with h = 0.7.
+second moment therefore has nine bits and the first seven, in one word of 16. Alone each has eight,
+and half as many codes in each piece.
 
-**Errors.** A value between two neighbours becomes one of them, with the probability that makes its
-expected value exact. A step moves v by about :math:`(1-b_2) v`, and rounding adds a variance of
-:math:`|\Delta v|` times the gap. Over the memory of v this is a standard deviation of
-:math:`v \sqrt{0.7 \delta \kappa / 2}`, where :math:`\kappa` is the mean of :math:`|g^2 / v - 1|`;
-the update has half of that, relative. The rounding of m adds 6 % in seven bits, 3 % in eight.
+**Errors.** Rounding adds a uniform random number to the position between two codes and takes the
+integer below: a value becomes one of its neighbours, and a value that is a code stays. The expected
+value is exact where v or m is linear in the position. So it is for m, and for v where the gap is at
+most a binade, since powers of two are codes then. A step moves v by about :math:`(1-b_2) v`, and
+rounding adds a variance of :math:`|\Delta v|` times the gap. Over the memory of v this is a
+standard deviation of :math:`v \sqrt{0.7 \delta \kappa / 2}`, where :math:`\delta` is the gap in
+binades and :math:`\kappa` the mean of :math:`|g^2 / v - 1|`; the update has half of that, relative.
+The rounding of m adds 6 % in seven bits, 3 % in eight.
 """
 
 import math
@@ -48,25 +44,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adam_transforms._xla.arithmetic import reciprocal, rounded
-
 BOTH_8, MU_8, NU_8, BITS_16 = jnp.uint16, jnp.int8, jnp.uint8, jnp.uint16
 
 _CENTER = -30  # of a group without codes: (1 - b2) g^2 of a gradient of 1e-3
 _CENTERS = (-126, 97)  # less _CENTER, they fit into a byte
-_LOG_WIDTH = 3  # of a group without codes
-_LOG_WIDTHS = (1, 6)
-_REACH = 160.0
+_LOG_WIDTH = 5  # of a group without codes: few gradients are far off the center
+_LOG_WIDTHS = (0, 6)
 _LEAST_GROUP = 16
 _SAMPLE = 64
-# Levels are multiples of 2^-13 binades: a product with another last bit gives the same level.
-_FRACTION_BITS = 13
-
-_LARGEST_RATIO = 128.0
+_WIDER, _NARROWER = 2.0, 0.9  # the largest distances, in widths, at which a width stays
 
 _MANTISSA_BITS, _BIAS = 23, 127
 _SMALLEST, _LARGEST = 0x00800000, 0x7F7FFFFF  # normal float32 numbers
 _INFINITY = 0x7F800000
+# Second moments are coded as multiples of 2^-7 binades.
+_UNIT_BITS = _MANTISSA_BITS - 7
 
 
 # ---- random numbers -----------------------------------------------------------------------------
@@ -88,15 +80,15 @@ class Noise(NamedTuple):
         first = _hash(count.astype(jnp.uint32) ^ fixed)
         return cls(first, _hash(first ^ np.uint32(0x68E31DA4)))
 
-    def bits(self, shape: tuple[int, ...], stream: int = 0) -> jax.Array:
-        """uint32 of `shape`, each a function of the position of its element and of `stream`."""
+    def bits(self, shape: tuple[int, ...]) -> jax.Array:
+        """uint32 of `shape`, each a function of the position of its element. The second moment is
+        rounded by the high bits, the first by the 16 low ones."""
         index, stride = self.first, 1
         for axis in reversed(range(len(shape))):
             position = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
             index = index + position * np.uint32(stride % 2**32)
             stride *= shape[axis]
-        second = self.second ^ np.uint32(stream * 0x2545F491 % 2**32)
-        return _hash((index * np.uint32(0x9E3779B9)) ^ second)
+        return _hash((index * np.uint32(0x9E3779B9)) ^ self.second)
 
 
 def _hash(x: Any) -> Any:
@@ -105,15 +97,6 @@ def _hash(x: Any) -> Any:
         x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
         x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
         return x ^ (x >> np.uint32(16))
-
-
-# A second moment moves by small parts of a gap, and gets the longer part of a hash.
-def _uniform_for_nu(bits: jax.Array) -> jax.Array:
-    return _float32((bits >> np.uint32(12)).astype(jnp.int32)) * 2.0**-20 + 2.0**-21
-
-
-def _uniform_for_mu(bits: jax.Array) -> jax.Array:
-    return _float32((bits & np.uint32(0xFFF)).astype(jnp.int32)) * 2.0**-12 + 2.0**-13
 
 
 # ---- both moments -------------------------------------------------------------------------------
@@ -140,11 +123,11 @@ def decode(codes: Codes) -> tuple[jax.Array, jax.Array]:
     if codes.both is not None:
         word = codes.both.astype(jnp.int32)
         v = _levels(word >> 7, codes.nu_range, 9)
-        return _decode_mu((word << 25) >> 25, v, 7), v
+        return _decode_mu(word & 127, v, 7), v
     v = decode_nu(codes.nu, codes.nu_range)
     if codes.mu.dtype != MU_8:
         return _from_bfloat16(codes.mu), v
-    return _decode_mu(codes.mu.astype(jnp.int32), v, 8), v
+    return _decode_mu(codes.mu.astype(jnp.int32) & 255, v, 8), v
 
 
 def decode_nu(nu: jax.Array, nu_range: Any) -> jax.Array:
@@ -154,19 +137,17 @@ def decode_nu(nu: jax.Array, nu_range: Any) -> jax.Array:
 
 def encode(old: Codes, m: jax.Array, v: jax.Array, noise: Noise) -> Codes:
     """The codes of the moments `m` and `v`, of the kinds of the `old` ones."""
-    m, v = _float32(m), _float32(v)
+    m, v, bits = _float32(m), _float32(v), noise.bits(m.shape)
     if old.both is not None:
-        bits = noise.bits(m.shape)
         nu_range = _next_range(old.both >> np.uint16(7), old.nu_range, 9)
-        nu, v = _codes(v, nu_range, _uniform_for_nu(bits), 9)
-        mu = _encode_mu(m, v, _uniform_for_mu(bits), 7)
-        return Codes(((nu << 7) | (mu & 127)).astype(BOTH_8), None, None, nu_range)
+        nu = _codes(v, nu_range, bits, 9)
+        mu = _encode_mu(m, _levels(nu, nu_range, 9), bits << np.uint32(16), 7)
+        return Codes(_joined(nu << 7, mu, BOTH_8), None, None, nu_range)
     nu, nu_range = encode_nu(old.nu, old.nu_range, v, noise)
-    bits = noise.bits(m.shape, 1)
     if old.mu.dtype != MU_8:
-        return Codes(None, _to_bfloat16(m, bits), nu, nu_range)
-    mu = _encode_mu(m, decode_nu(nu, nu_range), _uniform_for_mu(bits), 8)
-    return Codes(None, mu.astype(MU_8), nu, nu_range)
+        return Codes(None, _to_bfloat16(m, bits << np.uint32(16)), nu, nu_range)
+    mu = _encode_mu(m, decode_nu(nu, nu_range), bits << np.uint32(16), 8)
+    return Codes(None, _joined(mu & 128, mu & 127, MU_8), nu, nu_range)
 
 
 def encode_nu(old: jax.Array, nu_range: Any, v: jax.Array, noise: Noise) -> tuple[jax.Array, Any]:
@@ -175,7 +156,17 @@ def encode_nu(old: jax.Array, nu_range: Any, v: jax.Array, noise: Noise) -> tupl
     if old.dtype != NU_8:
         return _to_bfloat16(v, bits), None
     nu_range = _next_range(old, nu_range, 8)
-    return _codes(v, nu_range, _uniform_for_nu(bits), 8)[0].astype(NU_8), nu_range
+    nu = _codes(v, nu_range, bits, 8)
+    return _joined(nu & 128, nu & 127, NU_8), nu_range
+
+
+def _joined(high: jax.Array, low: jax.Array, dtype: Any) -> jax.Array:
+    """``high | low`` in a smaller dtype.
+
+    An array that is made by a cast alone is computed anew for each use, and this one is not:
+    `test_compress_moments.test_a_step_keeps_no_copy_of_the_moments`.
+    """
+    return high.astype(dtype) | low.astype(dtype)
 
 
 def _float32(x: jax.Array) -> jax.Array:
@@ -191,12 +182,85 @@ def _to_bfloat16(x: jax.Array, noise: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     size = bits & np.uint32(0x7FFFFFFF)
     rounded = jnp.minimum(size + (noise >> np.uint32(16)), np.uint32(_LARGEST))
-    bits = jnp.where(size < np.uint32(_INFINITY), (bits ^ size) | rounded, bits)
-    return (bits >> np.uint32(16)).astype(BITS_16)
+    rounded = jnp.where(size < np.uint32(_INFINITY), rounded, size)
+    return _joined((bits ^ size) >> np.uint32(16), rounded >> np.uint32(16), BITS_16)
 
 
 def _from_bfloat16(codes: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(codes.astype(jnp.uint32) << np.uint32(16), jnp.float32)
+
+
+# ---- 7 to 9 bits --------------------------------------------------------------------------------
+
+
+class _Scale:
+    """Sizes for the codes 0, 1, ...: multiples of a unit, equidistant in pieces."""
+
+    def __init__(self, *pieces: tuple[int, int]) -> None:
+        """
+        Args:
+          pieces: how many codes, and their gap in units: wider ones after narrower ones, powers of
+            two, the first 1.
+        """
+        self.number, size = 0, 0
+        lines = []  # The size of code k is the largest of gap * k - shift.
+        for codes, gap in pieces:
+            lines.append((float(gap), float(gap * self.number - size)))
+            self.number, size = self.number + codes, size + codes * gap
+        self._lines = lines[1:]
+
+    def size(self, k: jax.Array) -> jax.Array:
+        """In units, of codes in float32; exact."""
+        size = k
+        for gap, shift in self._lines:
+            size = _larger(size, gap * k - shift)
+        return size
+
+    def code(self, size: jax.Array, largest: int, noise: jax.Array) -> jax.Array:
+        """The int32 codes of sizes in units, at most `largest`, rounded stochastically by the high
+        bits of `noise`, uint32."""
+        k = size
+        for gap, shift in self._lines:
+            k = _smaller(k, (size + shift) * (1.0 / gap))
+        k = _smaller(k, float(largest))
+        # A float32 from 2^n to 2^(n+1) has 23 - n bits behind the point.
+        exponent = self.number.bit_length()
+        fraction = _MANTISSA_BITS - exponent
+        start = (_BIAS + exponent) << _MANTISSA_BITS
+        uniform = (noise >> np.uint32(32 - fraction)).astype(jnp.int32)
+        return (_bits(_from_bits(start | uniform) + k) - start) >> fraction
+
+
+_NU_SCALES = {
+    8: _Scale((64, 1), (48, 2), (6, 16), (6, 64), (4, 1024)),
+    9: _Scale((128, 1), (96, 2), (12, 16), (12, 64), (8, 1024)),
+}
+_MU_SCALES = {
+    7: _Scale((40, 1), (12, 4), (8, 16), (4, 64)),
+    8: _Scale((80, 1), (24, 4), (16, 16), (8, 64)),
+}
+_MU_UNITS = {7: 3 / 128, 8: 3 / 256}
+
+
+# A comparison and a choice: a maximum would also look for NaNs.
+def _larger(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.where(x > y, x, y)
+
+
+def _smaller(x: jax.Array, y: jax.Array | float) -> jax.Array:
+    return jnp.where(x < y, x, y)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _from_bits(bits: Any) -> jax.Array:
+    return jax.lax.bitcast_convert_type(jnp.asarray(bits, jnp.int32), jnp.float32)
+
+
+def _power_of_two(exponent: jax.Array) -> jax.Array:
+    return _from_bits((exponent + _BIAS) << _MANTISSA_BITS)
 
 
 # ---- 8 and 9 bits, second moment ----------------------------------------------------------------
@@ -216,12 +280,12 @@ class _Grid(NamedTuple):
     Attributes:
       center: int32, the power of two in their middle.
       log_width: int32.
-      largest: the size of the largest code, K.
+      bits: of a code.
     """
 
     center: jax.Array
     log_width: jax.Array
-    largest: int
+    bits: int
 
     @classmethod
     def of(cls, packed: jax.Array, ndim: int, bits: int) -> "_Grid":
@@ -229,85 +293,89 @@ class _Grid(NamedTuple):
         packed = jnp.expand_dims(packed, tuple(range(packed.ndim, ndim))).astype(jnp.int32)
         log_width = (packed + 128) >> 8
         center = packed - (log_width << 8)
-        return cls(center + _CENTER, log_width + _LOG_WIDTH, 2 ** (bits - 1) - 1)
+        return cls(center + _CENTER, log_width + _LOG_WIDTH, bits)
 
     def packed(self) -> jax.Array:
         center = jnp.clip(self.center, *_CENTERS) - _CENTER
         log_width = jnp.clip(self.log_width, *_LOG_WIDTHS) - _LOG_WIDTH
-        return ((log_width << 8) + center).astype(jnp.int16)
+        return (log_width << 8).astype(jnp.int16) + center.astype(jnp.int16)
 
     @property
-    def bits_of_center(self) -> jax.Array:
-        return (self.center + _BIAS) << _MANTISSA_BITS
+    def scale(self) -> _Scale:
+        return _NU_SCALES[self.bits]
 
     @property
     def width(self) -> jax.Array:
-        bits = (self.log_width + _BIAS) << _MANTISSA_BITS
-        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+        """In binades."""
+        return _power_of_two(self.log_width)
 
     @property
-    def scale(self) -> jax.Array:
-        return self.largest + self.width * (self.largest / _REACH)
+    def log_unit(self) -> jax.Array:
+        """Of the scale, in binades: as many units as codes of the first piece make a width."""
+        return self.log_width - (self.bits - 2)
 
-    def distance(self, k: jax.Array) -> jax.Array:
-        """x(k), in binades."""
-        return self.width * k * reciprocal(self.scale - jnp.abs(k))
+    def size(self, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The distance of v > 0 from the center, in units, and whether v is below."""
+        distance = _bits(v) - self._bits_of_center()
+        unit = _power_of_two(-_MANTISSA_BITS - self.log_unit)
+        return jnp.abs(_float32(distance)) * unit, distance < 0
 
-    def level(self, k: jax.Array) -> jax.Array:
-        """v of the code k, float32."""
-        shift = _MANTISSA_BITS - _FRACTION_BITS
-        distance = rounded(self.distance(k) * 2.0**_FRACTION_BITS)
-        distance = jnp.minimum(distance, (_LARGEST - self.bits_of_center) >> shift)
-        bits = jnp.maximum(self.bits_of_center + (distance << shift), _SMALLEST)
-        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    def v(self, size: jax.Array) -> jax.Array:
+        """The float32 at a distance of `size` units above the center, that of a code."""
+        center = self._bits_of_center()
+        multiple = size * _power_of_two(_MANTISSA_BITS - _UNIT_BITS + self.log_unit)
+        multiple = _smaller(multiple, _float32((_LARGEST - center) >> _UNIT_BITS))
+        # The integer is in the low bits of this sum.
+        distance = _bits(multiple + 1.5 * 2.0**_MANTISSA_BITS) << _UNIT_BITS
+        return _from_bits(jnp.maximum(center + distance, _SMALLEST))
+
+    def _bits_of_center(self) -> jax.Array:
+        return (self.center + _BIAS) << _MANTISSA_BITS
 
 
+# The k-th level above the center has the code 2^(bits - 1) + k, the k-th below 2^(bits - 1) - k.
+# The smallest code, 0, is kept for v = 0, and the largest for what is not finite.
 def _levels(codes: jax.Array, packed: jax.Array, bits: int) -> jax.Array:
     """Second moments of int32 codes."""
-    offset = 2 ** (bits - 1)
-    v = _Grid.of(packed, codes.ndim, bits).level(_float32(codes - offset))
-    v = jnp.where(codes == 0, 0.0, v)
-    return jnp.where(codes == 2 * offset - 1, jnp.nan, v)
+    grid, k = _Grid.of(packed, codes.ndim, bits), codes - (1 << (bits - 1))
+    size = grid.scale.size(_float32(jnp.abs(k)))
+    v = grid.v(jnp.where(k < 0, -size, size))
+    return jnp.where(codes == 0, 0.0, jnp.where(codes == (1 << bits) - 1, jnp.nan, v))
 
 
-def _codes(
-    v: jax.Array, packed: jax.Array, uniform: jax.Array, bits: int
-) -> tuple[jax.Array, jax.Array]:
-    """int32 codes of second moments in float32, and the second moments that they stand for."""
-    grid, offset = _Grid.of(packed, v.ndim, bits), 2 ** (bits - 1)
-    distance = jax.lax.bitcast_convert_type(v, jnp.int32) - grid.bits_of_center
-    x = _float32(distance) * 2.0**-_MANTISSA_BITS
-    k = jnp.floor(grid.scale * x * reciprocal(grid.width + jnp.abs(x)))
-    k = jnp.clip(k, float(-grid.largest), float(grid.largest - 2))
-    low, high = grid.level(k), grid.level(k + 1.0)
-    is_up = uniform * (high - low) < v - low
-    codes = rounded(jnp.where(is_up, k + 1.0, k)) + offset & 2 * offset - 1
+def _codes(v: jax.Array, packed: jax.Array, noise: jax.Array, bits: int) -> jax.Array:
+    """int32 codes of second moments in float32."""
+    grid, middle = _Grid.of(packed, v.ndim, bits), 1 << (bits - 1)
+    size, is_below = grid.size(v)
+    k = grid.scale.code(size, middle - 2, noise)
+    codes = middle + jnp.where(is_below, -k, k)
     codes = jnp.where(v > 0, codes, 0)
-    codes = jnp.where(v < jnp.inf, codes, 2 * offset - 1)
-    stored = jnp.where(v > 0, jnp.where(is_up, high, low), 0.0)
-    return codes, jnp.where(v < jnp.inf, stored, jnp.nan)
+    return jnp.where(v < jnp.inf, codes, (1 << bits) - 1)
 
 
 def _next_range(nu: jax.Array, packed: jax.Array, bits: int) -> jax.Array:
     """Where the next codes lie, from the present ones, uint8 or uint16, of `bits`."""
+    grid, middle = _Grid.of(packed, packed.ndim, bits), 1 << (bits - 1)
     nu = nu.reshape(*packed.shape, math.prod(nu.shape[packed.ndim :]))
     nu = nu[..., :: max(1, nu.shape[-1] // _SAMPLE)].astype(jnp.int32)
-    k = jnp.where(nu == 0, 0, nu - 2 ** (bits - 1))
+    k = nu - middle
     # One sum contains the total of the codes and their number. The codes are fewer than
     # 2 * _SAMPLE, and each is below 2^8 in size.
     sums = jnp.sum(jnp.where(nu == 0, 0, k + (1 << 16)), -1, dtype=jnp.int32)
     number = _float32((sums + (1 << 15)) >> 16)
-    total = _float32(sums) - number * 2.0**16
-    grid = _Grid.of(packed, packed.ndim, bits)
-    largest = jnp.minimum(jnp.max(jnp.abs(k), -1, initial=0), grid.largest)
+    mean = (_float32(sums) - number * 2.0**16) / jnp.maximum(number, 1.0)
+    largest = jnp.max(jnp.where(nu == 0, 0, jnp.abs(k)), -1, initial=0)
 
-    shift = grid.distance(total / jnp.maximum(number, 1.0))
-    shift = jnp.where(jnp.abs(shift) > jnp.maximum(1.0, grid.width / 4), jnp.round(shift), 0.0)
-    spread = grid.distance(_float32(largest)) - jnp.abs(shift)
-    wider = (spread > 2.0 * grid.width).astype(jnp.int32)
-    narrower = ((spread < 0.5 * grid.width) & (number > 0)).astype(jnp.int32)
+    def distance(k: jax.Array) -> jax.Array:
+        return grid.scale.size(_smaller(k, middle - 2.0)) * _power_of_two(grid.log_unit)
+
+    shift = distance(jnp.abs(mean))
+    shift = jnp.where(shift > jnp.maximum(1.0, grid.width / 4), jnp.round(shift), 0.0)
+    spread = distance(_float32(largest)) - shift
+    wider = (spread > _WIDER * grid.width).astype(jnp.int32)
+    narrower = ((spread < _NARROWER * grid.width) & (number > 0)).astype(jnp.int32)
     return grid._replace(
-        center=grid.center + shift.astype(jnp.int32),
+        center=grid.center + (jnp.sign(mean) * shift).astype(jnp.int32),
         log_width=grid.log_width + wider - narrower,
     ).packed()
 
@@ -315,35 +383,25 @@ def _next_range(nu: jax.Array, packed: jax.Array, bits: int) -> jax.Array:
 # ---- 7 and 8 bits, first moment -----------------------------------------------------------------
 
 
+# The low bits of a code are those of k, and the high bit is set for m < 0.
 def _decode_mu(codes: jax.Array, v: jax.Array, bits: int) -> jax.Array:
     """The first moment of int32 codes; `v` is the stored second moment."""
-    k, width = _float32(codes), _mu_width(bits)
-    m = width * k * reciprocal(_mu_scale(bits) - jnp.abs(k)) * _root(v)
+    high = 1 << (bits - 1)
+    size = _MU_SCALES[bits].size(_float32(codes & (high - 1)))
+    size = size * (_MU_UNITS[bits] * _power_of_two(_log_root(v)))
+    m = jnp.where(codes < high, size, -size)
     return jnp.where(v < jnp.inf, m, jnp.nan)
 
 
-def _encode_mu(m: jax.Array, v: jax.Array, uniform: jax.Array, bits: int) -> jax.Array:
+def _encode_mu(m: jax.Array, v: jax.Array, noise: jax.Array, bits: int) -> jax.Array:
     """int32 codes of a first moment in float32; `v` is the second moment as it is stored."""
-    size, scale = jnp.abs(m), _mu_scale(bits)
-    y = scale * size * reciprocal(_mu_width(bits) * _root(v) + size)
-    k = jnp.minimum(jnp.floor(y), 2.0 ** (bits - 1) - 2.0)
-    rest = y - k
-    # A value between the levels of k and k + 1 lies at rest * (scale - k - 1) / (scale - y) of the
-    # way from the first to the second.
-    k = jnp.where(uniform * (scale - y) < rest * (scale - k - 1.0), k + 1.0, k)
-    return rounded(jnp.where((v > 0) & (size > 0), jnp.where(m < 0, -k, k), 0.0))
+    high = 1 << (bits - 1)
+    size = jnp.abs(m) * (1.0 / _MU_UNITS[bits] * _power_of_two(-_log_root(v)))
+    codes = _MU_SCALES[bits].code(size, high - 1, noise)
+    codes = jnp.where(m < 0, codes + high, codes)
+    return jnp.where(v > 0, codes, 0)
 
 
-def _root(v: jax.Array) -> jax.Array:
-    """Roughly the root of a normal float32, by halving its logarithm; about 2^-63.5 for zero."""
-    bits = jax.lax.bitcast_convert_type(v, jnp.int32)
-    bits = (bits >> 1) + (_BIAS << (_MANTISSA_BITS - 1))
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def _mu_width(bits: int) -> float:
-    return {7: 0.75, 8: 0.7}[bits]
-
-
-def _mu_scale(bits: int) -> float:
-    return (2 ** (bits - 1) - 1) * (1 + _mu_width(bits) / _LARGEST_RATIO)
+def _log_root(v: jax.Array) -> jax.Array:
+    """The logarithm of the power of two from sqrt(v / 2) to sqrt(2 v), int32."""
+    return ((_bits(v) >> _MANTISSA_BITS) + (1 - _BIAS)) >> 1

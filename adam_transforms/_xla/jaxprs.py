@@ -112,27 +112,52 @@ def run_on_other_inputs(jaxpr: Any, eqn: Any, values: Sequence[Any]) -> list[Any
 
 
 def change_outputs(
-    change: Callable[[jax.Array], jax.Array],
-    fn: Callable[..., list[Any]],
+    change: Callable[[int, list[Any]], Sequence[Any]],
+    fn: Callable[..., Any],
     inputs: Sequence[Any],
-    chosen: Sequence[bool],
-) -> list[Any]:
-    """``fn(*inputs)``, with `change` applied to the chosen outputs where they are computed: what
-    `fn` computes from such an output is computed from the changed one."""
+    groups: Sequence[Sequence[int]],
+) -> Any:
+    """``fn(*inputs)``, with some outputs changed where they are computed: what `fn` computes from
+    such an output is computed from the changed one.
+
+    Args:
+      groups: outputs that are changed together, as positions among the leaves of the result; those
+        that others are computed from first.
+      change: ``change(i, values)`` returns new values, of the same types, for the i-th group. It is
+        not called for a group that consists of inputs.
+    """
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*inputs)
     jaxpr = closed.jaxpr
     env = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     env.update(zip(jaxpr.invars, jax.tree.leaves(list(inputs)), strict=True))
-    flags = [flag for flag, x in zip(chosen, shapes, strict=True) for _ in jax.tree.leaves(x)]
-    changed = {x for x, flag in zip(jaxpr.outvars, flags, strict=True) if flag}
-    # The equations in parts, each of which ends with one that computes a chosen output.
-    parts: list[list[Any]] = [[]]
-    for eqn in jaxpr.eqns:
-        parts[-1].append(eqn)
-        if not changed.isdisjoint(eqn.outvars):
-            parts.append([])
-    for part in filter(None, parts):
-        values = run_equations(jaxpr, part, env.__getitem__)
-        env |= {x: change(value) if x in changed else value for x, value in values.items()}
+    computed_by = {x: i for i, eqn in enumerate(jaxpr.eqns) for x in eqn.outvars}
+    waiting = dict(enumerate(jaxpr.eqns))
+
+    def run(variables: Sequence[Any]) -> None:
+        """Runs those of the waiting equations that the variables depend on."""
+        needed, stack = {}, [*variables]
+        while stack:
+            x = stack.pop()
+            i = None if isinstance(x, Literal) else computed_by.get(x)
+            if i in waiting:
+                needed[i] = waiting.pop(i)
+                stack += needed[i].invars
+        if needed:
+            part = [needed[i] for i in sorted(needed)]
+            env.update(run_equations(jaxpr, part, env.__getitem__))
+
+    unchanged, changed = set(jaxpr.invars), {}
+    for i, group in enumerate(groups):
+        members = [jaxpr.outvars[k] for k in group]
+        run(members)
+        if any(isinstance(x, Literal) or x not in unchanged for x in members):
+            values = change(i, [x.val if isinstance(x, Literal) else env[x] for x in members])
+            changed.update(zip(group, values, strict=True))
+            for x, new in zip(members, values, strict=True):
+                if not isinstance(x, Literal) and x in computed_by:
+                    env[x] = new
+    run([x for eqn in waiting.values() for x in eqn.outvars])
     outputs = [x.val if isinstance(x, Literal) else env[x] for x in jaxpr.outvars]
+    for k, new in changed.items():
+        outputs[k] = new
     return jax.tree.unflatten(jax.tree.structure(shapes), outputs)

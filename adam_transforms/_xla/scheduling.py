@@ -19,6 +19,8 @@ _UNROLL_LIMIT = 300
 # Instructions for an element of gathered rows, and of one select that does nothing.
 _KERNEL_INSTRUCTIONS, _SELECT_INSTRUCTIONS = 4, 3
 _MOST_SELECTS = 2
+# Dtypes of the codes of moments.
+CODES = {jnp.dtype(name) for name in ("int8", "uint8", "int16", "uint16")}
 
 
 def _identity(x: jax.Array) -> jax.Array:
@@ -40,23 +42,23 @@ def materialize(x: jax.Array) -> jax.Array:
     columns nothing is gained or lost (`benchmarks/bench_sparse.py`).
     Noticed by: `test_scheduling.test_materialized_rows_are_computed_once`.
     """
-    # float32 holds integers of 16 bits exactly.
-    if jnp.issubdtype(x.dtype, jnp.integer) and x.dtype.itemsize <= 2:
-        return materialize(x.astype(jnp.float32)).astype(x.dtype)
-    # A complex division by 1 is not exact, and that of integers makes no array.
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    is_code = x.dtype in CODES
+    # A complex division by 1 is not exact, and that of wide integers makes no array.
+    if not is_code and not jnp.issubdtype(x.dtype, jnp.floating):
         return x
     columns = x.shape[-1] if x.ndim else 1
     missing = _UNROLL_LIMIT / max(columns, 1) - _KERNEL_INSTRUCTIONS
     selects = math.ceil(missing / _SELECT_INSTRUCTIONS)
-    for limit in range(1, 1 + selects) if selects <= _MOST_SELECTS else ():
+    for limit in range(1, 1 + selects) if selects <= _MOST_SELECTS and not is_code else ():
         x = jnp.where(x > limit, jnp.maximum(x, float(limit)), x)
     unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-    bits = jax.lax.bitcast_convert_type(x, unsigned)
+    bits = one = jax.lax.bitcast_convert_type(x, unsigned)
     for distance in (1, 8 * x.dtype.itemsize - 1):  # all bits out
-        bits = jax.lax.shift_right_logical(bits, jnp.array(distance, unsigned))
-    ones = np.ones((), x.dtype).view(unsigned)
-    return x / jax.lax.bitcast_convert_type(bits | ones, x.dtype)
+        one = jax.lax.shift_right_logical(one, jnp.array(distance, unsigned))
+    one = one | np.ones((), x.dtype).view(unsigned)
+    if is_code:
+        return jax.lax.bitcast_convert_type(jax.lax.div(bits, one), x.dtype)
+    return x / jax.lax.bitcast_convert_type(one, x.dtype)
 
 
 def materialize_outputs(
@@ -72,7 +74,8 @@ def materialize_outputs(
     Noticed by: `test_budgets`' temporary bytes, and
     `test_scheduling.test_materialized_outputs_are_what_the_other_outputs_use`.
     """
-    return change_outputs(materialize, fn, inputs, chosen)
+    groups = [[i] for i, flag in enumerate(chosen) if flag]
+    return change_outputs(lambda _, values: [*map(materialize, values)], fn, inputs, groups)
 
 
 @on_cpu(_identity)
@@ -81,9 +84,14 @@ def gather_separately(x: jax.Array) -> jax.Array:
 
     A short kernel has more rows in flight than a long one that gathers and computes.
 
-    Buys: a deferred table is read in 0.9 of the time (`benchmarks/bench_deferred.py`).
+    Codes become float32 in it: without arithmetic the loop would be scalar.
+
+    Buys: a deferred table is read in 0.9 of the time (`benchmarks/bench_deferred.py`), and a lazy
+    step with moments of 16 bits takes 0.6 of it (`benchmarks/bench_lowmem.py`).
     Noticed by: `test_scheduling.test_rows_gathered_separately_have_a_kernel_of_their_own`.
     """
+    if x.dtype in CODES:
+        return gather_separately(materialize(x.astype(jnp.float32))).astype(x.dtype)
     return depend_on(x, [token(x[:1])])
 
 
