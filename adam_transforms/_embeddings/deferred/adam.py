@@ -76,60 +76,61 @@ def deferred_adam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam(W) that updates the touched rows of a table now, and the others when they are needed.
 
-    The parameters are dense Adam's, to rounding, and a step costs time and memory for the rows
-    touched. A row that is synchronized after step s, with moments m and v, and idle until t has
-    missed the update
+    The parameters are dense Adam's, to rounding. A step costs time and memory for the touched rows.
+    Let a row have the moments m and v after step s, and be idle (without a gradient) until step t.
+    In these steps dense Adam subtracts from the row, without weight decay and AMSGrad,
 
     .. math::
       \sum_{j=1}^{t-s} \frac{A_{s+j}\, \rho^j\, m}{\sqrt v + x_j}, \qquad
       A_t = \eta_t \frac{\sqrt{1-b_2^t}}{1-b_1^t}, \quad \rho = \frac{b_1}{\sqrt{b_2}}, \quad
-      x_j = \epsilon_{s+j}\, b_2^{-j/2}
+      x_j = \epsilon \sqrt{1-b_2^{s+j}}\, b_2^{-j/2}
 
-    which a few terms sum, however long the gap. Rows in `params` may therefore be stale. Read
-    tables through one of:
+    (with `eps_hat`, :math:`x_j = \epsilon\, b_2^{-j/2}`). This is the pending update of the row. It
+    is computed from a few terms, however long the gap, when the row is synchronized. Until then the
+    row in `params` is stale. Read tables through one of:
 
     - ``value_and_grad(loss, rows_from=state)`` in training;
     - `catch_up`, for any other code that reads some rows;
     - `flush`, before the whole table is read: evaluated, exported, or handed to another optimizer.
 
-    `owed` counts the rows that are stale, and their longest gap.
+    `owed` returns the number of stale rows and the longest idle gap.
 
     Args:
       learning_rate: a number, a scalar array or a schedule ``count -> value``.
       b1, b2: decay rates, 0 <= b1 < sqrt(b2) < 1 (with `amsgrad`, any below 1): Python numbers, or
         arrays of one element that are not traced.
-      eps: a number as b1 and b2 are, > 0 and not below some 1e-17.
-      tables: which parameters, all (V, D...), are tables: one regular expression or several,
+      eps: a number like b1 and b2; at the default rates at least 1.3e-17, with `eps_hat` 4e-19.
+      tables: selects the parameters (V, D...) that are tables: one regular expression or several,
         searched for in the path, or a predicate ``(path, leaf) -> bool``. All other parameters get
         dense Adam.
       eps_hat, amsgrad, max_of, mu_dtype, nu_dtype: as for `adam`.
       weight_decay: decoupled: ``learning_rate * weight_decay * p`` is subtracted. A number or a
         scalar array.
       weight_decay_mask: as for `adam`.
-      max_idle: every row is synchronized at least once in so many steps, ceil(V / max_idle) rows a
-        step. The state has some 30 to 400 bytes for each step of it.
+      max_idle: the most steps that a row is idle. In each step a round robin synchronizes
+        ceil(V / max_idle) rows. The state stores about 30 to 400 bytes for each of these steps.
 
     Returns:
-      A transformation with `DeferredAdamState`; `update` needs `params`. A table takes a
-      `SparseRows` gradient marked as `synchronized`, as ``value_and_grad(loss, rows_from=state)``
-      makes it; its update has the rows touched and the rows of the round robin. A gradient of no
-      rows is a step in which all rows are idle. A dense gradient or None first applies all pending
-      updates of the whole table. With None, the step itself then adds nothing.
+      A transformation with `DeferredAdamState`; `update` needs `params`. The gradient of a table is
+      a `SparseRows` marked as `synchronized`, as ``value_and_grad(loss, rows_from=state)`` returns
+      it. The update of the table contains the touched rows and the rows of the round robin. In a
+      step with a gradient of no rows, all rows are idle. A dense gradient, or None, first applies
+      all pending updates of the table. With None, the step then adds nothing.
 
     Raises:
-      ValueError: b1 >= sqrt(b2), eps = 0, a momentum that outlasts `max_idle`; `tables` matches
-        nothing, or a scalar; `update` got rows that are not marked as `synchronized`, or the state
-        of another configuration: of other tables, another max_idle, b1, b2, eps, form or weight
-        decay than None or not.
+      ValueError: b1 >= sqrt(b2); eps is too small; `max_idle` is too short for the momentum of an
+        idle row to vanish; `tables` matches nothing, or a scalar. In update: rows are not marked as
+        `synchronized`; the state was made with other `tables`, `max_idle`, `b1`, `b2`, `eps`,
+        `eps_hat`, `amsgrad` or `max_of`, or only one of the two has weight decay.
       TypeError: a table is not of a real floating dtype; b1, b2, eps or max_idle is traced, as
         ``optax.inject_hyperparams`` does with arguments that are not in its ``static_args``.
 
-    After `catch_up` or `flush` a gradient computed without `rows_from` is right too: mark it, by
+    After `catch_up` or `flush`, a gradient may be computed without `rows_from`: mark it by
     ``rows.as_synchronized()``. Rows built by hand are marked by
     ``SparseRows(..., synchronized=True)``, as in the example below.
 
-    L2 decay, added to the gradient, is not of this form: use `weight_decay`. Clip before, inside
-    `lazy`: ``optax.chain(lazy(optax.clip_by_global_norm(1.0)), deferred_adam(...))``.
+    L2 decay, which is added to the gradient, is not supported: use `weight_decay`. To clip
+    gradients, use ``optax.chain(lazy(optax.clip_by_global_norm(1.0)), deferred_adam(...))``.
 
     >>> import jax.numpy as jnp, optax
     >>> from adam_transforms import SparseRows, flush

@@ -51,14 +51,15 @@ class DeferredAdamState(NamedTuple):
     """State of `deferred_adam`.
 
     Attributes:
-      count: int32, shape (), the steps made. After step 2^31 - 1 it runs through the last
-        max_idle + 1 numbers again and again.
+      count: int32 (), the number of steps. At 2^31 - 1 it goes back by max_idle, and so from then
+        on cycles through the last max_idle + 1 values.
       mu, nu: Adam's moments, like the parameters; each row of a table as of its last step.
       nu_max: AMSGrad's maximum of nu, likewise; None without AMSGrad.
-      idle: of the tables without weight decay; None if there are none.
-      idle_decayed: of the tables with weight decay; None if there are none.
-      rate: the learning rate of the last step, as in `ScaleByLearningRateState`; None in a state of
-        a version that did not keep it.
+      idle: what the pending updates of the tables without weight decay depend on, the last step of
+        each row among it; None if there are no such tables.
+      idle_decayed: the same for the tables with weight decay.
+      rate: the learning rate of the last step, as in `ScaleByLearningRateState`; None in states
+        saved by versions without this field.
     """
 
     count: jax.Array

@@ -42,8 +42,8 @@ def catch_up(params: P, state: S, ids: Mapping[Path, Any]) -> tuple[P, S]:
     Raises:
       ValueError: a path is of no deferred table.
 
-    Code that reads these rows afterwards needs no `rows_from`. `deferred_adam` takes its row
-    gradient once it is marked: ``grads["table"].as_synchronized()``.
+    Code that reads these rows afterwards needs no `rows_from`. Mark the row gradient for
+    `deferred_adam`: ``grads["table"].as_synchronized()``.
 
     >>> import jax.numpy as jnp
     >>> from adam_transforms import deferred_adam
@@ -145,8 +145,9 @@ def dense_equivalent(params: P, state: State) -> tuple[P, Any]:
       state: an optimizer state with one `DeferredAdamState` or `CompressMomentsState` in it.
 
     Returns:
-      (params, optax.ScaleByAdamState or optax.ScaleByAmsgradState), the state of `scale_by_adam` or
-      `scale_by_amsgrad` after the same gradients; of `compress_moments` the decoded moments.
+      (params, optax.ScaleByAdamState or optax.ScaleByAmsgradState): the state that `scale_by_adam`
+      or `scale_by_amsgrad` has after the same gradients; for `compress_moments`, with the decoded
+      moments.
 
     Raises:
       ValueError: there is not exactly one of these states.
