@@ -69,17 +69,17 @@ class SparseRows(metaclass=_Described):
     ``rows + rows``, ``rows * scalar``, `astype`, `real` and `conj` give rows, ``table - rows`` a
     table.
 
-    The pytree leaf of the indices is an array of PRNG keys, on which no arithmetic is defined: a
-    transformation that maps over leaves without knowing rows fails when it is traced, instead of
-    scaling or clipping the indices. `lazy` says what to use in its place. Keys of zeros, as from
+    As a pytree leaf, the indices are an array of PRNG keys, because JAX allows no arithmetic on
+    these. A transformation that treats every leaf as a dense array therefore raises an error,
+    instead of scaling or clipping the indices; see `lazy` for replacements. Keys of zeros, as from
     ``jax.tree.map(jnp.zeros_like, rows)``, are padding.
 
     `jax.export` serializes programs that take or return rows and the states of this package. For
     Optax's states, call `jax.export.register_namedtuple_serialization`.
 
-    Over a mesh every device holds all n rows, sharded along D as `values` are, and the sharding of
-    a table that they are added to stays. `jax.vmap` returns a batch, with leaves (B, n) and
-    (B, n, D...): it can be mapped over again, and nothing else.
+    On a mesh every device holds all n rows; along D they are sharded as `values`. A table keeps its
+    sharding when rows are added to it. `jax.vmap` returns a batch, with leaves (B, n) and
+    (B, n, D...). The only operation on a batch is another `jax.vmap`.
 
     >>> import jax.numpy as jnp
     >>> rows = SparseRows(jnp.array([2, 0, 2]), jnp.array([[1.0], [2.0], [3.0]]), num_rows=4)
@@ -205,8 +205,8 @@ class SparseRows(metaclass=_Described):
         return rows
 
     def after_read(self, read: jax.Array) -> "SparseRows":
-        """The same rows, available only after `read`, rows of a table, has been gathered: added to
-        the table in place, they do not make XLA copy it first."""
+        """The same rows, which XLA computes only after `read`, an array gathered from a table. XLA
+        can then add the rows to the table in place, without copying the table first."""
         return self.with_values(depend_on(self.values, [token(read)]))
 
     def gather(self, table: jax.Array) -> jax.Array:

@@ -29,9 +29,9 @@ def all_reduce_rows(grads: Any, axis_name: Any, *, average: bool = False) -> Any
     Raises:
       NameError: no axis of that name is mapped.
 
-    With ``check_vma=True``, its default, `jax.shard_map` tracks which values vary over devices, and
-    `jax.grad` itself sums the gradient of a value that does not vary. Such a leaf is already the
-    sum, and is only divided by N. The type of the result does not vary over the axes either.
+    With ``check_vma=True``, the default, `jax.shard_map` tracks which values vary over devices, and
+    `jax.grad` itself sums the gradient of a value that does not vary. Such a gradient is not summed
+    again, only divided by N with `average`. By its type, the result does not vary over the axes.
 
     >>> import jax.numpy as jnp
     >>> from adam_transforms import SparseRows

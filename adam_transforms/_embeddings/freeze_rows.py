@@ -40,9 +40,10 @@ def freeze_rows(
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps some rows of tables, and their slots, unchanged (PyTorch's padding_idx).
 
-    `inner` sees no gradient of a frozen row: zeros, or padding in a row gradient. A norm therefore
-    does not include the row. Nothing else moves the row or its slots either: earlier momentum,
-    weight decay, or an average that overwrites.
+    The gradient of a frozen row reaches `inner` as zeros, or as padding in a row gradient: a global
+    norm does not include it. Earlier momentum, weight decay and an average that overwrites
+    parameters do not move the row or its slots either. An average of the parameters goes on with
+    the row's constant value.
 
     Args:
       inner: the whole optimizer, learning rate and weight decay included.
@@ -52,20 +53,20 @@ def freeze_rows(
         boolean mask (F, V). Several expressions may match one table.
 
     Returns:
-      A transformation with `FreezeRowsState`; `update` needs `params`. It works around `lazy` and
-      inside it. With row gradients it takes O(rows touched) time and no array of the table's size;
-      with a dense gradient the rows are selected in the same pass as the update. Wrappers that hold
-      steps back go around it: ``accumulate(freeze_rows(lazy(chain), rows), every)``.
+      A transformation with `FreezeRowsState`; `update` needs `params`. It may be inside `lazy` or
+      around it. With row gradients it takes O(rows touched) time and no array of the table's size;
+      with a dense gradient the rows are selected in the same pass as the update. Put wrappers that
+      skip steps around it: ``accumulate(freeze_rows(lazy(chain), rows), every)``.
 
     Raises:
-      ValueError: an expression finds no parameter, or a scalar; a row lies outside the table;
-        update got no `params`, or a row gradient that numbers its rows along other axes than the
-        mask; a state changes with the table's rows, but is not kept by row;
-        `deferred_adam` inside decays the table, which moves idle rows.
+      ValueError: an expression finds no parameter, or a scalar; a row lies outside the table; a
+        state array depends on the table's number of rows, but has no axis of rows;
+        `deferred_adam` inside applies weight decay to the table, which moves idle rows. In update:
+        `params` is missing; the row axes of a row gradient differ from those of the mask.
       TypeError: rows are given as something else.
 
-    Freeze rows of a table of `deferred_adam` from the start: a row with momentum left moves until
-    the momentum is spent.
+    Freeze rows of a table of `deferred_adam` from its first step on: a row that has momentum when
+    it is frozen goes on moving until the momentum has decayed.
 
     >>> import jax.numpy as jnp, optax
     >>> tx = freeze_rows(optax.adamw(0.1), {"embedding": 0})

@@ -40,44 +40,45 @@ def lazy(
     spans both. Time and memory are O(rows touched), whatever V, and in place where the state is
     donated.
 
-    On a CPU, many rows (16 MiB and more in all tables) are updated in blocks that fit into the
-    caches, if `inner` is seen to compute each row from that row alone and from what the gradients
-    determine beforehand, such as their norm.
+    On a CPU, row gradients of 16 MiB or more in total are updated in blocks of rows that fit into
+    the caches. This requires a program of `inner` that computes each row from that row alone and
+    from values that all rows share, such as the norm of the gradients.
 
     Duplicate rows are summed first. Counts are global: bias corrections and schedules are those of
     the step, not of a row's own history. Weight decay acts on touched rows only.
 
-    To `jax.tree.map` a `SparseRows` is two leaves, values and indices, and arithmetic on the
-    indices is an error, which names them. In other code, use
+    `jax.tree.map` sees a `SparseRows` as two leaves, values and indices; arithmetic on the indices
+    raises an error that names them. Use these replacements:
 
     - for `optax.clip`, `optax.clip_by_global_norm`, `optax.scale`: these, inside `lazy`;
     - for `optax.tree.norm`: `global_norm`; for ``lax.pmean``: `all_reduce_rows`;
     - for `optax.MultiSteps`: `accumulate`; for ``eqx.apply_updates``: `apply_updates`, or Optax's;
-    - for a function of masks or labels (`optax.masked`, `optax.multi_transform`): its result for
-      the parameters, ``labels(params)``; or `path_mask` and `by_path`;
+    - for a function as the mask or labels of `optax.masked` or `optax.multi_transform`: its result
+      for the parameters, ``labels(params)``; or `path_mask` and `by_path`;
     - for ``jax.tree.map(lambda g: g / 4, grads)``: the same with
       ``is_leaf=lambda x: isinstance(x, SparseRows)``; rows have ``+``, ``-``, ``*``, ``/`` and
       `astype`.
 
     Args:
       inner: any transformation, or chain, that updates each row of a table independently of the
-        others. A transformation that mixes rows and shows it in the shapes of its state (Adafactor,
-        SM3) is refused. One that mixes rows without such a state (`optax.scale_by_trust_ratio`,
-        say) cannot be detected, and sees the touched rows only.
+        others. A transformation that mixes rows is refused if the shapes of its state show it
+        (Adafactor, SM3). Otherwise it cannot be detected (`optax.scale_by_trust_ratio`, say), and
+        is applied to the touched rows only.
       tables: the parameters whose gradients must have rows: one regular expression or several,
-        searched for in the path as `lazy` sees it (without the parameters that `optax.masked` or a
-        group hides), or a predicate ``(path, leaf) -> bool``. A dense gradient of one is an error;
-        None is allowed. ``()``: there are none. Without `tables` a warning says that no gradient
-        has rows, once for each structure of gradients.
+        searched for in the path, or a predicate ``(path, leaf) -> bool``. Parameters that
+        `optax.masked` or a group hides from `lazy` cannot be selected. A dense gradient of a
+        selected parameter is an error; None is allowed. ``()`` selects no parameter. Without
+        `tables`, there is a warning if no gradient has rows, once for each structure of gradients.
 
     Returns:
       A transformation with `LazyState`. Updates are `SparseRows` where the gradients are.
 
     Raises:
-      ValueError: `inner` collects gradients over steps, averages a table's parameters with a
-        scheduled decay or overwrites them, or has a state that is not kept by row; `tables` matches
-        nothing, or a scalar; update was given a dense gradient of one of `tables`, row gradients or
-        `tables` but no `params`, or a state of other parameters.
+      ValueError: `inner` accumulates gradients over steps; `inner` averages a table by `params_ema`
+        with a scheduled decay or with `overwrite_every`; a state array of `inner` depends on a
+        table's number of rows, but has no axis of rows; `tables` matches nothing, or a scalar. In
+        update: a parameter of `tables` has a dense gradient; `params` is missing although
+        gradients have rows or `tables` is given; the state belongs to other parameters.
 
     A loss that uses a table as a whole has a dense gradient of it. In place of a softmax over all
     rows, sampled softmax reads the rows of the targets and of a sample; in place of an L2 term of

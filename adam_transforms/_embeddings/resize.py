@@ -25,30 +25,30 @@ from adam_transforms._embeddings.deferred.sync import catch_up
 
 
 def resize(params: Any, state: Any, rows: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Tables with more rows, and the optimizer state for them: a vocabulary that grows.
+    """Appends rows to tables and to the optimizer state, for a vocabulary that grows.
 
-    The state is that of ``tx.init`` for the larger parameters, with the old rows in it. The new
-    rows of a slot are zeros; those of a copy (`master_weights`) are the table's; those of an
-    average are the table's times its weight. A new row of a table of `deferred_adam` has no pending
-    updates. Pending updates of old rows stay pending, unless the larger table would delay the row's
-    round-robin turn beyond the stored history; such rows are synchronized now. Rows collected by
-    `accumulate` stay collected. All other leaves are the same arrays as before.
+    The new rows of a slot are zeros. Masters (`master_weights`) get the new rows of the table, and
+    an average (`params_ema`) gets these rows times its ``weight``. A new row of a table of
+    `deferred_adam` has no pending updates. Pending updates of old rows stay pending, unless the
+    larger table would delay the round-robin turn of a row beyond the stored history; such rows are
+    synchronized now. Rows collected by `accumulate` stay collected. All other leaves are the same
+    arrays as before.
 
     Args:
       params: the parameters that `state` belongs to.
       state: an optimizer state, of any chain and wrappers.
-      rows: for the path of each table to grow, the number of rows that it is to have, the new ones
-        zeros; or the rows to append, (k, D...), which are cast to the table's dtype. Stacked
-        tables (F, V, D...) grow by whole tables, along their first axis.
+      rows: {path of a table: the rows to append, (k, D...), which are cast to the table's dtype; or
+        the new number of rows, to append zeros}. Stacked tables (F, V, D...) grow by whole tables,
+        along their first axis.
 
     Returns:
       (params, state). Shapes have changed: a jitted step compiles once more, and a model that
       contains the size of its table must be built again. A sharded table stays sharded.
 
     Raises:
-      ValueError: a path is of no table, or of several leaves; fewer rows than there are (what they
-        hold would be lost); rows of another width; a leaf of the state that has the table's length,
-        but is not recognisably kept by its rows: it is named.
+      ValueError: a path is of no table, or of several leaves; the number of rows is less than the
+        present one; rows have another width; an axis of a state array has the table's length, but
+        the array is not recognised as a slot of the table.
       TypeError: neither a number nor an array; called while tracing.
 
     A slot is recognised by its path, which ends in the table's, and by its length. Adam's and most

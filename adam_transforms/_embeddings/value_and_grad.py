@@ -65,16 +65,16 @@ def value_and_grad(
       argnums: which positional arguments to differentiate: one index, or several for a tuple of
         gradients.
       has_aux: whether `fun` returns a pair.
-      tables: the leaves, all (V, D...), that get a row gradient. ``"auto"``: the leaves that are
-        read by row and are not used in any other way, if fewer rows are read than they have, and
-        not only at positions fixed in the program, such as ``layers[3]``. Or one or several regular
+      tables: the leaves, all (V, D...), that get a row gradient: one or several regular
         expressions, searched for in the leaf's path within its argument; or a predicate
-        ``(path, leaf) -> bool``.
-      rows_from: an optimizer state with a `DeferredAdamState` in it, however deep. Its tables are
-        found among the leaves by path and get row gradients, marked as `synchronized`; with
-        ``tables="auto"`` no other leaf does. Their rows are read with all pending updates applied.
-        A table that is also used in another way is synchronized as a whole, in O(V), and its
-        gradient is dense.
+        ``(path, leaf) -> bool``. ``"auto"`` selects a leaf that is only read by row, if fewer rows
+        are read than it has. A leaf that is read only at positions fixed in the program, such as
+        ``layers[3]``, is not selected.
+      rows_from: an optimizer state with a `DeferredAdamState` at any depth. The deferred tables are
+        found among the leaves by path, and their rows are read with all pending updates applied.
+        These tables get row gradients, marked as `synchronized`; with ``tables="auto"`` no other
+        leaf does. A deferred table that is also used in another way is synchronized as a whole, in
+        O(V), and its gradient is dense.
 
     Returns:
       A function from `fun`'s arguments to (value, gradient): `fun`'s result, and a gradient in the
@@ -90,11 +90,11 @@ def value_and_grad(
       TypeError: `fun` is not callable; a leaf is not floating or complex, as from JAX. Modules with
         such leaves are for `adam_transforms.flax` (NNX) and `adam_transforms.equinox`.
 
-    Negative ids count from the end where jnp reads them so. For indices outside of the table the
-    mode of the read decides: with ``"clip"`` the nearest row gets the gradient, with every other
-    mode no row does. A use that carries no gradient is no use: behind `jax.lax.stop_gradient`, in
-    the auxiliary output, in a comparison. Inside `shard_map` a row
-    gradient contains the rows that this device read; `all_reduce_rows` sums over devices.
+    Negative ids count from the end where jnp reads them so. The gradient of a read outside of the
+    table depends on the mode of the read: with ``"clip"`` it goes to the nearest row, with every
+    other mode to no row. Uses that carry no gradient are ignored: behind `jax.lax.stop_gradient`,
+    in the auxiliary output, in a comparison. Inside `shard_map`, a row gradient contains the rows
+    that this device read; `all_reduce_rows` sums over devices.
 
     >>> import jax.numpy as jnp
     >>> params = {"table": jnp.ones((5, 2)), "scale": jnp.asarray(2.0)}
