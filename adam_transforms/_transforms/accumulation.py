@@ -100,7 +100,7 @@ def accumulate(
         of weight 0 is ignored, even if it is NaN. A cycle of total weight 0 makes no step. `inner`
         receives the total as its ``weight``. The accumulator holds the products: in float16 they
         overflow sooner.
-      accumulator_dtype: None for the parameter's dtype, but at least float32.
+      accumulator_dtype: None for the dtype of the parameter, or of `like`, but at least float32.
       like: a tree like the gradients, e.g. from `jax.eval_shape` or `nnx.eval_shape`, if they are
         not like the parameters. Row gradients require it, because it gives their number of rows;
         all rows are stored, in O(every x rows) memory, and summed at the end of the cycle. A leaf
@@ -113,11 +113,11 @@ def accumulate(
       differentiation through update is not supported.
 
     Raises:
-      ValueError: an argument is out of range, or a weight that is known when the step is traced;
-        `every` is a schedule and a gradient has rows; in update, the structure or shapes of the
-        gradients differ from the parameters'.
-      TypeError: an argument has the wrong type; in update, `weight` is missing, or was given
-        without `weighted`.
+      ValueError: an argument is out of range; `every` is a schedule and `like` has row gradients.
+        In update: the structure or a shape of the gradients differs from that of the parameters or
+        of `like`; a weight is negative (a traced weight is not checked).
+      TypeError: an argument has the wrong type. In update: `weight` is missing, or was given
+        without `weighted`; a gradient has rows, but not in `like`, or the reverse.
 
     >>> import jax.numpy as jnp, optax
     >>> tx = accumulate(optax.scale(-1.0), every=2)
@@ -283,11 +283,11 @@ def accumulate(
 def flush_accumulated(
     tx: optax.GradientTransformation, state: State, params: Params, **extra_args: Any
 ) -> tuple[Updates, State]:
-    """A step on the gradients of an incomplete cycle of `accumulate`, when no gradient follows.
+    """Ends an incomplete cycle of `accumulate` with a step on the gradients collected so far.
 
     Call it at the end of an epoch or of the training, in place of
-    ``tx.update(grads, state, params)``, and apply the updates. The step is that of
-    ``update(..., emit=True)`` with the last gradient.
+    ``tx.update(grads, state, params)``, and apply the updates. The result is the same as if the
+    last gradient had been passed with ``emit=True``.
 
     Args:
       tx: a transformation with `accumulate` at any depth: loss scales around it, chains, groups.
@@ -296,8 +296,8 @@ def flush_accumulated(
       extra_args: for the inner transformation.
 
     Returns:
-      (updates, state). Wrappers around `accumulate` see a step without gradients. If no gradient is
-      pending, the updates are zero, and the state is bit-identical.
+      (updates, state). Wrappers around `accumulate` see a step in which every gradient is None. If
+      the cycle is empty, the updates are zero, and the state is bit-identical.
 
     Raises:
       ValueError: the state has no `accumulate`, or one inside another; a wrapper around it does not
@@ -347,9 +347,9 @@ def has_updated(state: State) -> jax.Array:
       state: an optimizer state with one `accumulate` at any depth, returned by `update`.
 
     Returns:
-      A bool scalar, also inside `jax.jit`; False for a state that no step has been made with. A
-      step that `skip_nonfinite` or `dynamic_loss_scale` around `accumulate` skips leaves the answer
-      as it was: `metrics` counts them.
+      A bool scalar, also inside `jax.jit`; False before the first step. A gradient that
+      `skip_nonfinite` or `dynamic_loss_scale` around `accumulate` skips does not change the result;
+      `metrics` counts skipped steps.
 
     Raises:
       ValueError: the state has no `accumulate`, or several.

@@ -58,7 +58,7 @@ def update_and_apply(
 ) -> tuple[Params, State]:
     """One whole step: the new parameters and the new state.
 
-    They are those of ``tx.update`` and `apply_updates`, bit for bit, and cost the same.
+    The result is bit for bit that of ``tx.update`` and `apply_updates`, at the same cost.
 
     Args:
       tx: any transformation, of this package or of Optax.

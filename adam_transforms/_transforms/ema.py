@@ -36,10 +36,10 @@ class ParamsEmaState(NamedTuple):
       count: int32 (), the number of steps.
       weight: float32 (), the sum of the weights in `ema`: 1, or with ``debias`` 1 - decay^count.
       ema: like the parameters, in `ema_dtype`; `ema_params` divides it by `weight`.
-      last_step: for each parameter int32, of the shape of all its axes but the last, which are its
-        rows, and for a vector (V,): the last step that the average of each row includes. None if
-        the average takes no row updates.
-      log_decay: float32 (), the logarithm of the decay; None likewise.
+      last_step: for each parameter int32, the last step that the average of each row includes. The
+        shape is that of the parameter without its last axis, for a vector (V,). None if the average
+        does not support row updates.
+      log_decay: float32 (), the logarithm of the decay; None if `last_step` is None.
     """
 
     count: jax.Array
@@ -65,13 +65,13 @@ def params_ema(
     parameters to the average (Keras's use_ema and ema_overwrite_frequency). The average itself and
     the states of earlier transformations in the chain are not reset.
 
-    In `lazy`, and after it, a step with a row update takes time and memory for the rows touched.
-    An idle row, the value of which stays, is averaged when it is next touched or read: over n
-    steps, ``a`` moves to ``p + d^n (a - p)``.
+    Inside `lazy` or after it, a step with a row update takes time and memory for the touched rows.
+    An idle row has a constant value p. Its n idle steps are averaged when it is next touched or
+    read: ``a`` becomes ``p + d^n (a - p)``.
 
     Args:
-      decay: d in [0, 1), or a schedule ``count -> value``. Row updates need a Python number; a row
-        that is idle while it is changed is averaged with the new one.
+      decay: d in [0, 1), or a schedule ``count -> value``. Row updates need a Python number. If a
+        run is resumed with another `decay`, the new one applies to the whole idle gap of a row.
       overwrite_every: None for never, or a static int >= 1. Row updates need None.
       initial: "first" for a_1 = p_1, as in Keras and PyTorch; "params" for a_0 = p_0, as in
         flax.nnx.EMA and tf.train.ExponentialMovingAverage.
@@ -80,14 +80,15 @@ def params_ema(
       ema_dtype: dtype of the average; None for the parameter's, but at least float32.
 
     Returns:
-      A transformation with `ParamsEmaState`; update needs `params`. It assumes that the updates are
-      applied as by `apply_updates` without a key. Where an update is None the parameter does not
-      change; its current value is averaged, and it is not overwritten.
+      A transformation with `ParamsEmaState`; update needs `params`. The average is exact if updates
+      are applied as by `apply_updates` without a key. A parameter whose update is None does not
+      change: its current value is averaged, and `overwrite_every` does not apply to it.
 
     Raises:
       ValueError: an argument is out of range; update was called without `params`, or with a row
-        update that the average cannot take.
-      TypeError: a row update is of `deferred_adam`, which moves idle rows.
+        update of stacked tables with other row axes than the average's.
+      TypeError: there is a row update, and it comes from `deferred_adam`, which moves idle rows, or
+        `decay` is not a Python number, or `overwrite_every` is not None.
 
     >>> import jax.numpy as jnp
     >>> tx = params_ema(decay=0.5)
@@ -236,12 +237,12 @@ def ema_params(state: State, params: Params | None = None) -> Params:
 
     Args:
       state: an optimizer state with one `params_ema` at any depth.
-      params: the trained parameters. They are needed after row updates: the average of an idle row
-        moves towards its value.
+      params: the trained parameters, required after row updates: the average of an idle row moves
+        towards the row's value.
 
     Returns:
-      A tree like the parameters. With ``debias`` it is zero before the first step. While tracing,
-      and without `params`, rows that need them are NaN.
+      A tree like the parameters. With ``debias`` it is zero before the first step. Under
+      `jax.jit` without `params`, the average of an idle row is NaN.
 
     Raises:
       ValueError: the state has no average or several (`finalize` accepts several); the average of
@@ -279,16 +280,17 @@ def finalize(params: P, state: State, *, which: int | str | None = None) -> P:
     Args:
       params: the trained parameters.
       state: an optimizer state with `params_ema` at any depth, or several.
-      which: where a parameter has several averages, the one to take: its position among them, in
-        the order of the chain, or a key on the path to its state, as `optax.named_chain` gives it.
+      which: selects one of several averages of a parameter: its position among them, in the order
+        of the chain, or a key on the path to its state, such as a name in `optax.named_chain`.
 
     Returns:
       A tree like `params`, in its dtypes. Parameters without an average are unchanged; before the
       first step all are.
 
     Raises:
-      ValueError: the state has no average, or its structure differs from that of `params`; a
-        parameter has several averages or none that `which` names.
+      ValueError: the state has no average, or its structure differs from that of `params`; `which`
+        does not select exactly one of a parameter's averages.
+      TypeError: `which` has another type.
 
     >>> import jax.numpy as jnp, optax
     >>> tx = optax.chain(params_ema(decay=0.5), params_ema(decay=0.75))

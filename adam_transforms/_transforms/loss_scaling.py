@@ -133,9 +133,9 @@ def dynamic_loss_scale(
       factor: > 1.
       min_scale: the lower bound of the scale, >= 2^-126; a scale already below it is not raised.
       max_scale: the upper bound of the scale, <= 2^126: float32 has no normal reciprocal of 2^127.
-        A restored scale above it comes down in the first step. The default is that of NVIDIA's
-        Apex: at 2^24 the smallest float16 number stands for 2^-48. Keras, PyTorch and TensorFlow
-        let the scale grow to the end of float32 where gradients stay small.
+        A restored scale above it is reduced in the first step. The default, 2^24, is that of
+        NVIDIA's Apex: the smallest float16 number, 2^-24, then represents a gradient of 2^-48. In
+        Keras, PyTorch and TensorFlow the scale has no bound but the range of float32.
 
     Returns:
       A transformation with `DynamicLossScaleState`. Scale the loss with `scale_loss`.
@@ -218,10 +218,10 @@ def skip_nonfinite(
 
     Args:
       inner: any transformation.
-      max_consecutive: skip at most so many steps in a row, a static int >= 1; those that follow go
-        to `inner` as they are, until a step is finite, as in `optax.apply_if_finite`: a training
-        that has diverged does not go on in silence. None skips them all. `metrics` counts them, as
-        ``consecutive_nonfinite``.
+      max_consecutive: the most steps to skip in a row, a static int >= 1. Further non-finite
+        gradients are passed to `inner` unchanged, as in `optax.apply_if_finite`, so that a diverged
+        run fails visibly. None skips every non-finite step. `metrics` reports the number of
+        non-finite steps in a row as ``consecutive_nonfinite``.
 
     Returns:
       A transformation with `SkipNonfiniteState`; with `max_consecutive`, with

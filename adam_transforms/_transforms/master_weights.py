@@ -47,8 +47,8 @@ def master_weights(
     ``p_t`` is not zero but below about 2^-16 of ``p_{t-1}``, no float32 difference is exact. The
     parameter and its master then become the nearest reachable value, within 2^-24 of ``p_{t-1}``.)
 
-    If an element of a parameter differs from its rounded master, other code has changed it (by
-    loading, clipping or a reset): its master restarts from the parameter.
+    If an element of a parameter differs from its rounded master, other code has changed the
+    parameter (by loading, clipping or a reset). The master then restarts from the parameter.
 
     Args:
       inner: any transformation or whole optimizer.
@@ -63,9 +63,10 @@ def master_weights(
       TypeError: a parameter has 8 bits or less; JAX does not promote it to a wider dtype.
 
     Put it outermost, ``master_weights(adam(1e-3, accumulate_every=4, loss_scale="dynamic"))``, or
-    directly inside `lazy`. Inner wrappers compute in float32. Outer ones round updates to the
-    dtype of the gradients, which is exact if no step changes a parameter by half its value or more.
-    `params_ema` averages masters inside `master_weights`, and rounded parameters after it.
+    directly inside `lazy`. Wrappers inside it compute in float32. A wrapper around it rounds
+    updates to the dtype of the gradients, which is exact if each step changes a parameter by less
+    than half its value. `params_ema` averages the masters if it is inside `master_weights`, and the
+    rounded parameters if it follows.
 
     >>> import jax.numpy as jnp, optax
     >>> tx = master_weights(optax.sgd(1e-3))

@@ -20,25 +20,26 @@ def max_row_norm(
 
     .. math:: p_r + u_r \leftarrow (p_r + u_r) \, \min(1, c / \|p_r + u_r\|_2)
 
-    It is the last in a chain, in `lazy` or after it. Rows without an update stay as they are; with
-    a dense update every row, along the first axis, counts as updated. PyTorch scales rows when they
-    are read instead: in training the same rows, one step later.
+    It must be last in a chain, inside `lazy` or after it. Rows without an update do not change. A
+    dense update is an update of every row, along the first axis. PyTorch scales a row when it is
+    next read; in training that is the same row, one step later.
 
     Args:
       limit: c > 0.
-      tables: which parameters, all (V, D...), are tables: as for `deferred_adam`. None for those
-        with a row update. If no update has rows, as in `lazy`, None stands for all parameters with
-        two axes or more, dense kernels too: name the tables beside them.
+      tables: selects the parameters (V, D...) that are tables, as for `deferred_adam`. None selects
+        the parameters with a row update. If no update has rows, which is so inside `lazy`, None
+        selects all parameters with two axes or more, dense kernels among them: then name the
+        tables.
 
     Returns:
-      A stateless transformation; `update` needs `params`. An update has the promotion of its dtype
-      and the parameter's. Norms are computed in at least float32, and do not overflow. The norm of
-      the new row is `limit` to rounding.
+      A stateless transformation; `update` needs `params`. The dtype of an update is the promotion
+      of the incoming update's and the parameter's. Norms are computed in at least float32, and do
+      not overflow. The norm of a scaled row is `limit` to rounding.
 
     Raises:
       ValueError: `limit` is out of range; `tables` matches nothing, or a scalar; update got no
         `params`.
-      TypeError: a row update is of `deferred_adam`, which moves idle rows.
+      TypeError: a row update comes from `deferred_adam`, which moves idle rows.
 
     >>> import jax.numpy as jnp
     >>> tx = max_row_norm(1.0)
