@@ -71,7 +71,7 @@ def adam(
       learning_rate: a number, a scalar array, or a schedule ``count -> value``; with accumulation
         `count` is the number of completed cycles.
       b1, b2, eps, eps_root, eps_hat, nesterov, mu_dtype, nu_dtype: as in `scale_by_adam`.
-      amsgrad, max_of: use `scale_by_amsgrad` with this `max_of`.
+      amsgrad, max_of: whether to use `scale_by_amsgrad`, and its `max_of`.
       weight_decay: decoupled (AdamW): each update adds ``-learning_rate * weight_decay * p`` to p.
       weight_decay_mask: the parameters to decay: a tree of booleans or a function from the
         parameters to one, e.g. `path_mask`; None for all.
@@ -80,8 +80,9 @@ def adam(
       accumulate_every: the number of gradients averaged for one update.
       loss_scale: a number, or "dynamic" for the defaults of `dynamic_loss_scale`; scale the loss
         with `scale_loss`.
-      state_bits: the `bits` of `compress_moments`, which then keeps the moments: 8, 16, ...; None
-        and 32 for moments as `mu_dtype` and `nu_dtype` say. Not to be injected.
+      state_bits: 8, 16, ...: the `bits` of `compress_moments`, which then keeps the moments. None
+        or 32: moments have `mu_dtype` and `nu_dtype`. Under `optax.inject_hyperparams` it belongs
+        in ``static_args``.
 
     Returns:
       A transformation; its state is that of the chain above.

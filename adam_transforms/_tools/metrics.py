@@ -51,8 +51,8 @@ def metrics(
                                `optax.MultiSteps`
     =========================  ===================================================================
 
-    Scalars that are not in the state are omitted: a learning rate that is a number, and any of
-    `optax.adam`. A learning rate that is injected is included once.
+    Scalars that are not in the state are omitted: a constant learning rate, and every learning rate
+    of `optax.adam`. An injected learning rate is included once.
 
     The name of a scalar in a parameter group ends in the group's label: ``learning_rate/head``.
     `by_path` numbers its groups in the order of its rules; the default is last. If names are still

@@ -64,16 +64,16 @@ def transfer_state(
 ) -> tuple[State, TransferReport]:
     """The state with which `new_tx` continues a training of `old_tx`.
 
-    Moments, averages and copies of each parameter that both optimizers have carry over, in the
-    dtypes of `new_tx`, and so do the counts that belong to them, loss scales, and the counts of
-    schedules. A schedule without a counterpart starts at Adam's count. All else is as
-    ``new_tx.init(params)`` makes it: it is for freezing and unfreezing parameters by path, for
-    `adam` to `lazy_adam` or `deferred_adam` and back, for AMSGrad, averages or accumulation that
-    are added, and for a learning rate that becomes a schedule.
+    What both optimizers have carries over, in the dtypes of `new_tx`: moments, averages and copies
+    of each parameter, the counts of these, loss scales, and the counts of schedules. A schedule
+    without a counterpart starts at Adam's count. All else is that of ``new_tx.init(params)``. Use
+    this function to freeze or unfreeze parameters by path, to change between `adam`, `lazy_adam`
+    and `deferred_adam`, to add AMSGrad, an average or accumulation, and to replace a constant
+    learning rate by a schedule.
 
-    Where a parameter is new in a state with a count, its moments are zero, but the bias correction
-    is that of the count: its first steps are up to (1 - b1) / sqrt(1 - b2) times as long, 3.2 at
-    the defaults. In a group of its own (`by_path`) its count starts at zero.
+    A parameter may be new in a group whose count carries over. Its moments are then zero, but the
+    bias correction is that of the count: its first steps are up to (1 - b1) / sqrt(1 - b2) times as
+    long, 3.2 at the defaults. In a new group (`by_path`) the count starts at zero.
 
     Args:
       state: the state of `old_tx`, not traced.

@@ -281,15 +281,15 @@ class AdamOptimizer(_Adam):
     Args:
       learning_rate: a number, a scalar array, a schedule ``count -> value``, or a callable without
         arguments that returns the current value (under `jax.jit`, it is called at each trace).
-      beta1, beta2, epsilon: numbers, scalar arrays or callables without arguments. The state has
-        TensorFlow's powers of changing betas.
+      beta1, beta2, epsilon: numbers, scalar arrays or callables without arguments. If a beta is a
+        callable, bias corrections use running products of the betas, as in TensorFlow.
       use_locking: ignored.
       name: the name of the slots in `variables`.
-      deferred: whether `deferred_adam` updates the tables, which are all parameters of two or more
-        dimensions: the same trajectory at the cost of the rows in the gradient. Or patterns or a
-        predicate that selects the tables, as for `deferred_adam`. `minimize` reads current rows,
-        and so does `compute_gradients` with the `state`. Call `flush` before other code reads a
-        table.
+      deferred: True to update tables by `deferred_adam`: the same trajectory at the cost of the
+        rows in the gradient. Tables are all real floating parameters of two or more dimensions, or
+        those that patterns or a predicate select, as for `deferred_adam`. `minimize`, and
+        `compute_gradients` with the `state`, read rows with all pending updates applied. Call
+        `flush` before other code reads a table.
 
     Raises:
       ValueError, TypeError: an argument is out of range, or of the wrong type.

@@ -108,8 +108,8 @@ def state_from(
         ``keras_array.transpose(axes)`` has the layout of the parameter. None if each path is the
         name. Kernels of Keras and Flax have the same layout.
       every: gradient_accumulation_steps; None for the value of `tx`, an optimizer of `compat`.
-      legacy: whether the store has TensorFlow 2.0's order: iterations, all m, all v, all vhat. Of
-        the ``.h5`` file of ``model.save`` the names tell, whatever `legacy` is.
+      legacy: whether the store has TensorFlow 2.0's order: iterations, all m, all v, all vhat. For
+        the ``.h5`` file of ``model.save``, the names in the file decide, and `legacy` is ignored.
 
     Returns:
       A state like ``tx.init(params)``.

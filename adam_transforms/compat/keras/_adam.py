@@ -47,8 +47,8 @@ class Adam(KerasOptimizer):
       loss_scale_factor: the factor of `scale_loss`.
       gradient_accumulation_steps: >= 2, or None.
       name: the first part of the variables' names; None for "adam", in r2.0 "Adam".
-      legacy: r2.0's Adam. It has `decay` and `lr`, clips by value and then by one of the norms,
-        replaces an epsilon of 0 by 1e-7, and of the arguments from weight_decay on has only the
+      legacy: r2.0's Adam. It has `decay` and `lr`, clips by value and then by one of the norms, and
+        replaces an epsilon of 0 by 1e-7. Of the arguments from `weight_decay` on, it has only the
         clips and `name`.
       decay: legacy only; divides the learning rate by 1 + decay * iterations.
       lr: legacy only; r2.0's other name of the learning rate, which wins over `learning_rate`.
