@@ -12,8 +12,8 @@ axis of several. With nine bits, the gaps of x are 1/128 up to 1, 1/64 up to 2.5
 up to 10 and 8 up to 58: near the center a factor :math:`2^{w/128}`, 0.5 % for w = 1. All codes are
 normal float32 numbers: no v that is not zero becomes zero. Center and width are computed from the
 codes of the step before: the center is the mean of 64 of them, and the width, one of 1, 2, ..., 64,
-is about the largest distance from the center. Both stay until the mean has moved by w / 4, or the largest
-distance has left [0.9 w, 2 w].
+is about the largest distance from the center. Both stay until the mean has moved by w / 4, or the
+largest distance has left [0.9 w, 2 w].
 
 The first moment is coded relative to a power of two s, between :math:`\sqrt{v/2}` and
 :math:`\sqrt{2v}` of the stored v, element by element: :math:`m = \pm s\, y_k`. With seven bits, the
