@@ -208,9 +208,8 @@ def test_bytes_and_temporaries() -> None:
         assert sum(x.nbytes for x in jax.tree.leaves(state)) <= most * elements
 
 
-@pytest.mark.parametrize(("bits", "most"), [(8, 0.7), (16, 0.01)])
-def test_a_step_keeps_no_copy_of_the_moments(bits: int, most: float) -> None:
-    """Most bytes of an element: at 8 bits a part of the codes is read as int32 for their range."""
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_step_keeps_no_copy_of_the_moments(bits: int) -> None:
     params = jax.ShapeDtypeStruct((512, 1024), jnp.float32)
     tx = at.adam(0.1, state_bits=bits)
 
@@ -222,7 +221,7 @@ def test_a_step_keeps_no_copy_of_the_moments(bits: int, most: float) -> None:
         params, jax.eval_shape(tx.init, params), params
     )
     memory = lowered.compile().memory_analysis()
-    assert memory is not None and memory.temp_size_in_bytes < most * 512 * 1024
+    assert memory is not None and memory.temp_size_in_bytes < 512 * 1024 // 50
 
 
 @pytest.mark.parametrize("bits", [8, 16])

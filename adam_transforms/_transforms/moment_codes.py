@@ -358,13 +358,18 @@ def _next_range(nu: jax.Array, packed: jax.Array, bits: int) -> jax.Array:
     grid, middle = _Grid.of(packed, packed.ndim, bits), 1 << (bits - 1)
     nu = nu.reshape(*packed.shape, math.prod(nu.shape[packed.ndim :]))
     nu = nu[..., :: max(1, nu.shape[-1] // _SAMPLE)].astype(jnp.int32)
-    k = nu - middle
+    k = jnp.where(nu == 0, 0, nu - middle)
     # One sum contains the total of the codes and their number. The codes are fewer than
     # 2 * _SAMPLE, and each is below 2^8 in size.
-    sums = jnp.sum(jnp.where(nu == 0, 0, k + (1 << 16)), -1, dtype=jnp.int32)
+    terms = jnp.where(nu == 0, 0, k + (1 << 16))
+    sums, largest = jax.lax.reduce(
+        (terms, jnp.abs(k)),
+        (jnp.int32(0), jnp.int32(0)),
+        lambda x, y: (x[0] + y[0], jnp.maximum(x[1], y[1])),
+        (k.ndim - 1,),
+    )
     number = _float32((sums + (1 << 15)) >> 16)
     mean = (_float32(sums) - number * 2.0**16) / jnp.maximum(number, 1.0)
-    largest = jnp.max(jnp.where(nu == 0, 0, jnp.abs(k)), -1, initial=0)
 
     def distance(k: jax.Array) -> jax.Array:
         return grid.scale.size(_smaller(k, middle - 2.0)) * _power_of_two(grid.log_unit)
