@@ -35,9 +35,8 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(COMPILED, ignore_errors=True)
 
 
-# The first tier runs so many cases of a test, spread evenly over them; all others are slow. Where
-# the spread starts depends on the test's name, so that tests over the same cases take others.
-CASES = 2
+# The first tier runs one case of a test; all others are slow. Which one depends on the test's name,
+# so that tests over the same cases take others.
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -52,11 +51,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if hasattr(item, "callspec") and not marked:
             cases_of.setdefault((item.path, item.originalname), []).append(item)  # pyright: ignore
     for (_, name), cases in cases_of.items():
-        start, count = zlib.crc32(name.encode()), len(cases)
-        first_tier = {(start + i * count // CASES) % count for i in range(CASES)}
-        for i, item in enumerate(cases):
-            if i not in first_tier:
-                item.add_marker(pytest.mark.slow)
+        first_tier = zlib.crc32(name.encode()) % len(cases)
+        for item in cases[:first_tier] + cases[first_tier + 1 :]:
+            item.add_marker(pytest.mark.slow)
     # Long tests first, so that at the end no process is left alone with one of them.
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
