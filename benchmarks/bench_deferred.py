@@ -7,7 +7,6 @@ read to new parameters, of `deferred_adam`, `lazy_adam` and dense `optax.adam`; 
 two-tower recommender on synthetic clicks with all three and compares held-out losses.
 """
 
-import argparse
 from typing import Any, NamedTuple
 
 import bench_sparse
@@ -139,11 +138,9 @@ def bench_quality(seeds: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     sections = ("step", "quality")
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=sections, default=sections)
+    parser = harness.parser(str(__doc__), "deferred", sections, rounds=5)
     parser.add_argument("--rows", type=int, nargs="+", default=[10**5, 10**6, 10**7])
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each (default 3)")
-    harness.add_options(parser, "deferred", rounds=5)
     arguments = parser.parse_args()
     results = {}
     if "step" in arguments.only:

@@ -8,7 +8,6 @@ step, applied, in 1, 64 and 1,024 leaves), `compile` (seconds at 1,024 leaves), 
 ratio to plain Adam), `accumulate` (against optax.MultiSteps, held and emitting steps apart).
 """
 
-import argparse
 import math
 import time
 from collections.abc import Callable
@@ -263,11 +262,9 @@ SECTIONS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = harness.parser(str(__doc__), "dense", SECTIONS, rounds=24)
     parser.add_argument("--parameters", type=int, help="parameters in all (default: 32 or 64 M)")
     parser.add_argument("--leaves", type=int, default=1024, help="at most (default %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    harness.add_options(parser, "dense", rounds=24)
     arguments = parser.parse_args()
     results = {}
     for name in arguments.only:

@@ -8,7 +8,6 @@ duplicates; `gated` is steps that run on a condition; `dense` is 64 million para
 the time in which kernels run, "ms" what a step takes in a loop: the difference is launching them.
 """
 
-import argparse
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -148,13 +147,11 @@ ANCHORS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser = harness.parser(str(__doc__), "gpu/kernels", SECTIONS, rounds=10)
     parser.add_argument(
         "--sizes", type=bench_sparse.size_of, nargs="+", default=SIZES, metavar="V,D,N"
     )
     parser.add_argument("--parameters", type=int, default=64_000_000, help="(default %(default)s)")
-    harness.add_options(parser, "gpu/kernels", rounds=10)
     arguments = parser.parse_args()
     results = {}
     for name in arguments.only:

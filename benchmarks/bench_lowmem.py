@@ -8,7 +8,6 @@ and the time of a step, dense in 64 leaves and lazy at (10^6, 64); `quality` is 
 a two-tower recommender on synthetic clicks. "block-wise, 8 bits" is the code of Dettmers et al.
 """
 
-import argparse
 import functools
 from collections.abc import Callable
 from typing import Any, cast
@@ -152,11 +151,9 @@ def bench_quality(seeds: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     sections = ("error", "step", "quality")
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=sections, default=sections)
+    parser = harness.parser(str(__doc__), "lowmem", sections, rounds=5)
     parser.add_argument("--parameters", type=int, default=64_000_000, help="of the dense step")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each (default 3)")
-    harness.add_options(parser, "lowmem", rounds=5)
     arguments = parser.parse_args()
     results = {}
     if "error" in arguments.only:

@@ -10,7 +10,6 @@ it; `tower` is the whole training step of a two-tower model, forward and backwar
 Contenders that are not installed are left out by name; the native one needs a C++ compiler.
 """
 
-import argparse
 import importlib
 import itertools
 import time
@@ -494,8 +493,7 @@ def size_of(text: str) -> Size:
 
 def main() -> None:
     sections = ("step", "growth", "tables", "tower", "tracing")
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=sections, default=sections)
+    parser = harness.parser(str(__doc__), "sparse", sections, rounds=5)
     parser.add_argument(
         "--sizes", type=size_of, nargs="+", default=SIZES, metavar="V,D,N", help="of `step`"
     )
@@ -512,7 +510,6 @@ def main() -> None:
     parser.add_argument(
         "--tower-rows", type=int, nargs="+", default=[10**4, 10**5, 10**6], help="of each table"
     )
-    harness.add_options(parser, "sparse", rounds=5)
     arguments = parser.parse_args()
 
     results = {}

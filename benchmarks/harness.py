@@ -108,8 +108,12 @@ Results = dict[str, list[dict[str, Any]]]
 _UNITS = {"ms", "seconds"}
 
 
-def add_options(parser: argparse.ArgumentParser, name: str, rounds: int) -> None:
-    """The options that all benchmarks have; results go to `name`.json by default."""
+def parser(
+    description: str, name: str, sections: Collection[str], rounds: int
+) -> argparse.ArgumentParser:
+    """With the options that all benchmarks have; results go to `name`.json by default."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=[*sections], default=[*sections])
     parser.add_argument(
         "--rounds", type=int, default=rounds, help="timed turns of each (default %(default)s)"
     )
@@ -124,6 +128,7 @@ def add_options(parser: argparse.ArgumentParser, name: str, rounds: int) -> None
         "--tolerance", type=float, default=1.1, help="of --compare (default %(default)s)"
     )
     parser.set_defaults(name=name)
+    return parser
 
 
 def _recorded(file: str) -> tuple[str, dict[str, Any]]:
@@ -210,7 +215,9 @@ def _times(rows: Sequence[dict[str, Any]]) -> dict[_Timed, float]:
 
 
 def write_json(path: Path, results: Results) -> None:
-    """Writes the results, with their environment."""
+    """Writes the results, with their environment; sections that were not run stay as they are."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
-    print(f"\nwritten to {path}")
+    recorded = json.loads(path.read_text()) if path.exists() else {}
+    contents = recorded | {"environment": environment()} | results
+    path.write_text(json.dumps(contents, indent=1) + "\n")
+    print(f"\nwritten to {path}: {', '.join(results)}")
