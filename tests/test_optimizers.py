@@ -1,6 +1,7 @@
 # Optax's types leave open what a tree is, and wrong arguments are passed on purpose.
 
 import inspect
+import re
 from typing import Any
 
 import jax
@@ -270,6 +271,23 @@ def test_the_name_of_an_argument_elsewhere_is_told(options):
     for preset in (at.adam, at.adamw, at.lazy_adam, at.deferred_adam):
         with pytest.raises(TypeError, match=f"{preset.__name__} has no argument .*{own}"):
             preset(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("clip_global_norm", "chain(lazy(clip_by_global_norm(...)), deferred_adam(...))"),
+        ("clipnorm", "chain(lazy(clip_by_norm(...)), deferred_adam(...))"),
+        ("accumulate_every", "accumulate(deferred_adam(...), every)"),
+        ("loss_scale", "dynamic_loss_scale(deferred_adam(...))"),
+        ("ema", "lazy_adam(..., ema=...)"),
+        ("state_bits", "lazy_adam(..., state_bits=...)"),
+    ],
+)
+@pytest.mark.every_case
+def test_what_stands_for_an_argument_that_deferred_adam_lacks_is_told(name, instead):
+    with pytest.raises(TypeError, match=re.escape(f"{name!r}: here it is {instead}")):
+        at.deferred_adam(0.1, tables="t", **{name: 1.0})
 
 
 # Wrong arguments

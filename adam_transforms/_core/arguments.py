@@ -226,16 +226,31 @@ _NAMES_ELSEWHERE = {
 }
 """{argument of PyTorch, TensorFlow or Keras: of this package}."""
 
+_INSTEAD = {
+    **{
+        f"clip_{by}": f"chain(lazy(clip_by_{by}(...)), {{fn}}(...))"
+        for by in ("value", "norm", "global_norm")
+    },
+    "accumulate_every": "accumulate({fn}(...), every)",
+    "loss_scale": "dynamic_loss_scale({fn}(...)) or static_loss_scale({fn}(...), scale)",
+    "ema": "lazy_adam(..., ema=...): an average of rows with pending updates has no closed form",
+    "state_bits": "lazy_adam(..., state_bits=...): pending updates need exact moments",
+}
+"""{argument of some presets: what to write where a preset, `fn`, does not have it}."""
+
 
 def suggest_names(fn: Callable[A, R]) -> Callable[A, R]:
-    """A decorator: the error for an argument that another library has names it in this one."""
+    """A decorator: the error for an argument that another library or another preset has says what
+    to write here."""
     known = inspect.signature(fn).parameters
 
     @functools.wraps(fn)
     def checked(*args: A.args, **kwargs: A.kwargs) -> R:
         for name in kwargs:
-            own = _NAMES_ELSEWHERE.get(name)
-            if name not in known and own is not None:
+            own = _NAMES_ELSEWHERE.get(name, name)
+            if own not in known and own in _INSTEAD:
+                own = _INSTEAD[own].format(fn=fn.__name__)
+            if name not in known and own != name:
                 raise TypeError(f"{fn.__name__} has no argument {name!r}: here it is {own}")
         return fn(*args, **kwargs)
 

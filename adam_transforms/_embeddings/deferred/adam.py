@@ -115,7 +115,9 @@ def deferred_adam(
       a `SparseRows` marked as `synchronized`, as ``value_and_grad(loss, rows_from=state)`` returns
       it. The update of the table contains the touched rows and the rows of the round robin. In a
       step with a gradient of no rows, all rows are idle. A dense gradient, or None, first applies
-      all pending updates of the table. With None, the step then adds nothing.
+      all pending updates of the table. With None, the step then adds nothing. A dense gradient must
+      be of synchronized parameters too, by `rows_from` or after `flush`. An array cannot be marked:
+      a gradient of rows with pending updates, from ``jax.grad``, is not noticed.
 
     Raises:
       ValueError: b1 >= sqrt(b2); eps is too small; `max_idle` is too short for the momentum of an
