@@ -177,6 +177,7 @@ def compress_moments(
             updates, new = inner.update(updates, old, params, **extra_args)
             return new, updates
 
+        # Nothing needs the old codes once the new ones are there: XLA overwrites them in place.
         new, updates = change_outputs(coding.code, step, (updates, old, params), coding.groups)
         return updates, coding.put_into(new)
 
