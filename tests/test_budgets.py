@@ -170,6 +170,7 @@ CALLS = {"value_and_grad": (150, 40), "update": (150, 40)}
 
 
 @pytest.mark.parametrize("part", CALLS)
+@pytest.mark.every_case
 def test_a_lazy_step_is_followed_through_few_files(part: str) -> None:
     root = str(Path(at.__file__).parent)
     calls: list[str] = []

@@ -74,8 +74,15 @@ def materialize_outputs(
     Noticed by: `test_budgets`' temporary bytes, and
     `test_scheduling.test_materialized_outputs_are_what_the_other_outputs_use`.
     """
-    groups = [[i] for i, flag in enumerate(chosen) if flag]
-    return change_outputs(lambda _, values: [*map(materialize, values)], fn, inputs, groups)
+
+    def parts(*inputs: Any) -> tuple[list[Any], list[Any]]:
+        outputs = [*zip(fn(*inputs), chosen, strict=True)]
+        return [x for x, flag in outputs if flag], [x for x, flag in outputs if not flag]
+
+    groups = [[i] for i in range(sum(chosen))]
+    found = change_outputs(lambda _, values: [*map(materialize, values)], parts, inputs, groups)
+    materialized, others = map(iter, found)
+    return [next(materialized if flag else others) for flag in chosen]
 
 
 @on_cpu(_identity)
