@@ -382,3 +382,14 @@ def test_a_process_killed_often_ends_as_if_it_had_not_been(kills: int, tmp_path:
     for path, expected in results[0].items():
         assert results[1][path].tobytes() == expected.tobytes(), path
     assert results[0]["state/skipped"] > 0 and results[0]["params/w"].std() > 0
+
+
+def test_a_restored_tree_given_as_like_is_told() -> None:
+    state = at.adam().init({"w": jnp.zeros(3)})
+    restored = {"0": {"mu": {"w": jnp.zeros(3)}}}
+    order = r"check_state\(restored, like=tx.init\(params\)\)"
+    with pytest.raises(ValueError, match=order):
+        at.check_state(state, like=restored)
+    with pytest.raises(ValueError, match="is missing") as error:
+        at.check_state(restored, like=state)
+    assert "tx.init" not in str(error.value)

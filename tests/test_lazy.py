@@ -881,7 +881,7 @@ def test_a_named_table_has_rows_or_no_gradient(name: str) -> None:
     step(rows, rows | {"t": None})
     with pytest.raises(
         ValueError,
-        match=r"'t' is named by tables.*all 9 rows.*explain\(.*tables='t'\).*sampled soft",
+        match=r"'t' is named by tables.*all 9 rows.*MultiSteps.*explain\(.*tables='t'\).*sampled",
     ):
         step(dense, dense)
 

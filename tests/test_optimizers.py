@@ -278,7 +278,9 @@ def test_the_name_of_an_argument_elsewhere_is_told(options):
     [
         ("clip_global_norm", "chain(lazy(clip_by_global_norm(...)), deferred_adam(...))"),
         ("clipnorm", "chain(lazy(clip_by_norm(...)), deferred_adam(...))"),
-        ("accumulate_every", "accumulate(deferred_adam(...), every)"),
+        ("accumulate_every", "accumulate(deferred_adam(...), every, like=...)"),
+        ("nesterov", "lazy_adam(..., nesterov=True)"),
+        ("mask", "weight_decay_mask"),
         ("loss_scale", "dynamic_loss_scale(deferred_adam(...))"),
         ("ema", "lazy_adam(..., ema=...)"),
         ("state_bits", "lazy_adam(..., state_bits=...)"),
@@ -288,6 +290,29 @@ def test_the_name_of_an_argument_elsewhere_is_told(options):
 def test_what_stands_for_an_argument_that_deferred_adam_lacks_is_told(name, instead):
     with pytest.raises(TypeError, match=re.escape(f"{name!r}: here it is {instead}")):
         at.deferred_adam(0.1, tables="t", **{name: 1.0})
+
+
+def test_what_stands_for_an_argument_computes_it():
+    def loss(params):
+        return jnp.sum((params["t"][jnp.array([1, 3, 1])] - 2.0) ** 2)
+
+    params = {"t": jnp.ones((6, 2))}
+    tx = at.deferred_adam(0.1, tables="t")
+    of_state = at.grad(loss, rows_from=tx.init(params))
+    like = jax.eval_shape(of_state, params)
+    rows = of_state(params)
+    for options, instead in (
+        ({"clip_global_norm": 1.0}, optax.chain(at.lazy(at.clip_by_global_norm(1.0)), tx)),
+        ({"accumulate_every": 2}, at.accumulate(tx, 2, like=like)),
+        ({"loss_scale": 8.0}, at.static_loss_scale(tx, 8.0)),
+    ):
+        results = []
+        for optimizer, grads in ((instead, rows), (at.adam(0.1, **options), at.to_dense(rows))):
+            now, state = params, optimizer.init(params)
+            for _ in range(2):
+                now, state = at.update_and_apply(optimizer, grads, state, now)
+            results.append(now["t"])
+        assert_close(*results, rtol=1e-6)
 
 
 # Wrong arguments

@@ -179,3 +179,15 @@ def test_a_state_of_another_optimizer_or_an_open_cycle_is_refused() -> None:
     params, state = after_six(old)
     with pytest.raises(ValueError, match=r"2 gradients of an incomplete cycle.*flush_accumulated"):
         at.transfer_state(state, old, at.adam(0.05), params)
+
+
+def test_arguments_in_another_order_are_told() -> None:
+    old, new = at.adam(0.05), at.adam(0.05, amsgrad=True)
+    params, state = after_six(old)
+    order = r"\(state, old_tx, new_tx, params\)"
+    with pytest.raises(ValueError, match=rf"(?s)'0/nu_max' is missing.*state of new_tx.*{order}"):
+        at.transfer_state(state, new, old, params)
+    wrong: Any = (old, state, new, params), (old, new, state, params)
+    for arguments in wrong:
+        with pytest.raises(TypeError, match=rf"_tx must be an optax.*got tuple: .*{order}"):
+            at.transfer_state(*arguments)

@@ -223,17 +223,22 @@ _NAMES_ELSEWHERE = {
     "ema_overwrite_frequency": "ema_overwrite_every",
     "gradient_accumulation_steps": "accumulate_every",
     "loss_scale_factor": "loss_scale",
+    "mask": "weight_decay_mask",
 }
-"""{argument of PyTorch, TensorFlow or Keras: of this package}."""
+"""{argument of PyTorch, TensorFlow, Keras or `optax.adamw`: of this package}."""
 
 _INSTEAD = {
     **{
         f"clip_{by}": f"chain(lazy(clip_by_{by}(...)), {{fn}}(...))"
         for by in ("value", "norm", "global_norm")
     },
-    "accumulate_every": "accumulate({fn}(...), every)",
+    "accumulate_every": "accumulate({fn}(...), every, like=...), like its gradients",
+    "accumulate_like": "accumulate({fn}(...), every, like=...), like its gradients",
     "loss_scale": "dynamic_loss_scale({fn}(...)) or static_loss_scale({fn}(...), scale)",
     "ema": "lazy_adam(..., ema=...): an average of rows with pending updates has no closed form",
+    "ema_overwrite_every": "adam(..., ema_overwrite_every=...), which updates all rows",
+    "eps_root": "lazy_adam(..., eps_root=...): the form of pending updates has no such term",
+    "nesterov": "lazy_adam(..., nesterov=True): the form of pending updates has no such term",
     "state_bits": "lazy_adam(..., state_bits=...): pending updates need exact moments",
 }
 """{argument of some presets: what to write where a preset, `fn`, does not have it}."""

@@ -34,9 +34,8 @@ def wrong_state(
       updates, state, params: the arguments of `update`.
       expected: what `init` makes, if that is known.
     """
-    is_state = any(type(node) in TABLE for _, node in walk(state))
     own, *others = (jax.tree.structure(x, is_leaf=trees.is_leaf) for x in (state, updates, params))
-    if state is not None and not is_state and own in others:
+    if state is not None and not holds_states(state) and own in others:
         return ValueError(
             f"{HEADING}\n  it is a tree like the parameters\n"
             "update takes (gradients, state, params), in this order"
@@ -50,6 +49,11 @@ def wrong_state(
         lines += differences(state, expected, with_dtypes=False)
     listed = "\n  ".join([HEADING, *shortened(lines, _MOST_LINES)])
     return ValueError(f"{listed}\n{_remedy(state)}")
+
+
+def holds_states(tree: Any) -> bool:
+    """Whether a tree has a transformation's state in it, not only containers and arrays."""
+    return any(type(node) in TABLE for _, node in walk(tree))
 
 
 def _remedy(state: State) -> str:

@@ -39,4 +39,9 @@ def check_state(state: State, like: State) -> None:
     lines = state_check.differences(state, like)
     if lines:
         shown = state_check.shortened(lines, _MOST_LINES)
-        raise ValueError("\n  ".join([state_check.HEADING, *shown]))
+        listed = "\n  ".join([state_check.HEADING, *shown])
+        if state_check.holds_states(state) and not state_check.holds_states(like):
+            listed += (
+                "\nIf `like` is the restored tree: check_state(restored, like=tx.init(params))"
+            )
+        raise ValueError(listed)

@@ -11,6 +11,7 @@ import optax
 
 from adam_transforms._core import trees
 from adam_transforms._core.slots import match
+from adam_transforms._core.state_check import differences
 from adam_transforms._core.state_layout import (
     MIRRORS,
     Place,
@@ -87,6 +88,7 @@ def transfer_state(
       ValueError: `old_tx` does not make such a state for `params`; rows of `deferred_adam` have
         pending updates (call `flush` first); `accumulate` has gradients of an incomplete cycle
         (call `flush_accumulated` first).
+      TypeError: `old_tx` or `new_tx` is no transformation.
 
     >>> import jax.numpy as jnp
     >>> from adam_transforms import adam
@@ -99,7 +101,7 @@ def transfer_state(
     >>> report.fresh
     ['0/nu_max/w']
     """
-    check_state(state, like=jax.eval_shape(old_tx.init, params))
+    _refuse_others(state, old_tx, new_tx, params)
     _refuse_pending(state)
     made = new_tx.init(params)
     state, new_state = decoded(state), decoded(made)
@@ -128,6 +130,23 @@ def transfer_state(
         [path for path in old.places if path not in {*carried.values()}],
     )
     return encoded(new_state, made), report
+
+
+_ORDER = "the arguments are (state, old_tx, new_tx, params), in this order"
+
+
+def _refuse_others(state: State, old_tx: Any, new_tx: Any, params: Params) -> None:
+    """Refuses a state that is not of `old_tx`, and arguments in another order."""
+    for name, tx in (("old_tx", old_tx), ("new_tx", new_tx)):
+        if not isinstance(tx, optax.GradientTransformation):
+            kind = type(tx).__name__
+            raise TypeError(f"{name} must be an optax.GradientTransformation, got {kind}: {_ORDER}")
+    try:
+        check_state(state, like=jax.eval_shape(old_tx.init, params))
+    except ValueError as error:
+        if differences(state, jax.eval_shape(new_tx.init, params)):
+            raise
+        raise ValueError(f"{error}\nIt is a state of new_tx: {_ORDER}") from None
 
 
 def _refuse_pending(state: State) -> None:
