@@ -44,16 +44,17 @@ def value_and_grad(
     .. math:: G_{r} = \sum_{i:\, \mathrm{id}_i = r} \partial L / \partial\,\mathrm{read}_i
 
     over all reads of the table in the loss L, each row summed in at least float32. Time and memory
-    are O(rows read), whatever V. A read is whatever depends on some rows only:
+    are O(rows read), whatever V. A read uses some rows of the table. These are reads:
 
     - ``table[ids]``, ``table[3]``, `jnp.take`, the `Embed` of Flax; a product with
       ``jax.nn.one_hot(ids, V)``;
-    - inside `jax.jit`, `jax.vmap`, `jax.checkpoint`, `jax.lax.scan`, `map`, `cond`, `switch`, a
-      `fori_loop` of static length and `jax.shard_map`;
-    - of a function of the table that treats rows apart: ``(table * s)[ids]``, normalised rows,
-      ``table.at[0].set(0)[ids]``, ``jnp.where(mask, table, 0)[ids]``, concatenated tables;
-    - of parts of rows, ``table[ids, :8]``, and of a table in another layout, ``table.T[:, ids]``;
-    - of stacked tables (F, V, D): ``tables[f, ids]``, or `jax.vmap` over the first axis.
+    - any of these inside `jax.jit`, `jax.vmap`, `jax.checkpoint`, `jax.lax.scan`, `map`, `cond`,
+      `switch`, a `fori_loop` of static length and `jax.shard_map`;
+    - reads of a function of the table that treats rows apart: ``(table * s)[ids]``, normalised
+      rows, ``table.at[0].set(0)[ids]``, ``jnp.where(mask, table, 0)[ids]``, concatenated
+      tables;
+    - parts of rows, ``table[ids, :8]``, and a table in another layout, ``table.T[:, ids]``;
+    - stacked tables (F, V, D): ``tables[f, ids]``, or `jax.vmap` over the first axis.
 
     Leading axes number the rows: of a (D, V) array, ``array[:, ids]`` reads all rows.
 
@@ -91,10 +92,10 @@ def value_and_grad(
         such leaves are for `adam_transforms.flax` (NNX) and `adam_transforms.equinox`.
 
     Negative ids count from the end where jnp reads them so. The gradient of a read outside of the
-    table depends on the mode of the read: with ``"clip"`` it goes to the nearest row, with every
-    other mode to no row. Uses that carry no gradient are ignored: behind `jax.lax.stop_gradient`,
-    in the auxiliary output, in a comparison. Inside `shard_map`, a row gradient contains the rows
-    that this device read; `all_reduce_rows` sums over devices.
+    table depends on the mode of the read: with ``"clip"`` it goes to the nearest row, with
+    ``"wrap"`` to row ``id % V``, otherwise to no row. Uses that carry no gradient are ignored:
+    behind `jax.lax.stop_gradient`, in the auxiliary output, in a comparison. Inside `shard_map`, a
+    row gradient contains the rows that this device read; `all_reduce_rows` sums over devices.
 
     >>> import jax.numpy as jnp
     >>> params = {"table": jnp.ones((5, 2)), "scale": jnp.asarray(2.0)}

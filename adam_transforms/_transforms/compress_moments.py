@@ -83,9 +83,9 @@ def compress_moments(
     The error is the root mean square of the update's error, divided by that of the update, after
     2,000 steps at the default decay rates. The elements of a row have gradients of different
     scales, drawn from exp(N(0, s)). The three errors at 8 bits are for s = 0, 1 and 2.5. With
-    b1 = 0.99 the error at 8 bits is 0.3, because the first moment then averages ten times as many
-    roundings of a smaller update: keep mu in 16 bits. Bytes are per element, for rows of 20
-    elements or more; a row of one element takes 4 bytes at 8 bits.
+    b1 = 0.99 the error at 8 bits is 0.3, because the first moment is then smaller and contains the
+    rounding errors of ten times as many steps: keep mu in 16 bits. Bytes are per element, for
+    rows of 20 elements or more; a row of one element takes 4 bytes at 8 bits.
 
     An 8-bit second moment is stored as a logarithm relative to a center. The gap between its codes
     grows with the distance from the center. An 8-bit first moment is stored relative to the root of
@@ -94,12 +94,15 @@ def compress_moments(
     .. math::
       \log_2 v \approx c \pm w\, x_k, \qquad m = \pm 2^{\mathrm{round}(\log_2 \sqrt v)}\, y_l
 
-    The integers k and l have 9 and 7 bits where the two share a 16-bit word, else 8 bits. The
-    center c and the width w, 2 bytes, are shared by the elements of the last axis, or of as many of
-    the last axes as have 16 elements. They are computed from the codes of the step before, so that
-    no step needs the largest value of a block. A second moment that is not zero is never decoded as
-    zero, and a first moment is at most 16 times the root of the second: no update explodes. A first
-    moment of more than 7.8 roots may be cut off. Adam's own ratio is at most
+    The integers k and l have 9 and 7 bits where the two share a 16-bit word, else 8 bits. A group
+    of elements shares the center c and the width w, together 2 bytes. A group is the last axis, or
+    more of the last axes if that has fewer than 16 elements, but never the first axis of several.
+    Center and width are computed from the codes of the step before: no step needs the largest value
+    of a group.
+
+    A second moment that is not zero is never decoded as zero, and a first moment is at most 16
+    times the root of the second: no update explodes. A first moment above 7.8 times that root may
+    be clipped. Uncompressed, the ratio |m| / sqrt(v) is at most
     :math:`(1-b_1) / \sqrt{(1-b_2)(1-b_1^2/b_2)}` if b1 < sqrt(b2), 7.3 at the default rates; for
     other rates it has no bound.
 

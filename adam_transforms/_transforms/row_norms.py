@@ -21,14 +21,14 @@ def max_row_norm(
     .. math:: p_r + u_r \leftarrow (p_r + u_r) \, \min(1, c / \|p_r + u_r\|_2)
 
     It must be last in a chain, inside `lazy` or after it. Rows without an update do not change. A
-    dense update is an update of every row, along the first axis. PyTorch scales a row when it is
-    next read; in training that is the same row, one step later.
+    dense update is an update of every row, along the first axis. PyTorch instead scales a row when
+    it is next read, and so also a row that has had no update yet.
 
     Args:
       limit: c > 0.
       tables: selects the parameters (V, D...) that are tables, as for `deferred_adam`. None selects
-        the parameters with a row update. If no update has rows, which is so inside `lazy`, None
-        selects all parameters with two axes or more, dense kernels among them: then name the
+        the parameters with a row update. If no update has rows, as always inside `lazy`, None
+        selects all parameters with two axes or more, also dense kernels. Inside `lazy`, name the
         tables.
 
     Returns:
