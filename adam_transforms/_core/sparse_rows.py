@@ -52,8 +52,9 @@ class SparseRows(metaclass=_Described):
       values: (n, D...), floating or complex, what each adds to its row.
       num_rows: V < 2^31, static: the table's shape is (V, D...).
       unique: static; whether no row is named twice, padding aside.
-      leading_shape: static; of stacked tables the leading axes, whose product is `num_rows`. Row
-        (f, v) of (F, V, D...) has the index f V + v. None for (num_rows,), a single table.
+      leading_shape: static; the axes that number the rows of stacked tables, (F, V) of
+        (F, V, D...): row (f, v) has the index f V + v, and `num_rows` is F V. None for a single
+        table: (num_rows,).
       synchronized: static; whether the gradient was computed from rows without pending updates.
         `deferred_adam` takes no other row gradients. `value_and_grad` sets it for the tables of
         `rows_from`, and every operation keeps it; a sum of two has it if both have it.
@@ -264,8 +265,8 @@ class SparseRows(metaclass=_Described):
         return self.add_to(table)
 
     def add_to(self, table: Any, key: jax.Array | None = None) -> jax.Array:
-        """``table + self``, in the table's dtype; each row is rounded once, as `dtypes.cast` does
-        with `key`."""
+        """``table + self``, in the table's dtype; each row is rounded once: to nearest, or
+        stochastically with a PRNG `key` if the dtype is a float below float32."""
         self._refuse_batch()
         table = jnp.asarray(table)
         if table.shape != self.shape:

@@ -26,8 +26,8 @@ class FreezeRowsState(NamedTuple):
     """State of `freeze_rows`.
 
     Attributes:
-      frozen: of each table with frozen rows, bool (V,), True at those, for stacked tables (F, V);
-        None in place of every other parameter.
+      frozen: for each table with frozen rows a mask, True at these rows: bool (V,), or (F, V) for
+        stacked tables. None in place of every other parameter.
       inner_state: the state of the inner transformation.
     """
 

@@ -100,7 +100,7 @@ def lazy(
     >>> def loss(params, hidden, targets, sample):  # for logsumexp(hidden @ table.T, axis=1)
     ...     table = params["table"]
     ...     of_targets = jnp.sum(hidden * table[targets], axis=1, keepdims=True)
-    ...     # A uniform sample of n rows has n / V of the sum, the target's part of which is known.
+    ...     # V / n times the sum over n sampled rows estimates that over all rows but the target.
     ...     of_sample = hidden @ table[sample].T + jnp.log(table.shape[0] / sample.size)
     ...     of_sample = jnp.where(sample == targets[:, None], -jnp.inf, of_sample)
     ...     logits = jnp.concatenate([of_targets, of_sample], axis=1)

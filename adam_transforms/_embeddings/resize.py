@@ -29,8 +29,8 @@ def resize(params: Any, state: Any, rows: Mapping[str, Any]) -> tuple[Any, Any]:
 
     The new rows of a slot are zeros. Masters (`master_weights`) get the new rows of the table, and
     an average (`params_ema`) gets these rows times its ``weight``. A new row of a table of
-    `deferred_adam` has no pending updates. Pending updates of old rows stay pending, unless the
-    larger table would delay the round-robin turn of a row beyond the stored history; such rows are
+    `deferred_adam` has no pending updates. An old row keeps its pending updates, unless it would
+    be idle for more than `max_idle` steps before its turn in the longer round robin: such a row is
     synchronized now. Rows collected by `accumulate` stay collected. All other leaves are the same
     arrays as before.
 

@@ -37,10 +37,10 @@ def metrics(
     ``longest_gap/<path>``     with `idle_gaps`, for each table of `deferred_adam` the maximum
                                number of steps that a row has been idle; reads an int32 for each row
     ``count``                  the number of steps of Adam
-    ``learning_rate``          the value that the step used, of the schedule of `adam`, `adamw`,
-                               `lazy_adam` or `scale_by_learning_rate`, of `deferred_adam`, and of
-                               `optax.inject_hyperparams`, whose scheduled hyperparameters are
-                               included under their names
+    ``learning_rate``          the value that the step used: from a schedule of `adam`, `adamw`,
+                               `lazy_adam` or `scale_by_learning_rate`, from `deferred_adam`, or
+                               from `optax.inject_hyperparams`. Other scheduled hyperparameters of
+                               the latter are included under their names
     ``learning_rate/<rule>``   from `scale_by_path_learning_rate`, by the index of the rule, the
                                default last
     ``loss_scale``             the scale for the next loss

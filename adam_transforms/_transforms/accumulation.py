@@ -49,8 +49,8 @@ class VariableAccumulateState(NamedTuple):
     Attributes:
       mini_step, acc, inner_state: as in `AccumulateState`; each gradient in `acc` is multiplied by
         its weight.
-      weight: float32 (), the sum of this cycle's weights, at ``mini_step == 0`` of the last
-        cycle's; None without weights.
+      weight: float32 (), the sum of the weights of this cycle, or of the last cycle at
+        ``mini_step == 0``; None without weights.
       cycles: int32 (), the number of inner steps; None without a schedule.
     """
 

@@ -91,8 +91,8 @@ class ScaleByLearningRateState(NamedTuple):
 
     Attributes:
       inner_state: `optax.ScaleByScheduleState`.
-      rate: a scalar of the widest float, the learning rate of the last step (before the first step,
-        of the first step). No step reads it.
+      rate: a scalar of the widest float (`jnp.result_type(float)`): the learning rate of the last
+        step, or in a new state that of the first step. No update depends on it.
     """
 
     inner_state: Any
@@ -156,7 +156,7 @@ class ScaleByPathLearningRateState(NamedTuple):
 
     Attributes:
       count: int32 (), the number of steps.
-      rates: the learning rates of the last step (before the first step, of the first step): a
+      rates: the learning rates of the last step, or in a new state those of the first step: a
         scalar of the widest float (`jnp.result_type(float)`) for each rule, the default last.
     """
 

@@ -34,8 +34,9 @@ class AdamMultilr(KerasOptimizer):
       beta_1, beta_2, epsilon, amsgrad: as for `keras.Adam`; an epsilon of 0 is replaced by 1e-7.
       name: the name of the optimizer.
       pattern_lrs: groups ``{"patterns": [...], "lr": ...}``, where lr has the same types as
-        `learning_rate`. The rate of a variable is that of the first group with a regular expression
-        that is found in its path followed by TensorFlow's ":0". A group may match no variable.
+        `learning_rate`. Patterns are regular expressions, searched for in the variable's name in
+        TensorFlow: its path followed by ":0". The first group with a match gives the rate of a
+        variable. A group may match no variable.
       clipnorm, clipvalue: gradient limits as for `keras.Adam`; if both are given, values are
         clipped first.
       decay: divides all rates by 1 + decay * iterations.

@@ -42,7 +42,7 @@ def state_from(
         dtypes of that state.
       names: the names of the parameters in the order of the optimizer,
         ``[name for name, _ in model.named_parameters()]``. None for the ``param_names`` of the
-        groups if present, else for "0", "1", ... With a list, it has the names.
+        groups if present, else for "0", "1", ... If `state_dict` is a list, the names are in it.
       rename: maps a path in `params` to the PyTorch name, or to (name, axes), where
         ``torch_array.transpose(axes)`` has the layout of the parameter. None if each path is the
         name. For a Flax kernel: ``("fc.weight", (1, 0))`` of a Linear, ``("conv.weight",

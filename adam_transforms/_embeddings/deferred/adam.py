@@ -115,15 +115,16 @@ def deferred_adam(
       a `SparseRows` marked as `synchronized`, as ``value_and_grad(loss, rows_from=state)`` returns
       it. The update of the table contains the touched rows and the rows of the round robin. In a
       step with a gradient of no rows, all rows are idle. A dense gradient, or None, first applies
-      all pending updates of the table. With None, the step then adds nothing. A dense gradient must
-      be of synchronized parameters too, by `rows_from` or after `flush`. An array cannot be marked:
-      a gradient of rows with pending updates, from ``jax.grad``, is not noticed.
+      all pending updates of the table. With None, the step then adds nothing. A dense gradient too
+      must be computed from rows without pending updates: by `rows_from`, or after `flush`. This is
+      not checked, because an array has no mark.
 
     Raises:
       ValueError: b1 >= sqrt(b2); eps is too small; `max_idle` is too short for the momentum of an
         idle row to vanish; `tables` matches nothing, or a scalar. In update: rows are not marked as
         `synchronized`; the state was made with other `tables`, `max_idle`, `b1`, `b2`, `eps`,
-        `eps_hat`, `amsgrad` or `max_of`, or only one of the two has weight decay.
+        `eps_hat`, `amsgrad` or `max_of`, or only the state or only this transformation has
+        weight decay.
       TypeError: a table is not of a real floating dtype; b1, b2, eps or max_idle is traced, as
         ``optax.inject_hyperparams`` does with arguments that are not in its ``static_args``.
 

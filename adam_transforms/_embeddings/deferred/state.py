@@ -51,12 +51,13 @@ class DeferredAdamState(NamedTuple):
     """State of `deferred_adam`.
 
     Attributes:
-      count: int32 (), the number of steps. At 2^31 - 1 it goes back by max_idle, and so from then
-        on cycles through the last max_idle + 1 values.
+      count: int32 (), the number of steps. After 2^31 - 1 steps it cycles through the largest
+        max_idle + 1 int32 values.
       mu, nu: Adam's moments, like the parameters; each row of a table as of its last step.
       nu_max: AMSGrad's maximum of nu, likewise; None without AMSGrad.
-      idle: what the pending updates of the tables without weight decay depend on, the last step of
-        each row among it; None if there are no such tables.
+      idle: for the tables without weight decay: the last step of each row, and the effect of the
+        last max_idle steps on an idle row. Pending updates are computed from these. None if there
+        are no such tables.
       idle_decayed: the same for the tables with weight decay.
       rate: the learning rate of the last step, as in `ScaleByLearningRateState`; None in states
         saved by versions without this field.
