@@ -130,33 +130,29 @@ def change_outputs(
     jaxpr = closed.jaxpr
     env = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     env.update(zip(jaxpr.invars, jax.tree.leaves(list(inputs)), strict=True))
+    unchanged = set(jaxpr.invars)
     computed_by = {x: i for i, eqn in enumerate(jaxpr.eqns) for x in eqn.outvars}
-    waiting = dict(enumerate(jaxpr.eqns))
-
-    def run(variables: Sequence[Any]) -> None:
-        """Runs those of the waiting equations that the variables depend on."""
-        needed, stack = {}, [*variables]
-        while stack:
-            x = stack.pop()
-            i = None if isinstance(x, Literal) else computed_by.get(x)
-            if i in waiting:
-                needed[i] = waiting.pop(i)
-                stack += needed[i].invars
-        if needed:
-            part = [needed[i] for i in sorted(needed)]
-            env.update(run_equations(jaxpr, part, env.__getitem__))
-
-    unchanged, changed = set(jaxpr.invars), {}
+    waiting, changed = dict(enumerate(jaxpr.eqns)), {}
     for i, group in enumerate(groups):
         members = [jaxpr.outvars[k] for k in group]
-        run(members)
+        needed, stack = {}, [*members]
+        while stack:
+            x = stack.pop()
+            k = None if isinstance(x, Literal) else computed_by.get(x)
+            if k in waiting:
+                needed[k] = waiting.pop(k)
+                stack += needed[k].invars
+        if needed:
+            part = [needed[k] for k in sorted(needed)]
+            env.update(run_equations(jaxpr, part, env.__getitem__))
         if any(isinstance(x, Literal) or x not in unchanged for x in members):
             values = change(i, [x.val if isinstance(x, Literal) else env[x] for x in members])
             changed.update(zip(group, values, strict=True))
             for x, new in zip(members, values, strict=True):
                 if not isinstance(x, Literal) and x in computed_by:
                     env[x] = new
-    run([x for eqn in waiting.values() for x in eqn.outvars])
+    if waiting:
+        env.update(run_equations(jaxpr, [*waiting.values()], env.__getitem__))
     outputs = [x.val if isinstance(x, Literal) else env[x] for x in jaxpr.outvars]
     for k, new in changed.items():
         outputs[k] = new
