@@ -102,7 +102,7 @@ def compress_moments(
 
     A second moment that is not zero is never decoded as zero, and a first moment is at most 16
     times the root of the second: no update explodes. A first moment above 7.8 times that root may
-    be clipped. Uncompressed, the ratio |m| / sqrt(v) is at most
+    be clipped. Uncompressed, the ratio :math:`|m| / \sqrt v` is at most
     :math:`(1-b_1) / \sqrt{(1-b_2)(1-b_1^2/b_2)}` if b1 < sqrt(b2), 7.3 at the default rates; for
     other rates it has no bound.
 
