@@ -257,18 +257,20 @@ class _Leaf(NamedTuple):
     nu_range: Any
     nu_max_range: Any
 
+    def codes(self) -> moment_codes.Codes:
+        """Of mu and nu."""
+        return moment_codes.Codes(self.moments, self.mu, self.nu, self.nu_range)
+
     def decoded(self) -> tuple[jax.Array, jax.Array]:
         """(mu, nu)."""
-        codes = moment_codes.Codes(self.moments, self.mu, self.nu, self.nu_range)
-        return moment_codes.decode(codes)
+        return moment_codes.decode(self.codes())
 
     def decoded_max(self) -> jax.Array:
         """nu_max."""
         return moment_codes.decode_nu(self.nu_max, self.nu_max_range)
 
     def with_moments(self, m: jax.Array, v: jax.Array, noise: Noise) -> "_Leaf":
-        codes = moment_codes.Codes(self.moments, self.mu, self.nu, self.nu_range)
-        codes = moment_codes.encode(codes, m, v, noise)
+        codes = moment_codes.encode(self.codes(), m, v, noise)
         return self._replace(moments=codes.both, mu=codes.mu, nu=codes.nu, nu_range=codes.nu_range)
 
     def with_max(self, v: jax.Array, noise: Noise) -> "_Leaf":
@@ -309,8 +311,11 @@ class _Coding:
           new: of the structure of ``decoded(state)``: the new moments, or what stands for them.
           seed: of the rounding.
         """
-        old = jax.tree.leaves(state, is_leaf=lambda x: _is_coded(x) or _has_moments(x))
-        self._old = [x for x in old if _is_coded(x) or _has_moments(x)]
+
+        def keeps_moments(x: Any) -> bool:
+            return _is_coded(x) or _has_moments(x)
+
+        self._old = [*filter(keeps_moments, jax.tree.leaves(state, is_leaf=keeps_moments))]
         self._leaves = [_leaves(x)[0] if _is_coded(x) else [] for x in self._old]
         self.groups, self._places, number = [], [], 0
         nodes = filter(_has_moments, jax.tree.leaves(new, is_leaf=_has_moments))

@@ -24,8 +24,9 @@ default rates. The codes reach 7.8 roots or more. A larger ratio, which other ra
 is cut off there: the update is then smaller than Adam's.
 
 **Both in 16 bits.** Noise of v stays for 1 / (1 - b2) steps, that of m for 1 / (1 - b1) only. The
-second moment therefore has nine bits and the first seven, in one word of 16. Alone each has eight,
-and half as many codes in each piece.
+second moment therefore has nine bits and the first seven, in one word of 16. Where each has an
+array of its own, each has eight bits: the second moment has half as many codes in each piece, the
+first twice as many.
 
 **Errors.** Rounding adds a uniform random number to the position between two codes and takes the
 integer below: a value becomes one of its neighbours, and a value that is a code stays. The expected

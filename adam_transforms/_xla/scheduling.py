@@ -35,8 +35,9 @@ def materialize(x: jax.Array) -> jax.Array:
     need becomes a kernel of its own instead, without any arithmetic: a scalar copy that takes four
     times as long. XLA does not repeat a division. So this divides `x` by a one that XLA cannot see
     through: all bits of `x` shifted out, then those of 1.0 put in. LLVM, which compiles the kernel
-    afterwards, does see through it and removes the division. Where LLVM would unroll the loop over
-    a short row, selects between `x` and `x` make the loop long enough that it does not.
+    afterwards, does see through it and removes the division. Codes are divided as integers. Where
+    LLVM would unroll the loop over a short row, selects between `x` and `x` make the loop long
+    enough that it does not.
 
     Buys: a lazy Adam step of (10^6, 64) with 8,192 rows takes 1.6 times as long without it; at 16
     columns nothing is gained or lost (`benchmarks/bench_sparse.py`).
