@@ -3,8 +3,9 @@
     python benchmarks/bench_deferred.py [--only SECTION ...] [--rows V ...] [--rounds N] [--seeds N]
 
 Sections: `step` times the optimizer's step, from raw duplicated ids and the cotangents of the rows
-read to new parameters, of `deferred_adam`, `lazy_adam` and dense `optax.adam`; `quality` trains a
-two-tower recommender on synthetic clicks with all three and compares held-out losses.
+read to new parameters, of `deferred_adam`, `lazy_adam` and dense `optax.adam`; `training` times
+gradient and update together, of the first two; `quality` trains a two-tower recommender on
+synthetic clicks with all three and compares held-out losses.
 """
 
 from typing import Any, NamedTuple
@@ -23,19 +24,10 @@ LEARNING_RATE = 1e-2  # of 1e-3, 3e-3, 1e-2 and 3e-2 the best for all three
 ANCHORS = ("dense optax.adam",)  # the contenders that are not of this project
 
 
-def bench_step(rows: int, distribution: str, rounds: int) -> list[dict[str, Any]]:
-    """The optimizer's step alone, on a table of so many rows."""
-    size = bench_sparse.Size(rows, 64 if rows <= bench_sparse.LARGEST_FOR_ALL else 32, TOUCHED)
-    batches = bench_sparse.step_batches(size, distribution)
-    hat = at.deferred_adam(1e-3, tables="table", eps_hat=True)
-    cases = [
-        bench_sparse.jax_step("lazy_adam", at.lazy_adam(1e-3), size, batches),
-        bench_sparse.jax_step(
-            "deferred_adam", at.deferred_adam(1e-3, tables="table"), size, batches
-        ),
-        bench_sparse.jax_step("deferred_adam, eps_hat", hat, size, batches),
-        bench_sparse.jax_step("dense optax.adam", optax.adam(1e-3), size, batches, dense=True),
-    ]
+def timed(
+    cases: list[harness.Case], size: bench_sparse.Size, distribution: str, rounds: int
+) -> list[dict[str, Any]]:
+    """The times of a step, and their ratios to that of the first case."""
     harness.interleave(cases, rounds=rounds, cycle=bench_sparse.BATCHES, warm_up=1, alike=True)
     base = cases[0].median_ms()
     return [
@@ -49,6 +41,56 @@ def bench_step(rows: int, distribution: str, rounds: int) -> list[dict[str, Any]
         }
         for case in cases
     ]
+
+
+def bench_step(rows: int, distribution: str, rounds: int) -> list[dict[str, Any]]:
+    """The optimizer's step alone, on a table of so many rows."""
+    size = bench_sparse.Size(rows, 64 if rows <= bench_sparse.LARGEST_FOR_ALL else 32, TOUCHED)
+    batches = bench_sparse.step_batches(size, distribution)
+    hat = at.deferred_adam(1e-3, tables="table", eps_hat=True)
+    cases = [
+        bench_sparse.jax_step("lazy_adam", at.lazy_adam(1e-3), size, batches),
+        bench_sparse.jax_step(
+            "deferred_adam", at.deferred_adam(1e-3, tables="table"), size, batches
+        ),
+        bench_sparse.jax_step("deferred_adam, eps_hat", hat, size, batches),
+        bench_sparse.jax_step("dense optax.adam", optax.adam(1e-3), size, batches, dense=True),
+    ]
+    return timed(cases, size, distribution, rounds)
+
+
+def training_case(name: str, tx: Any, size: bench_sparse.Size, batches: Any) -> harness.Case:
+    """Reads some rows, and moves them towards others: gradient and update in one program."""
+
+    def step(carry: Any, ids: jax.Array, targets: jax.Array) -> Any:
+        params, state = carry
+
+        def loss(params: Any) -> jax.Array:
+            return jnp.sum((params["table"][ids] - targets) ** 2)
+
+        rows_from = None if name == "lazy_adam" else state
+        grads = at.grad(loss, rows_from=rows_from)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {"table": bench_sparse.jax_table(size)}
+    jitted = jax.jit(step, donate_argnums=0)
+    in_turn = bench_sparse.in_turn(jitted, bench_sparse.on_device(batches))
+    return harness.Case(name, in_turn, (params, tx.init(params)))
+
+
+def bench_training(rows: int, distribution: str, rounds: int) -> list[dict[str, Any]]:
+    """A training step on a table of so many rows, of which the forward pass reads some."""
+    size = bench_sparse.Size(rows, 64 if rows <= bench_sparse.LARGEST_FOR_ALL else 32, TOUCHED)
+    batches = bench_sparse.step_batches(size, distribution)
+    deferred = at.deferred_adam(1e-3, tables="table")
+    hat = at.deferred_adam(1e-3, tables="table", eps_hat=True)
+    cases = [
+        training_case("lazy_adam", at.lazy_adam(1e-3), size, batches),
+        training_case("deferred_adam", deferred, size, batches),
+        training_case("deferred_adam, eps_hat", hat, size, batches),
+    ]
+    return timed(cases, size, distribution, rounds)
 
 
 # ---- quality ------------------------------------------------------------------------------------
@@ -137,20 +179,25 @@ def bench_quality(seeds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    sections = ("step", "quality")
+    sections = ("step", "training", "quality")
     parser = harness.parser(str(__doc__), "deferred", sections, rounds=5)
     parser.add_argument("--rows", type=int, nargs="+", default=[10**5, 10**6, 10**7])
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each (default 3)")
     arguments = parser.parse_args()
     results = {}
-    if "step" in arguments.only:
-        results["step"] = [
-            row
-            for rows in arguments.rows
-            for distribution in bench_sparse.DISTRIBUTIONS
-            for row in bench_step(rows, distribution, arguments.rounds)
-        ]
-        harness.print_table(f"step: the optimizer alone, {TOUCHED:,} ids", results["step"])
+    timings = {
+        "step": (bench_step, "the optimizer alone"),
+        "training": (bench_training, "gradient and update"),
+    }
+    for section, (bench, title) in timings.items():
+        if section in arguments.only:
+            results[section] = [
+                row
+                for rows in arguments.rows
+                for distribution in bench_sparse.DISTRIBUTIONS
+                for row in bench(rows, distribution, arguments.rounds)
+            ]
+            harness.print_table(f"{section}: {title}, {TOUCHED:,} ids", results[section])
     if "quality" in arguments.only:
         results["quality"] = bench_quality(arguments.seeds)
         harness.print_table("quality: held-out loss in nats a click", results["quality"])

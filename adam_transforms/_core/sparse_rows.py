@@ -98,7 +98,9 @@ class SparseRows(metaclass=_Described):
     leading_shape: tuple[int, ...]
     synchronized: bool
     _keys: Any
-    _indices: Any = None  # what `_keys` says, in rows that have not been a pytree since
+    # Only in rows that have not been a pytree since: what `_keys` says, and what `keep_read` keeps.
+    _indices: Any = None
+    _read: Any = None
 
     def __init__(
         self,
@@ -352,6 +354,9 @@ class SparseRows(metaclass=_Described):
         rows.num_rows, rows.unique, rows.leading_shape, rows.synchronized = static
         return rows
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_read": None}
+
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         # Pickles of earlier versions are of single tables, and have no mark.
         defaults = {"leading_shape": (attributes["num_rows"],), "synchronized": False}
@@ -373,6 +378,17 @@ class DeferredRows(SparseRows):
 def is_rows(x: Any) -> bool:
     """Makes `jax.tree` functions treat a row gradient as a leaf."""
     return isinstance(x, SparseRows)
+
+
+def keep_read(rows: SparseRows, read: Any) -> SparseRows:
+    """`rows` with something that the forward pass has read of the same rows, in their order, for
+    the update. All that changes values alone keeps it; a pytree does not."""
+    return rows._with(_read=read)
+
+
+def kept_read(rows: SparseRows) -> Any:
+    """What `keep_read` has kept; None if there is nothing."""
+    return rows._read
 
 
 def on_values(fn: Callable[[jax.Array], jax.Array], x: Any) -> Any:
@@ -400,7 +416,11 @@ def sum_duplicates_of_each(rows: Sequence[SparseRows]) -> list[SparseRows]:
 
 
 def sum_with_run(
-    rows: SparseRows, start: jax.Array, stop: jax.Array, room: int, packed_bytes: int
+    rows: SparseRows,
+    start: jax.Array,
+    stop: jax.Array,
+    room: int,
+    packed_bytes: float,
 ) -> SparseRows:
     """Sums duplicates, and adds the rows start, ..., stop - 1 of the table with value zero.
 
@@ -420,7 +440,7 @@ def sum_with_run(
 def _sum_at(
     rows: SparseRows,
     first: jax.Array,
-    packed_bytes: int,
+    packed_bytes: float,
     run: tuple[jax.Array, jax.Array] | None = None,
     room: int = 0,
 ) -> SparseRows:
@@ -438,7 +458,8 @@ def _sum_at(
             pack=isinstance(nbytes, int) and nbytes >= packed_bytes,
         )
     )
-    return rows._with(_indices=indices, _keys=_as_keys(indices), values=values, unique=True)
+    keys = _as_keys(indices)
+    return rows._with(_indices=indices, _keys=keys, values=values, unique=True, _read=None)
 
 
 # The number of rows is an operand here: a program of tables of several sizes contains these once.

@@ -21,6 +21,8 @@ from adam_transforms._core.sparse_rows import SparseRows, set_rows
 # to 26 MiB together 0.5-0.7, of two tables 0.8-1.0. Deferred Adam, which has five: 0.9-1.0 at
 # 2 MiB, 0.7-0.8 at 4 MiB, 0.3-0.4 from 8 MiB on.
 LAZY_BYTES, DEFERRED_BYTES = 16 * 2**20, 2 * 2**20
+# Bytes of the rows read of a deferred table below which what they missed is kept for the update.
+KEPT_BYTES = 16 * 2**20
 # Bytes of a block's (length, D...) array. As measured with lazy Adam on two cores, 256 KiB to 2 MiB
 # are much alike.
 _BLOCK_BYTES = 2**18
@@ -35,11 +37,16 @@ def block_length(rows: SparseRows) -> int | None:
     `DEFERRED_BYTES`.
     """
     row_bytes = math.prod(rows.values.shape[1:]) * rows.dtype.itemsize
-    meshes = (jax.sharding.get_abstract_mesh(), jax.typeof(rows.values).sharding.mesh)
-    if not all(mesh.empty for mesh in meshes):
+    if is_on_mesh(rows.values):
         return None
     length = max(_LEAST_LENGTH, _BLOCK_BYTES // row_bytes)
     return length if length < rows.values.shape[0] else None
+
+
+def is_on_mesh(x: jax.Array) -> bool:
+    """Whether `x` is on a mesh, or the context has one."""
+    meshes = (jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.mesh)
+    return not all(mesh.empty for mesh in meshes)
 
 
 def over_blocks(

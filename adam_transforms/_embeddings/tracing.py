@@ -10,7 +10,11 @@ import numpy as np
 
 from adam_transforms._core import arguments, trees
 from adam_transforms._core.types import Path
-from adam_transforms._embeddings.deferred.sync import current_rows
+from adam_transforms._embeddings.deferred.state import (
+    DeferredTable,
+    deferred_states,
+    deferred_tables,
+)
 from adam_transforms._embeddings.reads.choosing import Choice, choose
 from adam_transforms._embeddings.reads.running import Table
 from adam_transforms._xla.jaxprs import location
@@ -115,7 +119,15 @@ def deferred_leaves(state: Any, leaves: Sequence[Leaf]) -> dict[int, Table]:
     if state is None:
         return {}
     deferred = {}
-    for path, read_now in current_rows(state).items():
+    by_path: dict[Path, DeferredTable] = {}
+    for one in deferred_states(state):
+        of_state = deferred_tables(one)
+        for path in of_state.keys() & by_path:
+            raise ValueError(
+                f"two deferred states in rows_from have a table at {trees.quoted(path)}"
+            )
+        by_path |= of_state
+    for path, table in by_path.items():
         found = [i for i, leaf in enumerate(leaves) if leaf.path == path]
         if len(found) != 1:
             paths = ", ".join(trees.quoted(leaf.path) for leaf in leaves)
@@ -123,7 +135,7 @@ def deferred_leaves(state: Any, leaves: Sequence[Leaf]) -> dict[int, Table]:
                 f"rows_from has a table at {trees.quoted(path)}, which must be the path of one "
                 f"differentiated leaf; these are {paths}"
             )
-        deferred[found[0]] = Table(leaves[found[0]].value, read_now)
+        deferred[found[0]] = Table(leaves[found[0]].value, table)
     return deferred
 
 

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from adam_transforms._core import dtypes, patterns
-from adam_transforms._core.sparse_rows import SparseRows, sum_duplicates_of_each
+from adam_transforms._core.sparse_rows import SparseRows, keep_read, sum_duplicates_of_each
 from adam_transforms._core.types import A
 from adam_transforms._embeddings.reads.choosing import Choice
 from adam_transforms._embeddings.reads.direct import Read, replicated, values_of
+from adam_transforms._embeddings.reads.kept import kept_reads
 from adam_transforms._embeddings.reads.program import Value
 from adam_transforms._embeddings.reads.running import Runner, Table
 from adam_transforms._embeddings.tracing import (
@@ -127,14 +128,18 @@ def value_and_grad(
         chosen, reads, scope = choice.tables, choice.program.reads, choice.program.scope
         tables = {i: deferred.get(i, Table(leaves[i].value)) for i in chosen}
 
+        kept = kept_reads(choice.program, tables)
+        is_last = {k: k == x.positions[-1] for x in kept.values() for k in x.positions}
+
         def tapped(dense: list[Any], taps: list[Any]) -> Any:
             # Tables are not arguments here: no gradient of one is ever computed.
             others = [x for i, x in enumerate(traced.jaxpr.invars) if i not in chosen]
             values = {Value(scope, x): value for x, value in zip(others, dense, strict=True)}
-            outputs, indices = Runner(choice.plan, tables, values).run(choice.program, taps)
+            runner = Runner(choice.plan, tables, values, is_last)
+            outputs, indices = runner.run(choice.program, taps)
             result = traced.rebuild(outputs)
             value, aux = result if has_aux else (result, None)
-            return value, (aux, indices)
+            return value, (aux, indices, runner.stale)
 
         dense = [
             deferred[i].whole() if i in deferred else leaf.value
@@ -143,9 +148,11 @@ def value_and_grad(
         ]
         taps = [read.tap() for read in reads]
         differentiated = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
-        (value, (aux, indices)), (dense, taps) = differentiated(dense, taps)
+        (value, (aux, indices, stale)), (dense, taps) = differentiated(dense, taps)
         rest = iter(dense)
         rows = _assemble(tables, choice, indices, taps)
+        for i, reads_of_table in kept.items():
+            rows[i] = keep_read(rows[i], reads_of_table.joined(stale))
         grads = treedef.unflatten(
             [rows[i] if i in rows else next(rest) for i in range(len(leaves))]
         )
@@ -227,7 +234,7 @@ def _assemble(
                 jnp.concatenate(values or [jnp.zeros((0, *width), wide)]),
                 num_rows=math.prod(row_shape),
                 leading_shape=row_shape,
-                synchronized=table.read_now is not None,
+                synchronized=table.deferred is not None,
             )
         )
     return {

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,42 +18,27 @@ import optax
 from jax.typing import DTypeLike
 
 from adam_transforms._core import arguments, dtypes, patterns, trees
-from adam_transforms._core.sparse_rows import DeferredRows, SparseRows, is_rows, sum_with_run
+from adam_transforms._core.sparse_rows import SparseRows, is_rows
 from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.types import Params, Path, State, Updates
 from adam_transforms._embeddings.deferred.chebyshev import Rule, make_rule
-from adam_transforms._embeddings.deferred.missed_updates import (
-    HistoryRows,
-    UpdateHistory,
-    advance,
-    empty_history,
-    gather_history,
-    next_count,
-)
+from adam_transforms._embeddings.deferred.missed_updates import advance, empty_history, next_count
 from adam_transforms._embeddings.deferred.state import (
     DeferredAdamState,
     IdleRows,
-    TableRows,
+    deferred_tables,
     history_dtype,
-    idle_tables,
     is_like,
     map_idle,
-    round_robin_schedule,
     slot_trees,
     with_last_steps,
     with_numbers,
     with_slots,
 )
-from adam_transforms._embeddings.row_blocks import DEFERRED_BYTES, block_length, over_blocks
+from adam_transforms._embeddings.deferred.table_step import Step, step_leaf, step_table
 from adam_transforms._transforms import numerics
-from adam_transforms._transforms.adam import (
-    Hyperparameters,
-    coefficients_of,
-    init_state,
-    update_leaf,
-)
-from adam_transforms._xla.platform import by_platform
-from adam_transforms._xla.scheduling import depend_on, materialize_outputs, token, token_of_all
+from adam_transforms._transforms.adam import Hyperparameters, coefficients_of, init_state
+from adam_transforms._xla.scheduling import depend_on
 
 
 @arguments.suggest_names
@@ -117,7 +101,8 @@ def deferred_adam(
       step with a gradient of no rows, all rows are idle. A dense gradient, or None, first applies
       all pending updates of the table. With None, the step then adds nothing. A dense gradient too
       must be computed from rows without pending updates: by `rows_from`, or after `flush`. This is
-      not checked, because an array has no mark.
+      not checked, because an array has no mark. Where one jitted function computes gradient and
+      update, the pending updates of the rows read are computed once for both.
 
     Raises:
       ValueError: b1 >= sqrt(b2); eps is too small; `max_idle` is too short for the momentum of an
@@ -242,28 +227,17 @@ def deferred_adam(
         rate = numerics.scalar_at(learning_rate, state.count)
         count_after = next_count(state.count, rule.max_idle + 1)
         coefficients = coefficients_of(hp, state.count)
-
-        def step(
-            path: Path, decays: bool, g: jax.Array, p: jax.Array, *slots: jax.Array
-        ) -> list[jax.Array]:
-            """What is added to one parameter, or to rows of it, and its new slots."""
-            u, *new_slots = update_leaf(hp, coefficients, path, g, *slots, p)
-            if decays:
-                u = u + p.astype(u.dtype) * dtypes.as_scalar(weight_decay, u.dtype)
-            return [-dtypes.as_scalar(rate, u.dtype) * u, *new_slots]
-
-        idle, last_steps, tokens = idle_tables(state), {}, []
+        tables, last_steps, tokens = deferred_tables(state), {}, []
         results = []
         for (path, g, p, *slots), decays in zip(aligned, is_decayed(params), strict=True):
             if not (g is None or is_rows(g)):
                 g = trees.as_gradient(path, g)
-            if path in idle:
+            step = Step(state.count, count_after, rate, weight_decay if decays else None)
+            if path in tables:
                 _refuse_stacked(path, g)
                 _refuse_stale(path, g)
-                table = TableRows(jnp.asarray(p), tuple(slots), idle[path].last_step)
-                step_of_table = functools.partial(step, path, decays)
-                counts = state.count, count_after
-                done = _step_table(g, table, idle[path].history, *counts, step_of_table)
+                _refuse_complex(path, g)
+                done = step_table(hp, step, g, jnp.asarray(p), tables[path])
                 results.append((done.update, *done.table.slots))
                 last_steps[path] = done.table.last_step
                 tokens.append(done.token)
@@ -271,7 +245,8 @@ def deferred_adam(
                 results.append((None, *slots))
             else:
                 g = trees.as_gradient(path, g)
-                results.append(tuple(step(path, decays, g, jnp.asarray(p), *slots)))
+                p = jnp.asarray(p)
+                results.append(tuple(step_leaf(hp, coefficients, step, path, g, p, *slots)))
         updates, *new_slots = trees.unzip(results, treedef, 1 + len(old_slots))
         # All that is written into the histories depends on this count.
         count_after_reads = depend_on(count_after, tokens)
@@ -293,97 +268,6 @@ def deferred_adam(
 _STATIC_ARGUMENTS = tuple("b1 b2 eps tables weight_decay_mask mu_dtype nu_dtype max_idle".split())
 
 
-class _TableStep(NamedTuple):
-    """The result of a step for one table: its update, the table with new slots and last steps but
-    its values as they are, and a token of the reads of its history."""
-
-    update: Any
-    table: TableRows
-    token: jax.Array
-
-
-# From a gradient, parameters and slots to what is added to the parameters, and the new slots.
-_Step = Callable[..., list[jax.Array]]
-
-
-def _step_table(
-    g: Any,
-    table: TableRows,
-    history: UpdateHistory,
-    count: jax.Array,
-    count_after: jax.Array,
-    step: _Step,
-) -> _TableStep:
-    """The step from `count` to `count_after` for one table; `g` is a row gradient, a dense one or
-    None."""
-    if not is_rows(g):
-        entries = gather_history(history, table.last_step, count)
-        u, now = _step_rows(g, table, entries, count_after, step)
-        return _TableStep(u, table.scatter(None, now), _token(entries))
-    rows = add_round_robin_rows(g, count, history.weights.shape[0])
-
-    def at_once(some: SparseRows, table: TableRows) -> _Stepped:
-        before = table.gather(some)
-        entries = gather_history(history, before.last_step, count)
-        u, now = _step_rows(some.values, before, entries, count_after, step)
-        # With `rows_from` the forward pass reads the slots too; the gradient depends on that.
-        reads = jnp.minimum(_token(entries), token(some.values))
-        now = table.scatter(some, now._replace(last_step=depend_on(now.last_step, [reads])))
-        return u, (now.slots, now.last_step), reads
-
-    def in_blocks(length: int, rows: SparseRows, table: TableRows) -> _Stepped:
-        def block(some: SparseRows, so_far: Any) -> tuple[jax.Array, Any]:
-            u, now, _ = at_once(some, TableRows(table.values, *so_far))
-            return u, now
-
-        u, now = over_blocks(block, rows, (table.slots, table.last_step), length)
-        return u, now, token(u)
-
-    nbytes = rows.values.nbytes
-    is_large = isinstance(nbytes, int) and nbytes >= DEFERRED_BYTES
-    length = block_length(rows) if is_large else None
-    if length is None:
-        u, now, reads = at_once(rows, table)
-    else:
-        u, now, reads = by_platform(functools.partial(in_blocks, length), at_once, rows, table)
-    return _TableStep(DeferredRows.of(rows.with_values(u)), TableRows(table.values, *now), reads)
-
-
-# The update of some rows, the table's slots and last steps after it, and a token of what was read.
-_Stepped = tuple[jax.Array, Any, jax.Array]
-
-
-def _token(entries: HistoryRows) -> jax.Array:
-    return token_of_all((entries.weights, entries.nodes, entries.log_decay))
-
-
-def _step_rows(
-    g: jax.Array | None,
-    before: TableRows,
-    entries: HistoryRows,
-    count_after: jax.Array,
-    step: _Step,
-) -> tuple[jax.Array, TableRows]:
-    """The step of some rows, or of a whole table, from a dense gradient or None.
-
-    Returns:
-      (update, the rows after the step, their values as they are).
-    """
-    pending = before.pending(entries)
-    slots = before.slots_after(pending)
-    delta = pending.delta(before.values)
-    if g is None:  # the step does not move the table
-        u = delta.astype(before.values.dtype)
-    else:
-        arrays = [g, pending.apply_to_params(before.values), *slots]
-        move, *slots = materialize_outputs(step, arrays, [False] + [True] * len(slots))
-        wide = dtypes.promote(delta.dtype, move.dtype)
-        u = delta.astype(wide) + move.astype(wide)
-        u = u.astype(dtypes.promote(g.dtype, before.values.dtype))
-    last_step = jnp.full_like(before.last_step, count_after)
-    return u, TableRows(before.values, tuple(slots), last_step)
-
-
 def _check_table(path: Path, leaf: Any) -> None:
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
         raise TypeError(
@@ -401,6 +285,13 @@ def _refuse_stacked(path: Path, g: Any) -> None:
         )
 
 
+def _refuse_complex(path: Path, g: Any) -> None:
+    if g is not None and jnp.issubdtype(g.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{path!r} is a table of a real dtype and cannot take a gradient in {g.dtype}"
+        )
+
+
 def _refuse_stale(path: Path, g: Any) -> None:
     if isinstance(g, SparseRows) and g.values.shape[0] and not g.synchronized:
         raise ValueError(
@@ -410,16 +301,3 @@ def _refuse_stale(path: Path, g: Any) -> None:
             "synchronized the rows that the loss reads, mark it: rows.as_synchronized(). Rows "
             "built by hand: SparseRows(indices, values, num_rows, synchronized=True)"
         )
-
-
-# The rows that a step of the round robin has room for are a multiple of this: tables of different
-# sizes then share a program.
-_TURN = 16
-
-
-def add_round_robin_rows(rows: SparseRows, count: jax.Array, max_idle: int) -> SparseRows:
-    """The rows, unique, and with zeros the rows that this step of the round robin synchronizes."""
-    period, length = round_robin_schedule(rows.num_rows, max_idle)
-    start = (count % period) * length
-    room = -(-length // _TURN) * _TURN
-    return sum_with_run(rows, start, start + length, room, DEFERRED_BYTES)

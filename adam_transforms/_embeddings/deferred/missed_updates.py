@@ -22,6 +22,7 @@ after s. A step therefore adds its term to the weights of the K steps before it.
 both for the last `max_idle` steps, whatever the number of rows.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -83,6 +84,10 @@ class HistoryRows(NamedTuple):
     log_decay: tuple[jax.Array, jax.Array, jax.Array] | None
     scalars: Scalars
 
+    def arrays(self) -> tuple[Any, ...]:
+        """All that was read of the history."""
+        return self.weights, self.nodes, self.log_decay
+
 
 class PendingUpdate(NamedTuple):
     """The updates that n rows missed while idle.
@@ -117,6 +122,11 @@ class PendingUpdate(NamedTuple):
             return now - p.astype(now.dtype)
         zero = jnp.zeros((), self.move.dtype)
         return jnp.where(_column(self.idle, self.move.ndim), -self.move, zero)
+
+    def apply_to_slots(self, slots: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        """mu, nu and perhaps nu_max after the pending updates."""
+        mu, nu, *nu_max = slots
+        return self.decay_mu(mu), self.decay_nu(nu), *nu_max
 
     def decay_mu(self, mu: jax.Array) -> jax.Array:
         return self._where_idle(mu, self.mu, jnp.zeros((), self.move.dtype))

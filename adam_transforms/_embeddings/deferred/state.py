@@ -1,5 +1,7 @@
 """The state of `deferred_adam`, and the part of it that belongs to each table."""
 
+import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ from adam_transforms._embeddings.deferred.missed_updates import (
     pending_update,
     restarted,
 )
+from adam_transforms._xla.scheduling import gather_separately, materialize
 
 
 @state_layout.register(last_step=Role.LAST_STEP, ring=Role.SHARED)
@@ -204,8 +207,9 @@ class TableRows(NamedTuple):
         arrays, treedef = jax.tree.flatten(self)
         return treedef.unflatten(rows.gather_each(arrays))
 
-    def scatter(self, rows: SparseRows | None, new: "TableRows") -> "TableRows":
-        """With the slots and last steps of these rows replaced, but not their values."""
+    def scatter(self, rows: SparseRows | None, new: Any) -> "TableRows":
+        """With the slots and last steps of these rows, or of all rows for None, replaced by those
+        of `new`, but not their values."""
         before, after = [*self.slots, self.last_step], [*new.slots, new.last_step]
         if rows is None:
             after = [y.astype(x.dtype) for x, y in zip(before, after, strict=True)]
@@ -214,26 +218,111 @@ class TableRows(NamedTuple):
         *slots, last_step = after
         return TableRows(self.values, tuple(slots), last_step)
 
-    def pending(self, entries: HistoryRows) -> PendingUpdate:
-        """The updates that these rows missed."""
-        mu, nu, *nu_max = self.slots
-        return pending_update(entries, mu, nu_max[0] if nu_max else nu)
-
-    def slots_after(self, pending: PendingUpdate) -> tuple[jax.Array, ...]:
-        """The slots after the pending updates."""
-        mu, nu, *nu_max = self.slots
-        return pending.decay_mu(mu), pending.decay_nu(nu), *nu_max
-
     def synchronized(self, history: UpdateHistory, count: jax.Array) -> "TableRows":
         """As of step `count`, computed in at least float32."""
-        pending = self.pending(gather_history(history, self.last_step, count))
-        last_step = jnp.full_like(self.last_step, count)
-        return TableRows(pending.apply_to_params(self.values), self.slots_after(pending), last_step)
+        entries = gather_history(history, self.last_step, count)
+        pending = StaleRows.of(self.slots, entries).pending
+        values, slots = pending.apply_to_params(self.values), pending.apply_to_slots(self.slots)
+        return TableRows(values, slots, jnp.full_like(self.last_step, count))
 
 
-def slots_by_path(state: DeferredAdamState) -> dict[Path, tuple[jax.Array, ...]]:
+class StaleRows(NamedTuple):
+    """The slots of some rows as they are stored, and the updates that these rows missed."""
+
+    slots: tuple[jax.Array, ...]
+    pending: PendingUpdate
+
+    @classmethod
+    def of(cls, slots: Sequence[jax.Array], entries: HistoryRows) -> "StaleRows":
+        """The updates are computed from the entries of the rows in the history."""
+        mu, nu, *nu_max = slots
+        return cls(tuple(slots), pending_update(entries, mu, nu_max[0] if nu_max else nu))
+
+
+class DeferredTable(NamedTuple):
+    """What a state knows of a table.
+
+    Attributes:
+      slots, last_step: of all its rows, as in `TableRows`.
+      history: of the tables with, or without, weight decay.
+      count: int32 (), the number of steps.
+    """
+
+    slots: tuple[jax.Array, ...]
+    last_step: jax.Array
+    history: UpdateHistory
+    count: jax.Array
+
+    def whole(self, values: jax.Array) -> jax.Array:
+        """The table as dense Adam has it now."""
+        rows = TableRows(values, self.slots, self.last_step)
+        return rows.synchronized(self.history, self.count).values.astype(values.dtype)
+
+    def read(self, indices: jax.Array, *, round_robin: bool) -> StaleRows:
+        """What some rows missed, computed once for all its uses; `round_robin` adds `room` rows
+        from the first on that this step of the round robin synchronizes."""
+        return _read(self, indices, round_robin=round_robin)
+
+    @property
+    def room(self) -> int:
+        """The number of rows that a step of the round robin has room for."""
+        return -(-self._schedule()[1] // _TURN) * _TURN
+
+    def round_robin(self) -> tuple[jax.Array, jax.Array]:
+        """(start, stop): this step synchronizes the rows start, ..., stop - 1, at most `room`, of
+        which some may be beyond the end of the table."""
+        period, length = self._schedule()
+        start = (self.count % period) * length
+        return start, start + length
+
+    def _schedule(self) -> tuple[int, int]:
+        return round_robin_schedule(self.last_step.shape[0], self.history.weights.shape[0])
+
+
+# Jitted: the reads of tables of one shape are in a program once.
+@functools.partial(jax.jit, static_argnames="round_robin")
+def _read(table: DeferredTable, indices: jax.Array, *, round_robin: bool) -> StaleRows:
+    if round_robin:
+        run = table.round_robin()[0] + jnp.arange(table.room, dtype=jnp.int32)
+        indices = jnp.concatenate([indices, run])
+    rows = SparseRows(indices, jnp.zeros((indices.size, 0)), table.last_step.shape[0])
+    *slots, last_step = rows.gather_each([*table.slots, table.last_step])
+    entries = gather_history(table.history, last_step, table.count)
+    stale = StaleRows.of([*map(gather_separately, slots)], entries)
+    move = materialize(stale.pending.move)
+    return stale._replace(pending=stale.pending._replace(move=move))
+
+
+class RowsRead(NamedTuple):
+    """What a read of a table by `rows_from` leaves for the update that follows.
+
+    Attributes:
+      stale: the rows read, and after them those of the round robin.
+      table: what was read.
+    """
+
+    stale: StaleRows
+    table: DeferredTable
+
+    def is_of(self, table: DeferredTable) -> bool:
+        """Whether it is the same table after the same step: the same arrays, not equal ones."""
+        read, other = jax.tree.leaves(self.table), jax.tree.leaves(table)
+        return len(read) == len(other) and all(map(operator.is_, read, other))
+
+
+# The rows that a step of the round robin has room for are a multiple of this: tables of different
+# sizes then share a program.
+_TURN = 16
+
+
+def deferred_tables(state: DeferredAdamState) -> dict[Path, DeferredTable]:
+    """What a state knows of each of its tables."""
     columns = [trees.flatten_with_paths(tree)[0] for tree in slot_trees(state)]
-    return {row[0][0]: tuple(x for _, x in row) for row in zip(*columns, strict=True)}
+    slots = {row[0][0]: tuple(x for _, x in row) for row in zip(*columns, strict=True)}
+    return {
+        path: DeferredTable(slots[path], idle.last_step, idle.history, state.count)
+        for path, idle in idle_tables(state).items()
+    }
 
 
 def tables_of(
@@ -241,20 +330,20 @@ def tables_of(
 ) -> dict[Path, tuple[TableRows, UpdateHistory]]:
     """All rows of each deferred table, and the history that belongs to it."""
     with_paths, _ = trees.flatten_with_paths(params)
-    leaves, slots, idle_by_path = dict(with_paths), slots_by_path(state), idle_tables(state)
-    trees.refuse_equal_paths([path for path, _ in with_paths], idle_by_path)
+    leaves, tables_by_path = dict(with_paths), deferred_tables(state)
+    trees.refuse_equal_paths([path for path, _ in with_paths], tables_by_path)
     tables = {}
-    for path, idle in idle_by_path.items():
+    for path, table in tables_by_path.items():
         if leaves.get(path) is None:
             raise ValueError(f"params have no {path!r}, which is a table of the deferred state")
-        shape, slot_shape = jnp.shape(leaves[path]), jnp.shape(slots[path][0])
+        shape, slot_shape = jnp.shape(leaves[path]), jnp.shape(table.slots[0])
         if shape != slot_shape:
             raise ValueError(
                 f"{path!r} has shape {list(shape)} in params, but {list(slot_shape)} in the "
                 "deferred state"
             )
-        rows = TableRows(jnp.asarray(leaves[path]), slots[path], idle.last_step)
-        tables[path] = (rows, idle.history)
+        rows = TableRows(jnp.asarray(leaves[path]), table.slots, table.last_step)
+        tables[path] = (rows, table.history)
     return tables
 
 

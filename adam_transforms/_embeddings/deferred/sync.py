@@ -1,6 +1,6 @@
 """Synchronizing the stale rows of deferred tables: `catch_up`, `flush`, `owed`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,14 +17,12 @@ from adam_transforms._embeddings.deferred.state import (
     deferred_states,
     idle_tables,
     slot_trees,
-    slots_by_path,
     tables_of,
     with_last_steps,
     with_leaves,
     with_slots,
 )
 from adam_transforms._transforms.compress_moments import CompressMomentsState, decoded
-from adam_transforms._xla.scheduling import gather_separately
 
 
 def catch_up(params: P, state: S, ids: Mapping[Path, Any]) -> tuple[P, S]:
@@ -171,32 +169,6 @@ def dense_equivalent(params: P, state: State) -> tuple[P, Any]:
     if len(slots) == 3:
         return params, optax.ScaleByAmsgradState(count, *slots)
     return params, optax.ScaleByAdamState(count, *slots)
-
-
-def current_rows(
-    state: State,
-) -> dict[Path, Callable[[jax.Array, SparseRows | None], jax.Array]]:
-    """For the path of each deferred table a function that reads it as dense Adam has it now: from
-    the table and the rows to read to (n, D...); for None it reads all rows."""
-    readers = {}
-    for found in deferred_states(state):
-        slots = slots_by_path(found)
-        for path, idle in idle_tables(found).items():
-            if path in readers:
-                raise ValueError(
-                    f"two deferred states in rows_from have a table at {trees.quoted(path)}"
-                )
-            readers[path] = jax.tree_util.Partial(
-                _read, slots[path], idle.last_step, idle.history, found.count
-            )
-    return readers
-
-
-def _read(slots: Any, last_step: Any, history: Any, count: Any, table: Any, rows: Any) -> jax.Array:
-    stale = TableRows(table, slots, last_step).gather(rows)
-    if rows is not None:
-        stale = stale._replace(slots=tuple(map(gather_separately, stale.slots)))
-    return stale.synchronized(history, count).values.astype(table.dtype)
 
 
 def _synchronize(

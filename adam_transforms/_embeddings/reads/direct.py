@@ -141,16 +141,21 @@ class RowsOfTable(NamedTuple):
 
     def read(self, site: tuple[Any, ...], table: int) -> Read:
         eqn = site[0]
-        row_shape, out = eqn.invars[0].aval.shape[1:], eqn.outvars[0].aval
-        order = self.order
-        n = math.prod(out.shape[i] for i in order[: len(order) - len(row_shape)])
+        out, row_axes = eqn.outvars[0].aval, len(self.order) - len(eqn.invars[0].aval.shape) + 1
+        n = math.prod(out.shape[i] for i in self.order[:row_axes])
 
         def values(x: jax.Array, columns: Sequence[Any], dtype: Any) -> jax.Array:
-            axes = dict(zip(order[len(order) - len(columns) :], columns, strict=True))
-            x = replicated(x, [axes.get(i) for i in range(len(order))])
-            return as_values(jnp.reshape(jnp.transpose(x, order), (n, *row_shape)), dtype)
+            return as_values(self.rows(x, columns), dtype)
 
         return Read(table, site, out, n, values, self.is_static)
+
+    def rows(self, x: jax.Array, columns: Sequence[Any]) -> jax.Array:
+        """The equation's output as (n, D...), with `columns` as the sharding of D."""
+        row_axes = len(self.order) - len(columns)
+        spec = dict(zip(self.order[row_axes:], columns, strict=True))
+        x = replicated(x, [spec.get(i) for i in range(len(self.order))])
+        x = jnp.transpose(x, self.order)
+        return jnp.reshape(x, (math.prod(x.shape[:row_axes]), *x.shape[row_axes:]))
 
     def placed(self, rows: jax.Array, out: Any) -> jax.Array:
         """Rows (n, D...) as the equation's output, of type `out`."""

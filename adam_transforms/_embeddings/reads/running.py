@@ -7,13 +7,13 @@ import collections
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from adam_transforms._core.sparse_rows import SparseRows
+from adam_transforms._embeddings.deferred.state import DeferredTable, StaleRows
 from adam_transforms._embeddings.reads.direct import in_mesh_of
 from adam_transforms._embeddings.reads.following import Plan
 from adam_transforms._embeddings.reads.program import (
@@ -35,26 +35,15 @@ class Table(NamedTuple):
 
     Attributes:
       array: the table.
-      read_now: of a deferred table, the function of `current_rows`; None of any other.
+      deferred: what the state of `rows_from` knows of it; None of any other table.
     """
 
     array: Any
-    read_now: Any = None
+    deferred: DeferredTable | None = None
 
     def whole(self) -> jax.Array:
         """All of the table, synchronized."""
-        return self.array if self.read_now is None else self.read_now(self.array, None)
-
-    def synchronized(self, array: Any, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(n, D...), these rows with all pending updates applied, and whether they exist.
-
-        Args:
-          array: the table, in the mesh of the read.
-        """
-        rows = SparseRows(indices, jnp.zeros((indices.size, 0)), array.shape[0])
-        now = jax.tree.map(_in_this_mesh, self.read_now)(array, rows)
-        exists = jnp.reshape(rows.is_valid, (-1, *[1] * (now.ndim - 1)))
-        return now, jnp.broadcast_to(exists, now.shape)
+        return self.array if self.deferred is None else self.deferred.whole(self.array)
 
 
 class Runner:
@@ -64,10 +53,18 @@ class Runner:
       plan: of `following`.
       tables: {table: its array}.
       values: {value: array}, of the inputs that are no tables.
+      kept: {position of a read of the program: whether it is the last one of its table}, of the
+        reads of deferred tables that are kept for the update.
+
+    Attributes:
+      stale: {position of a read: what it kept}.
     """
 
-    def __init__(self, plan: Plan, tables: dict[int, Table], values: Any) -> None:
-        self._plan, self._tables, self._values = plan, tables, values
+    def __init__(
+        self, plan: Plan, tables: dict[int, Table], values: Any, kept: Mapping[int, bool] = {}
+    ) -> None:
+        self._plan, self._tables, self._values, self._kept = plan, tables, values, kept
+        self.stale: dict[int, StaleRows] = {}
 
     def inside(self) -> "Runner":
         """A runner of a body: it sees the values around it."""
@@ -140,7 +137,7 @@ class Runner:
                 continue
             for step in steps:
                 its_taps = taps[len(indices) : len(indices) + len(step.reads)]
-                outputs, found = self._step(step, its_taps)
+                outputs, found = self._step(step, its_taps, len(indices))
                 self._values.update(outputs)
                 indices += found
         scope = program.scope
@@ -151,18 +148,19 @@ class Runner:
             return as_array(x)
         return self.read(scope, x)
 
-    def _step(self, step: Any, taps: Sequence[jax.Array]) -> Any:
+    def _step(self, step: Any, taps: Sequence[jax.Array], position: int) -> Any:
+        """Its outputs, and the indices of its reads, the first of which is at `position`."""
         if isinstance(step, Plain):
             inputs = [self.read(step.scope, x) for x in step.eqn.invars]
             outputs = run_equation(step.scope.jaxpr, step.eqn, inputs)
             return [*zip(map(step.scope.value, step.eqn.outvars), outputs, strict=True)], []
         if isinstance(step, DirectRead):
-            return self._direct_read(step, *taps)
+            return self._direct_read(step, taps[0], position)
         if isinstance(step, RowRead):
-            return self._row_read(step, taps)
+            return self._row_read(step, taps, position)
         return step.run(self, taps)
 
-    def _direct_read(self, step: DirectRead, tap: jax.Array) -> Any:
+    def _direct_read(self, step: DirectRead, tap: jax.Array, position: int) -> Any:
         [read], out = step.reads, step.eqn.outvars[0].aval
         table = self._tables[read.table]
         array, casts = self._without_casts(step.table)
@@ -170,9 +168,10 @@ class Runner:
         with in_mesh_of(out):
             indices = step.how.indices(*inputs)
             (x,) = run_equation(step.scope.jaxpr, step.eqn, inputs)
-            if table.read_now is not None:
-                now, exists = table.synchronized(array, indices)
-                x = jnp.where(step.how.placed(exists, out), step.how.placed(now, out), x)
+            if table.deferred is not None:
+                rows = step.how.rows(x, jax.typeof(array).sharding.spec[1:])
+                rows = self._synchronized(table.deferred, rows, indices, position)
+                x = step.how.placed(rows, out)
             for dtype in casts:
                 x = jax.lax.convert_element_type(x, dtype)
             x = x + tap
@@ -190,18 +189,18 @@ class Runner:
         inputs = [array if i == out else self.read(scope, x) for i, x in enumerate(eqn.invars)]
         return run_equation(scope.jaxpr, eqn, inputs)[out], casts
 
-    def _row_read(self, step: RowRead, taps: Sequence[jax.Array]) -> Any:
+    def _row_read(self, step: RowRead, taps: Sequence[jax.Array], position: int) -> Any:
         rest, found = iter(taps), []
 
-        def read(value: Value, position: int, selection: Selection) -> jax.Array:
-            table, row_axes = self._tables[position], self._plan.row_axes.get(position, 1)
+        def read(value: Value, which: int, selection: Selection) -> jax.Array:
+            table, row_axes = self._tables[which], self._plan.row_axes.get(which, 1)
 
             def read_rows(index: jax.Array) -> jax.Array:
+                array, at = self.array(value), position + len(found)
                 found.append(index)
-                rows = gather_rows(self.array(value), index, row_axes)
-                if table.read_now is not None:
-                    now, exists = table.synchronized(self.array(value), index)
-                    rows = jnp.where(exists, now, rows)
+                rows = gather_rows(array, index, row_axes)
+                if table.deferred is not None:
+                    rows = self._synchronized(table.deferred, rows, index, at)
                 return rows + next(rest)
 
             return read_table(selection, value.aval.shape, row_axes, read_rows)
@@ -209,6 +208,20 @@ class Runner:
         rows = Rows(self._plan, self.plain, read)
         x = rows.compute(step.value, Selection.whole(step.value.aval.shape))
         return [(step.value, x[0])], found
+
+    def _synchronized(
+        self, table: DeferredTable, values: jax.Array, indices: jax.Array, position: int
+    ) -> jax.Array:
+        """(n, D...), the values of rows with all pending updates applied, but as they are for
+        padding; `position` is that of the read."""
+        table = jax.tree.map(_in_this_mesh, table)
+        stale = table.read(indices, round_robin=self._kept.get(position, False))
+        if position in self._kept:
+            self.stale[position] = stale
+        pending = jax.tree.map(lambda x: x[: indices.size], stale.pending)
+        now = pending.apply_to_params(values).astype(values.dtype)
+        exists = jnp.reshape(indices < table.last_step.shape[0], (-1, *[1] * (now.ndim - 1)))
+        return jnp.where(exists, now, values)
 
 
 def _in_this_mesh(x: jax.Array) -> jax.Array:

@@ -1,0 +1,171 @@
+"""A step of one deferred table: what its rows missed, and then Adam's step."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adam_transforms._core import dtypes
+from adam_transforms._core.sparse_rows import (
+    DeferredRows,
+    SparseRows,
+    is_rows,
+    kept_read,
+    sum_with_run,
+)
+from adam_transforms._core.types import Path
+from adam_transforms._embeddings.deferred.missed_updates import gather_history
+from adam_transforms._embeddings.deferred.state import (
+    DeferredTable,
+    RowsRead,
+    StaleRows,
+    TableRows,
+)
+from adam_transforms._embeddings.row_blocks import DEFERRED_BYTES, block_length, over_blocks
+from adam_transforms._transforms.adam import (
+    Coefficients,
+    Hyperparameters,
+    coefficients_of,
+    update_leaf,
+)
+from adam_transforms._xla.platform import by_platform
+from adam_transforms._xla.scheduling import depend_on, materialize_outputs, token, token_of_all
+
+
+class Step(NamedTuple):
+    """The numbers of one step.
+
+    Attributes:
+      count, count_after: int32 (), the number of steps before it and after it.
+      rate: the learning rate.
+      weight_decay: None for parameters without weight decay.
+    """
+
+    count: jax.Array
+    count_after: jax.Array
+    rate: Any
+    weight_decay: Any
+
+
+class TableStep(NamedTuple):
+    """The result of a step for one table: its update, the table with new slots and last steps but
+    its values as they are, and a token of the reads of its history."""
+
+    update: Any
+    table: TableRows
+    token: jax.Array
+
+
+def step_table(
+    hp: Hyperparameters, step: Step, g: Any, values: jax.Array, table: DeferredTable
+) -> TableStep:
+    """The step for one table; `g` is a row gradient, a dense one or None."""
+    step_rows = functools.partial(_step_rows, hp, step)
+    stored = TableRows(values, table.slots, table.last_step)
+    if not is_rows(g):
+        entries = gather_history(table.history, table.last_step, table.count)
+        now = step_rows(g, values, StaleRows.of(table.slots, entries), entries.arrays())
+        return TableStep(now.update, stored.scatter(None, now), now.token)
+    run = (*table.round_robin(), table.room)
+    read = kept_read(g)
+    if isinstance(read, RowsRead) and read.is_of(table):
+        rows = sum_with_run(g, *run, packed_bytes=math.inf)
+        pending = read.stale.pending
+        now = step_rows(rows.values, rows.gather(values), read.stale, (pending.move, pending.decay))
+        done = TableStep(now.update, stored.scatter(rows, now), now.token)
+    else:
+        rows = sum_with_run(g, *run, packed_bytes=DEFERRED_BYTES)
+        done = _step_stale(step_rows, rows, stored, table)
+    return done._replace(update=DeferredRows.of(rows.with_values(done.update)))
+
+
+def _step_stale(
+    step_rows: Any, rows: SparseRows, stored: TableRows, table: DeferredTable
+) -> TableStep:
+    """The step of rows that nothing has been read of yet; in blocks where that pays."""
+
+    def at_once(some: SparseRows, so_far: TableRows) -> TableStep:
+        before = so_far.gather(some)
+        entries = gather_history(table.history, before.last_step, table.count)
+        stale = StaleRows.of(before.slots, entries)
+        now = step_rows(some.values, before.values, stale, entries.arrays())
+        return TableStep(now.update, so_far.scatter(some, now), now.token)
+
+    def in_blocks(length: int, rows: SparseRows, stored: TableRows) -> TableStep:
+        def block(some: SparseRows, so_far: Any) -> tuple[jax.Array, Any]:
+            done = at_once(some, TableRows(stored.values, *so_far))
+            return done.update, (done.table.slots, done.table.last_step)
+
+        u, now = over_blocks(block, rows, (stored.slots, stored.last_step), length)
+        return TableStep(u, TableRows(stored.values, *now), token(u))
+
+    nbytes = rows.values.nbytes
+    is_large = isinstance(nbytes, int) and nbytes >= DEFERRED_BYTES
+    length = block_length(rows) if is_large else None
+    if length is None:
+        return at_once(rows, stored)
+    return by_platform(functools.partial(in_blocks, length), at_once, rows, stored)
+
+
+class _Stepped(NamedTuple):
+    """The update of some rows, what they are after the step, and a token of what was read."""
+
+    update: jax.Array
+    slots: tuple[jax.Array, ...]
+    last_step: jax.Array
+    token: jax.Array
+
+
+# Jitted: the steps of tables of one shape are in a program once.
+@functools.partial(jax.jit, static_argnums=0)
+def _step_rows(
+    hp: Hyperparameters,
+    step: Step,
+    g: jax.Array | None,
+    p: jax.Array,
+    stale: StaleRows,
+    history_read: Any,
+) -> _Stepped:
+    """The step of some rows, or of a whole table, from a dense gradient or None.
+
+    Args:
+      p: the values of the rows as they are stored.
+      history_read: arrays that are computed from all that was read of the history.
+    """
+    pending = stale.pending
+    u, slots = pending.delta(p), pending.apply_to_slots(stale.slots)
+    if g is None:  # the step does not move the table
+        u = u.astype(p.dtype)
+    else:
+        coefficients = coefficients_of(hp, step.count)
+        arrays = [g, pending.apply_to_params(p), *slots]
+        move, *slots = materialize_outputs(
+            functools.partial(step_leaf, hp, coefficients, step, "a deferred table"),
+            arrays,
+            [False] + [True] * len(slots),
+        )
+        wide = dtypes.promote(u.dtype, move.dtype)
+        u = u.astype(wide) + move.astype(wide)
+        u = u.astype(dtypes.promote(g.dtype, p.dtype))
+    # With `rows_from` the forward pass reads the slots too; the gradient depends on that.
+    reads = token_of_all((history_read, g))
+    last_step = jnp.full_like(pending.idle, step.count_after, dtype=step.count_after.dtype)
+    return _Stepped(u, tuple(slots), depend_on(last_step, [reads]), reads)
+
+
+def step_leaf(
+    hp: Hyperparameters,
+    coefficients: Coefficients,
+    step: Step,
+    path: Path,
+    g: jax.Array,
+    p: jax.Array,
+    *slots: jax.Array,
+) -> list[jax.Array]:
+    """What is added to a parameter, or to rows of it, and its new slots."""
+    u, *new_slots = update_leaf(hp, coefficients, path, g, *slots, p)
+    if step.weight_decay is not None:
+        u = u + p.astype(u.dtype) * dtypes.as_scalar(step.weight_decay, u.dtype)
+    return [-dtypes.as_scalar(step.rate, u.dtype) * u, *new_slots]

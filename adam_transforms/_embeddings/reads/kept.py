@@ -1,0 +1,52 @@
+"""What reads of deferred tables compute, kept for the update.
+
+Both need what the rows missed. The update finds it beside the row gradient
+(`sparse_rows.keep_read`) if it is of the same table after the same step, and computes it otherwise.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adam_transforms._embeddings.deferred.state import DeferredTable, RowsRead, StaleRows
+from adam_transforms._embeddings.reads.program import DirectRead, Program, RowRead
+from adam_transforms._embeddings.reads.running import Table
+from adam_transforms._embeddings.row_blocks import KEPT_BYTES, is_on_mesh
+
+
+class KeptReads(NamedTuple):
+    """All reads of a deferred table, by their positions in the program."""
+
+    table: DeferredTable
+    positions: list[int]
+
+    def joined(self, stale: Mapping[int, StaleRows]) -> RowsRead:
+        """What the reads leave for the update of the table, from what each read has computed."""
+        found = [stale[k] for k in self.positions]
+        joined = found[0] if len(found) == 1 else jax.tree.map(_concatenated, *found)
+        return RowsRead(joined, self.table)
+
+
+def kept_reads(program: Program, tables: Mapping[int, Table]) -> dict[int, KeptReads]:
+    """{table: its reads}, of the deferred tables whose reads are kept: all are outside of loops,
+    branches and meshes, and the rows have less than `KEPT_BYTES`."""
+    steps = [step for step in program.steps for _ in step.reads]
+    kept = {}
+    for i, table in tables.items():
+        positions = [k for k, read in enumerate(program.reads) if read.table == i]
+        are_outside = all(isinstance(steps[k], DirectRead | RowRead) for k in positions)
+        if table.deferred is None or not positions or not are_outside:
+            continue
+        array = jnp.asarray(table.array)
+        n = sum(program.reads[k].n for k in positions)
+        nbytes = n * math.prod(array.shape[1:]) * array.dtype.itemsize
+        if isinstance(nbytes, int) and nbytes < KEPT_BYTES and not is_on_mesh(array):
+            kept[i] = KeptReads(table.deferred, positions)
+    return kept
+
+
+def _concatenated(*arrays: jax.Array) -> jax.Array:
+    return jnp.concatenate(arrays)
