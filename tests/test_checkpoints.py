@@ -360,7 +360,7 @@ def run_and_kill(directory: Path, steps: int, environment: Any, rng: Any) -> tup
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_process_killed_often_ends_as_if_it_had_not_been(kills: int, tmp_path: Path) -> None:
     """`training_process.py` saves with Orbax in the background; the kill may come at any time."""
     steps, rng = 12 * kills, np.random.default_rng(0)

@@ -26,7 +26,7 @@ import programs
 import pytest
 import reference
 from bounds import Bounded, rounded
-from helpers import OPTIMIZED, as_numpy
+from helpers import OPTIMIZED, as_numpy, in_tiers
 from program_model import SLOTS, Model, Outcome
 from programs import Leaf, Number, Program
 
@@ -531,24 +531,28 @@ def describe(error: Exception) -> str:
 
 # The tests
 
-FIRST_TIER, ALL = 200, 5000
+BOTH_TIERS, ALL, TOGETHER = 200, 5000, 20
+FIRST_TIER = (0, 20, 40, 140)  # have every kind of program
 
 
+@pytest.mark.parametrize(
+    "start", in_tiers(range(0, BOTH_TIERS, TOGETHER), lambda start: start in FIRST_TIER)
+)
 @pytest.mark.every_case
-@pytest.mark.parametrize("start", range(0, FIRST_TIER, 20))
 def test_random_programs_follow_the_formulas(start: int) -> None:
-    try_programs(range(start, start + 20))
+    try_programs(range(start, start + TOGETHER))
 
 
 @pytest.mark.fuzz
-@pytest.mark.parametrize("start", range(FIRST_TIER, ALL, 40))
+@pytest.mark.parametrize("start", range(BOTH_TIERS, ALL, 40))
 def test_many_random_programs_follow_the_formulas(start: int) -> None:
     try_programs(range(start, start + 40))
 
 
 def test_the_first_tier_has_every_kind_of_program() -> None:
     seen = collections.Counter()
-    for program in map(programs.draw, range(FIRST_TIER)):
+    for number in (start + i for start in FIRST_TIER for i in range(TOGETHER)):
+        program = programs.draw(number)
         seen.update(program.numbers.keys())
         seen.update(number.kind for number in program.numbers.values())
         seen.update([program.family, program.clip, *program.options, *program.ema])
