@@ -99,9 +99,10 @@ def adam(
     >>> tx = adam(learning_rate=0.1, clip_global_norm=1.0)
     >>> params = jnp.array([3.0, -2.0])
     >>> state = tx.init(params)
+    >>> update = jax.jit(tx.update)
     >>> for _ in range(100):
     ...     grads = jax.grad(lambda p: jnp.sum(p**2))(params)
-    ...     updates, state = tx.update(grads, state, params)
+    ...     updates, state = update(grads, state, params)
     ...     params = optax.apply_updates(params, updates)
     >>> bool(jnp.abs(params).max() < 0.2)
     True

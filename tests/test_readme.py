@@ -161,7 +161,7 @@ def test_every_line_of_the_migration_table_runs(relaxed_promotion: None) -> None
         assert result is not None, piece
         if isinstance(result, optax.GradientTransformation):
             grad = at.grad(loss, tables="table") if "lazy" in piece else jax.grad(loss)
-            updates, _ = result.update(grad(params), result.init(params), params)
+            updates, _ = jax.jit(result.update)(grad(params), result.init(params), params)
             assert jax.tree.structure(at.to_dense(updates)) == jax.tree.structure(params), piece
 
 

@@ -139,10 +139,10 @@ def compress_moments(
       Dettmers et al., `8-bit Optimizers via Block-wise Quantization
       <https://arxiv.org/abs/2110.02861>`_, 2022, for the idea; the codes differ.
 
-    >>> import jax.numpy as jnp, optax
+    >>> import jax, jax.numpy as jnp, optax
     >>> tx = compress_moments(optax.adam(0.1))
     >>> params = {"w": jnp.ones((64, 128))}
-    >>> updates, state = tx.update(params, tx.init(params), params)
+    >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     >>> state[0].moments["w"].dtype.name, state[0].nu_range["w"].shape
     ('uint16', (64,))
     """
