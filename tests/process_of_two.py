@@ -14,7 +14,8 @@ DEVICES = 4
 
 
 def main(rank: int, port: int, result: str, runs: dict[str, list[str]]) -> None:
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+    flags = os.environ.get("XLA_FLAGS", "")  # the last of equal flags counts
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={DEVICES}"
     import jax
 
     jax.config.update("jax_platforms", "cpu")

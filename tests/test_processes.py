@@ -1,7 +1,6 @@
 """Two processes that speak over the loopback address train as one does."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -73,11 +72,9 @@ def test_tables_sharded_over_two_processes_take_the_same_steps(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     script, result = Path(__file__).with_name("process_of_two.py"), tmp_path / "result.npz"
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     processes = [
         subprocess.Popen(
             [sys.executable, script, str(rank), str(port), result, json.dumps(runs)],
-            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
