@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -48,8 +49,11 @@ def _bits(x: Any) -> np.ndarray:
     return np.asarray(jax.random.key_data(x) if is_key else x)
 
 
-# `jax.jit` as it is outside of the tests: conftest.py turns LLVM's optimizations off.
-OPTIMIZED = {"xla_backend_optimization_level": 3}
+# `jax.jit` as it is outside of the tests: conftest.py turns LLVM's optimizations off, and in the
+# first tier the fusion emitters.
+OPTIMIZED: dict[str, Any] = {"xla_backend_optimization_level": 3}
+if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
+    OPTIMIZED["xla_cpu_use_fusion_emitters"] = True
 optimized_jit = functools.partial(jax.jit, compiler_options=OPTIMIZED)
 
 
