@@ -165,10 +165,10 @@ def test_a_state_without_settings_goes_on_as_it_is() -> None:
 def test_a_state_of_float32_goes_on_in_x64_mode_with_its_own_rule() -> None:
     """Which has more terms and nodes in float64."""
     state = deferred().init(PARAMS)
-    expected = deferred().update(ROWS, state, PARAMS)
+    expected = jax.jit(deferred().update)(ROWS, state, PARAMS)
     with x64():
         tx = at.deferred_adam(0.1, tables="table", max_idle=300)
-        actual = tx.update(ROWS, state, PARAMS)
+        actual = jax.jit(tx.update)(ROWS, state, PARAMS)
         assert types(actual[1]) == types(expected[1])
         with pytest.raises(ValueError, match=HEADING):
             tx.update(ROWS, deferred(b2=0.99).init(PARAMS), PARAMS)
