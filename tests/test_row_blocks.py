@@ -10,7 +10,7 @@ from helpers import assert_bits_equal, in_tiers
 
 import adam_transforms as at
 from adam_transforms._embeddings import lazy, row_blocks
-from adam_transforms._embeddings.deferred import adam
+from adam_transforms._embeddings.deferred import table_step
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -57,7 +57,7 @@ def trained(tx: Any, dtype: Any = jnp.float32) -> tuple[Any, str]:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Whether blocks are of 16 rows of these tables, or of more than there are."""
     monkeypatch.setattr(lazy, "LAZY_BYTES", 1)
-    monkeypatch.setattr(adam, "DEFERRED_BYTES", 1)
+    monkeypatch.setattr(table_step, "DEFERRED_BYTES", 1)
 
     def use(small: bool) -> None:
         monkeypatch.setattr(row_blocks, "_BLOCK_BYTES", 16 * WIDTH * 4 if small else 2**40)
