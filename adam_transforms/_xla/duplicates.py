@@ -1,8 +1,7 @@
 """Which indices of a table are equal, in O(n) memory whatever the size of the table."""
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ _GPU_ROWS_PER_INDEX = 128
 _MULTIPLIER = 2654435769
 
 
-def by_sorting(indices: jax.Array) -> list[jax.Array]:
+def by_sorting(indices: jax.Array, *_: jax.Array) -> list[jax.Array]:
     """`first_positions` in O(n log n) a table."""
     order = jnp.argsort(indices, axis=1).astype(jnp.int32)  # stable: equal indices by position
     tables = jnp.arange(order.shape[0], dtype=jnp.int32)[:, None]
@@ -32,7 +31,7 @@ def by_sorting(indices: jax.Array) -> list[jax.Array]:
     return [*first]
 
 
-def by_hashing(indices: jax.Array) -> list[jax.Array]:
+def by_hashing(indices: jax.Array, *_: jax.Array) -> list[jax.Array]:
     """`first_positions` in O(n) a table.
 
     Each index writes its position into its bucket of a hash table, and the smallest position wins.
@@ -43,6 +42,7 @@ def by_hashing(indices: jax.Array) -> list[jax.Array]:
     if n == 0:
         return [*jnp.zeros_like(indices)]
     buckets = _num_buckets(n)
+    empty = jnp.full((tables, buckets), n, jnp.int32)
 
     def settle(state: tuple[Any, ...]) -> tuple[Any, ...]:
         attempt, is_open, first = state
@@ -50,7 +50,7 @@ def by_hashing(indices: jax.Array) -> list[jax.Array]:
         hashed = salted * (jnp.uint32(_MULTIPLIER) + attempt * jnp.uint32(0x9E3779B2))
         hashed = (hashed ^ (hashed >> 15)) * jnp.uint32(0x85EBCA6B)
         bucket = hashed >> jnp.uint32(33 - buckets.bit_length())
-        winner = _winners(jnp.where(is_open, bucket.astype(jnp.int32), buckets), buckets)
+        winner = _winners(jnp.where(is_open, bucket.astype(jnp.int32), buckets), empty)
         of_winner = jnp.take_along_axis(
             indices, jnp.minimum(winner, n - 1), axis=1, mode="promise_in_bounds"
         )
@@ -75,32 +75,29 @@ def _num_buckets(n: int) -> int:
     return 1 << max(1, math.ceil(math.log2(max(1, n * _BUCKETS_PER_INDEX))))
 
 
-def _winners(bucket: jax.Array, buckets: int) -> jax.Array:
+def by_looking_up(indices: jax.Array, empty: jax.Array) -> list[jax.Array]:
+    """`first_positions` in O(n + V) a table, with `empty` of `_winners` for V + 1 buckets."""
+    return [*_winners(indices, empty)]
+
+
+def _winners(bucket: jax.Array, empty: jax.Array) -> jax.Array:
     """For each of (T, n) buckets the smallest position in its table with that bucket; n for a
     bucket out of range.
 
     Args:
-      buckets: the number of buckets of each table.
+      empty: int32 (T, buckets), n everywhere.
     """
     tables, n = bucket.shape
-    empty = jnp.full((tables * buckets,), n, jnp.int32)
+    buckets = empty.shape[1]
     start = jnp.arange(tables, dtype=jnp.int32)[:, None] * buckets
     place = jnp.where(bucket < buckets, start + bucket, tables * buckets).reshape(-1)
-    owner = empty.at[place].min(_positions(bucket).reshape(-1), mode="drop")
+    owner = empty.reshape(-1).at[place].min(_positions(bucket).reshape(-1), mode="drop")
     return owner.at[place].get(mode="fill", fill_value=n).reshape(bucket.shape)
 
 
 _hash_or_sort = unchecked(on_cpu(by_sorting)(by_hashing))
-
-
-@functools.cache
-def _look_up_or_sort(buckets: int, *, fits_cpu: bool) -> Callable[[jax.Array], list[jax.Array]]:
-    """`first_positions` with a bucket for each row, on a CPU only if that `fits_cpu`."""
-
-    def look_up(indices: jax.Array) -> list[jax.Array]:
-        return [*_winners(indices, buckets)]
-
-    return unchecked(on_cpu(by_sorting, gpu=look_up)(look_up if fits_cpu else by_hashing))
+_hash_or_look_up_or_sort = unchecked(on_cpu(by_sorting, gpu=by_looking_up)(by_hashing))
+_look_up_or_sort = unchecked(on_cpu(by_sorting, gpu=by_looking_up)(by_looking_up))
 
 
 def first_positions(indices: jax.Array, num_rows: Sequence[int]) -> list[jax.Array]:
@@ -126,6 +123,7 @@ def first_positions(indices: jax.Array, num_rows: Sequence[int]) -> list[jax.Arr
     if not isinstance(n, int):  # symbolic, under `jax.export`: no hash table has a power of 2 slots
         return by_sorting(indices)
     if max(num_rows) < _GPU_ROWS_PER_INDEX * n:  # a bucket for each row: nothing collides
+        empty = jnp.full((tables, max(num_rows) + 1), n, jnp.int32)
         fits_cpu = tables == 1 and num_rows[0] < _num_buckets(n)
-        return _look_up_or_sort(max(num_rows) + 1, fits_cpu=fits_cpu)(indices)
+        return (_look_up_or_sort if fits_cpu else _hash_or_look_up_or_sort)(indices, empty)
     return _hash_or_sort(indices)
