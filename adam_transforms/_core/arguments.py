@@ -8,7 +8,6 @@ import functools
 import inspect
 import math
 import operator
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -18,7 +17,6 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from adam_transforms._core import trees
 from adam_transforms._core.types import A
 
 _NUMBERS = int | float | np.integer | np.floating
@@ -157,54 +155,6 @@ def float_dtype(name: str, value: Any) -> np.dtype | None:
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"{name} must be a floating or complex dtype, got {dtype}")
     return dtype
-
-
-# {package: what takes the place of an object of one of its classes in a differentiated argument}
-_IN_PLACE_OF_MODULES = {
-    "equinox": "use adam_transforms.equinox.filter_value_and_grad, or differentiate "
-    "eqx.partition(module, eqx.is_inexact_array)[0]",
-    "flax.linen": "differentiate the parameters that init returns, and call apply in the loss",
-    "flax.nnx": "use adam_transforms.flax.value_and_grad, or differentiate "
-    "nnx.split(module, nnx.Param, ...)[1]",
-    "keras": "differentiate [v.value for v in model.trainable_variables], and call "
-    "model.stateless_call in the loss",
-}
-
-
-def refuse_modules(args: Sequence[Any], is_differentiable: Callable[[Any], bool]) -> None:
-    """Refuses modules of other libraries that cannot be differentiated as trees.
-
-    Raises:
-      TypeError: names the class, the leaf that is not differentiable, and what to differentiate
-        instead. A module of NNX is refused whatever its leaves: what calls change in it is lost.
-    """
-    packages = [package for package in _IN_PLACE_OF_MODULES if package in sys.modules]
-    if not packages:
-        return
-
-    @functools.cache  # many nodes of a tree have the same class
-    def package_of(kind: type) -> str | None:
-        modules = [f"{cls.__module__}." for cls in kind.__mro__]
-        found = (p for p in packages if any(m.startswith(f"{p}.") for m in modules))
-        return next(found, None)
-
-    for module in jax.tree.leaves(args, is_leaf=lambda x: package_of(type(x)) is not None):
-        package = package_of(type(module))
-        if package is None:
-            continue
-        why = None
-        if any(cls.__module__ == "flax.nnx.module" for cls in type(module).__mro__):
-            why = "has state that calls change"
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(module):
-            if not is_differentiable(leaf):
-                kind = getattr(leaf, "dtype", type(leaf).__name__)
-                why = f"has a leaf {trees.path_str(keys)!r} of {kind}" if keys else "is no tree"
-                break
-        if why is not None:
-            raise TypeError(
-                f"{type(module).__name__} of {package} {why}, and cannot be differentiated: "
-                f"{_IN_PLACE_OF_MODULES[package]}"
-            )
 
 
 _NAMES_ELSEWHERE = {

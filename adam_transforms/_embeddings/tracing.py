@@ -1,14 +1,16 @@
 """A function to differentiate: its arguments, its trace, and which of its arguments are tables."""
 
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adam_transforms._core import arguments, trees
+from adam_transforms._core import trees
 from adam_transforms._core.types import Path
 from adam_transforms._embeddings.deferred.state import (
     DeferredTable,
@@ -37,13 +39,16 @@ class Traced(NamedTuple):
 
     Attributes:
       outputs: which outputs are those of the scalar to differentiate.
-      rebuild: makes the result of `fun` from the outputs.
+      out_tree: the structure of the result of `fun`.
+      others: its leaves that are no arrays, such as a string in the auxiliary output; None for each
+        that is an output of the jaxpr.
     """
 
     jaxpr: Any
     consts: Sequence[Any]
     outputs: list[bool]
-    rebuild: Callable[[Sequence[Any]], Any]
+    out_tree: Any
+    others: list[Any]
 
 
 def are_differentiable(args: Sequence[Any], positions: Sequence[int]) -> bool:
@@ -53,7 +58,7 @@ def are_differentiable(args: Sequence[Any], positions: Sequence[int]) -> bool:
       TypeError: an argument holds a module that cannot be differentiated as a tree.
     """
     given = [args[i] for i in positions if -len(args) <= i < len(args)]
-    arguments.refuse_modules(given, _is_differentiable)
+    _refuse_modules(given)
     leaves = jax.tree.leaves(given)
     return len(given) == len(positions) and all(map(_is_differentiable, leaves))
 
@@ -61,6 +66,54 @@ def are_differentiable(args: Sequence[Any], positions: Sequence[int]) -> bool:
 def _is_differentiable(x: Any) -> bool:
     is_number = isinstance(x, jax.Array | np.ndarray | np.generic | float | complex)
     return is_number and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+# {package: what takes the place of an object of one of its classes in a differentiated argument}
+_IN_PLACE_OF_MODULES = {
+    "equinox": "use adam_transforms.equinox.filter_value_and_grad, or differentiate "
+    "eqx.partition(module, eqx.is_inexact_array)[0]",
+    "flax.linen": "differentiate the parameters that init returns, and call apply in the loss",
+    "flax.nnx": "use adam_transforms.flax.value_and_grad, or differentiate "
+    "nnx.split(module, nnx.Param, ...)[1]",
+    "keras": "differentiate [v.value for v in model.trainable_variables], and call "
+    "model.stateless_call in the loss",
+}
+
+
+def _refuse_modules(args: Sequence[Any]) -> None:
+    """Refuses modules of other libraries that cannot be differentiated as trees.
+
+    Raises:
+      TypeError: names the class, the leaf that is not differentiable, and what to differentiate
+        instead. A module of NNX is refused whatever its leaves: what calls change in it is lost.
+    """
+    packages = [package for package in _IN_PLACE_OF_MODULES if package in sys.modules]
+    if not packages:
+        return
+
+    @functools.cache  # many nodes of a tree have the same class
+    def package_of(kind: type) -> str | None:
+        modules = [f"{cls.__module__}." for cls in kind.__mro__]
+        found = (p for p in packages if any(m.startswith(f"{p}.") for m in modules))
+        return next(found, None)
+
+    for module in jax.tree.leaves(args, is_leaf=lambda x: package_of(type(x)) is not None):
+        package = package_of(type(module))
+        if package is None:
+            continue
+        why = None
+        if any(cls.__module__ == "flax.nnx.module" for cls in type(module).__mro__):
+            why = "has state that calls change"
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(module):
+            if not _is_differentiable(leaf):
+                kind = getattr(leaf, "dtype", type(leaf).__name__)
+                why = f"has a leaf {trees.path_str(keys)!r} of {kind}" if keys else "is no tree"
+                break
+        if why is not None:
+            raise TypeError(
+                f"{type(module).__name__} of {package} {why}, and cannot be differentiated: "
+                f"{_IN_PLACE_OF_MODULES[package]}"
+            )
 
 
 def leaves_of(args: Sequence[Any], positions: Sequence[int]) -> tuple[list[Leaf], Any]:
@@ -95,23 +148,13 @@ def trace(fun: Any, has_aux: bool, args: Any, kwargs: Any, positions: Sequence[i
             )
         outputs, out_tree = jax.tree.flatten(result)
         num_scalars = len(jax.tree.leaves(result[0])) if has_aux else len(outputs)
-        traced = [isinstance(x, jax.Array) for x in outputs]
-        # Outputs that are no arrays, such as a string in the auxiliary output, bypass the jaxpr.
-        others = [None if is_array else x for x, is_array in zip(outputs, traced, strict=True)]
-        differentiated = [i < num_scalars for i, is_array in enumerate(traced) if is_array]
-        static[:] = [out_tree, traced, others, differentiated]
-        return [x for x, is_array in zip(outputs, traced, strict=True) if is_array]
+        others = [None if isinstance(x, jax.Array) else x for x in outputs]
+        arrays = {i: x for i, x in enumerate(outputs) if others[i] is None}
+        static[:] = [[i < num_scalars for i in arrays], out_tree, others]
+        return [*arrays.values()]
 
     closed = jax.make_jaxpr(flat)(*inputs)
-    out_tree, traced, others, differentiated = static
-
-    def rebuild(outputs: Sequence[Any]) -> Any:
-        rest = iter(outputs)
-        return out_tree.unflatten(
-            [next(rest) if t else x for t, x in zip(traced, others, strict=True)]
-        )
-
-    return Traced(closed.jaxpr, closed.consts, differentiated, rebuild)
+    return Traced(closed.jaxpr, closed.consts, *static)
 
 
 def deferred_leaves(state: Any, leaves: Sequence[Leaf]) -> dict[int, Table]:

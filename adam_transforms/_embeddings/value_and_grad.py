@@ -7,22 +7,18 @@ the indices of the reads make the row gradients. No (V, D) gradient ever exists.
 """
 
 import functools
-import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from adam_transforms._core import dtypes, patterns
-from adam_transforms._core.sparse_rows import SparseRows, keep_read, sum_duplicates_of_each
+from adam_transforms._core import patterns
+from adam_transforms._core.sparse_rows import keep_read
 from adam_transforms._core.types import A
-from adam_transforms._embeddings.reads.choosing import Choice
-from adam_transforms._embeddings.reads.direct import Read, replicated, values_of
 from adam_transforms._embeddings.reads.kept import kept_reads
 from adam_transforms._embeddings.reads.program import Value
-from adam_transforms._embeddings.reads.running import Runner, Table
+from adam_transforms._embeddings.reads.running import Runner, Table, row_gradients
 from adam_transforms._embeddings.tracing import (
     are_differentiable,
     choose_tables,
@@ -137,7 +133,10 @@ def value_and_grad(
             values = {Value(scope, x): value for x, value in zip(others, dense, strict=True)}
             runner = Runner(choice.plan, tables, values, is_last)
             outputs, indices = runner.run(choice.program, taps)
-            result = traced.rebuild(outputs)
+            rest = iter(outputs)
+            result = traced.out_tree.unflatten(
+                [next(rest) if x is None else x for x in traced.others]
+            )
             value, aux = result if has_aux else (result, None)
             return value, (aux, indices, runner.stale)
 
@@ -149,8 +148,7 @@ def value_and_grad(
         taps = [read.tap() for read in reads]
         differentiated = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
         (value, (aux, indices, stale)), (dense, taps) = differentiated(dense, taps)
-        rest = iter(dense)
-        rows = _assemble(tables, choice, indices, taps)
+        rest, rows = iter(dense), row_gradients(tables, choice, indices, taps)
         for i, reads_of_table in kept.items():
             rows[i] = keep_read(rows[i], reads_of_table.joined(stale))
         grads = treedef.unflatten(
@@ -208,36 +206,3 @@ def positions_of(argnums: Any) -> tuple[int, ...]:
             f"argnums must be an integer or a sequence of integers, got {argnums!r:.200}: "
             "write value_and_grad(loss)(params)"
         ) from None
-
-
-# ---- (4) row gradients --------------------------------------------------------------------------
-
-
-def _assemble(
-    tables: dict[int, Table], choice: Choice, indices: Sequence[Any], taps: Sequence[Any]
-) -> dict[int, SparseRows]:
-    """The row gradient of each table, from the indices of all reads and the gradients of the
-    taps."""
-    rows = []
-    for i, table in tables.items():
-        wide = dtypes.compute_dtype(jnp.result_type(table.array))
-        row_shape = choice.row_shapes[i]
-        width = jnp.shape(table.array)[len(row_shape) :]
-        columns = jax.typeof(table.array).sharding.spec[len(row_shape) :]
-        of_table = [k for k, read in enumerate(choice.program.reads) if read.table == i]
-        reads: list[Read] = [choice.program.reads[k] for k in of_table]
-        found = [replicated(indices[k]) for k in of_table]
-        values = values_of(reads, [taps[k] for k in of_table], columns, wide)
-        rows.append(
-            SparseRows(
-                jnp.concatenate(found or [jnp.zeros((0,), jnp.int32)]),
-                jnp.concatenate(values or [jnp.zeros((0, *width), wide)]),
-                num_rows=math.prod(row_shape),
-                leading_shape=row_shape,
-                synchronized=table.deferred is not None,
-            )
-        )
-    return {
-        i: x.with_values(x.values.astype(jnp.result_type(tables[i].array)))
-        for i, x in zip(tables, sum_duplicates_of_each(rows), strict=True)
-    }

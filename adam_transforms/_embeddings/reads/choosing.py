@@ -7,6 +7,7 @@ from adam_transforms._embeddings.reads.direct import Read, reads_few
 from adam_transforms._embeddings.reads.following import Plan, Use
 from adam_transforms._embeddings.reads.program import Program, Scope, Value
 from adam_transforms._embeddings.reads.tables import choose_row_axes
+from adam_transforms._xla.dependence import needed_variables
 
 
 class Choice(NamedTuple):
@@ -49,9 +50,10 @@ def choose(
     row_axes = dict.fromkeys(one_row_axis & tables, 1)
     reads: dict[int, list[Read]] = {}
     uses: dict[int, Use] = {}
+    needed = needed_variables(jaxpr, outputs)
     while True:
         plan = Plan(row_axes, one_row_axis)
-        scope = Scope(jaxpr, consts, outputs, [False] * len(outputs))
+        scope = Scope(jaxpr, consts, needed, [False] * len(outputs))
         for i in sorted(tables):
             plan.add_table(Value(scope, jaxpr.invars[i]), i)
         program = plan.program(scope)

@@ -126,7 +126,7 @@ def _scan(plan: Any, scope: Scope, eqn: Any) -> Scan:
             counters[:] = [Value(body, _Counter(jax.typeof(np.int32(0))))]
             plan.add_element(Value(body, jaxpr.invars[i]), values[i], counters[0])
 
-    program = body_of(plan, params["jaxpr"], wanted, handed_on, scope.site(eqn), bind)
+    program = body_of(plan, params["jaxpr"], wanted, handed_on, (eqn, *scope.calls), bind)
     reads = [read.in_loop(params["length"]) for read in program.reads]
     counter = counters[0] if counters else None
     return Scan(scope, eqn, program, carries, sequences, counter, reads)
@@ -197,7 +197,7 @@ def _cond(plan: Any, scope: Scope, eqn: Any) -> Cond:
             body,
             wanted,
             [False] * len(wanted),
-            scope.site(eqn),
+            (eqn, *scope.calls),
             lambda inner: inner.bind(inner.jaxpr.invars, values),
         )
         for body in eqn.params["branches"]
@@ -243,7 +243,7 @@ def _checkpoint(plan: Any, scope: Scope, eqn: Any) -> Checkpoint:
         eqn.params["jaxpr"],
         wanted,
         handed_on,
-        scope.site(eqn),
+        (eqn, *scope.calls),
         lambda inner: inner.bind(inner.jaxpr.invars, values),
     )
     for x, inside, on in zip(eqn.outvars, jaxpr.outvars, handed_on, strict=True):

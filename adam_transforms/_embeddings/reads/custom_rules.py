@@ -9,6 +9,7 @@ from adam_transforms._embeddings.reads.origins import origin_of
 from adam_transforms._embeddings.reads.program import Scope, Value
 from adam_transforms._embeddings.reads.rows import RULES, Rows, rule
 from adam_transforms._embeddings.reads.selection import NotByRow, Selection
+from adam_transforms._xla.dependence import needed_variables
 from adam_transforms._xla.jaxprs import Literal, open_jaxpr, run_equation
 
 
@@ -28,7 +29,8 @@ def custom_jvp(rows: Rows, eqn: Any, out: int, selection: Selection) -> jax.Arra
 
     def compute(body: Any, inputs: Any) -> list[jax.Array]:
         jaxpr, consts = open_jaxpr(body)
-        scope = Scope(jaxpr, consts, [True] * len(jaxpr.outvars), [False] * len(jaxpr.outvars))
+        needed = needed_variables(jaxpr, [True] * len(jaxpr.outvars))
+        scope = Scope(jaxpr, consts, needed, [False] * len(jaxpr.outvars))
         known = {Value(scope, x): value for x, value in zip(jaxpr.invars, inputs, strict=True)}
         of_body = _RowsOfBody(rows.plan, known, selection)
         return [of_body.pull(scope.value(x), selection) for x in jaxpr.outvars]

@@ -91,6 +91,8 @@ def values_of(
     on one device only.
     """
     values = [read.all_values(tap, columns, dtype) for read, tap in zip(reads, taps, strict=True)]
+    if len(values) == 1:
+        return values
     varying = [varying_axes(jax.typeof(x)) for x in values]
     axes = {axis for over in varying for axis in over}
     return [
@@ -170,11 +172,6 @@ def as_values(rows: jax.Array, dtype: Any) -> jax.Array:
     return rows.astype(dtype)
 
 
-def rows_of_table(eqn: Any) -> RowsOfTable | None:
-    """How one of `DIRECT_READS` reads whole rows of its first operand; None if it does not."""
-    return DIRECT_READS[eqn.primitive.name](eqn, eqn.invars[0].aval.shape)
-
-
 def _gather(eqn: Any, shape: Sequence[int]) -> RowsOfTable | None:
     """``table[ids]`` and what `jax.vmap` makes of a `dynamic_slice`."""
     numbers, sizes, mode = (
@@ -227,6 +224,7 @@ def _slice(eqn: Any, shape: Sequence[int]) -> RowsOfTable | None:
     return RowsOfTable(indices, tuple(range(len(shape))), is_static=True)
 
 
+# How an equation reads whole rows of its first operand, of this shape; None if it does not.
 DIRECT_READS = {"gather": _gather, "dynamic_slice": _dynamic_slice, "slice": _slice}
 
 

@@ -20,7 +20,6 @@ from adam_transforms._embeddings.reads.direct import (
     Read,
     as_values,
     reads_all,
-    rows_of_table,
     zeros_like,
 )
 from adam_transforms._embeddings.reads.origins import find_one_hot
@@ -102,6 +101,7 @@ class Plan:
         """The steps of a jaxpr."""
         program = Program(scope, {scope})
         self._extend(program, scope)
+        program.reads = [read for step in program.steps for read in step.reads]
         return program
 
     def _extend(self, program: Program, scope: Scope) -> None:
@@ -190,7 +190,7 @@ class Plan:
         try:
             if not part:
                 raise AllRows()
-            program.steps.append(RowRead(value, self._reads_of(value, scope.site(eqn))))
+            program.steps.append(RowRead(value, self._reads_of(value, (eqn, *scope.calls))))
         except NotByRow as reason:
             self._use_whole(program, scope, eqn, pending, reason)
 
@@ -206,7 +206,7 @@ class Plan:
             try:
                 if not state.is_part or value.scope is not scope:
                     raise NotByRow(f"more than {_MAX_DEPTH} operations before it are by row")
-                step = RowRead(value, self._reads_of(value, scope.site(eqn)))
+                step = RowRead(value, self._reads_of(value, (eqn, *scope.calls)))
             except NotByRow as reason:
                 self._use_whole(program, scope, eqn, pending, reason)
                 return
@@ -235,32 +235,38 @@ class Plan:
 
     def _direct_read(self, scope: Scope, eqn: Any) -> DirectRead | None:
         """The equation as a read of whole rows of a table, which is at most cast before."""
-        if eqn.primitive.name not in DIRECT_READS:
+        name, shape = eqn.primitive.name, eqn.invars[0].aval.shape
+        if name not in DIRECT_READS or (found := self._before_casts(scope, eqn.invars[0])) is None:
             return None
-        value, site = scope.value(eqn.invars[0]), scope.site(eqn)
-        cast = self.cast_of_table(value)
-        if cast is None or self.row_axes.get(cast, 1) != 1 or (how := rows_of_table(eqn)) is None:
+        value, before = found
+        table = self.table_of[value]
+        if self.row_axes.get(table, 1) != 1 or (how := DIRECT_READS[name](eqn, shape)) is None:
             return None
-        read = how.read(site, cast)
-        num_rows, *row_shape = eqn.invars[0].aval.shape
+        read = how.read((eqn, *scope.calls), table)
+        num_rows, *row_shape = shape
         if not scope.selected.isdisjoint(eqn.outvars):
             # Rows are read of what is read here: a table of a stack, or all rows in another order.
             if len(row_shape) > 1 or reads_all([read], [num_rows]):
                 return None
-        self.singles.setdefault(cast, []).append((True, *[False] * len(row_shape)))
-        return DirectRead(scope, eqn, value, how, [read])
+        self.singles.setdefault(table, []).append((True, *[False] * len(row_shape)))
+        return DirectRead(scope, eqn, value, before, how, [read])
 
-    def cast_of_table(self, value: Value) -> int | None:
-        """The table that a value is, apart from casts."""
-        while (table := self.table_of.get(value)) is None:
+    def _before_casts(
+        self, scope: Scope, atom: Any
+    ) -> tuple[Value, list[tuple[Scope, Any, int]]] | None:
+        """The table that a variable is, apart from casts, and the equations from that to the
+        variable; None if it is no table."""
+        equations = []
+        while (value := scope.value(atom)) not in self.table_of:
             state = value.scope.states.get(value.variable)
             if state is None or not state.is_needed or value in self.elements:
                 return None
             scope, eqn, out = value.producer
             if eqn.primitive.name not in KEEP_OR_CAST:
                 return None
-            value = scope.value(eqn.invars[out])
-        return table
+            equations.append((scope, eqn, out))
+            atom = eqn.invars[out]
+        return value, equations[::-1]
 
     def _reads_of(self, value: Value, site: tuple[Any, ...]) -> list[Read]:
         """The reads of tables that a value is computed from."""
@@ -338,7 +344,7 @@ _MOVES = {*KEEP_OR_CAST, "broadcast_in_dim", "reshape", "squeeze", "transpose"}
 def _mixing_site(scope: Scope, eqn: Any) -> tuple[Any, ...]:
     """The equation that computes with what an equation moves, or itself if it does not only move
     it; and the calls around it."""
-    jaxpr, site = scope.jaxpr, scope.site(eqn)
+    jaxpr, site = scope.jaxpr, (eqn, *scope.calls)
     variable = eqn.outvars[0]
     while eqn.primitive.name in _MOVES or eqn.primitive.name in CALLS:
         if eqn.primitive.name in CALLS:

@@ -58,12 +58,11 @@ class Scope:
     """A jaxpr where it is called.
 
     Args:
-      outputs: which outputs the differentiated output depends on.
+      needed: the variables that the differentiated output depends on, with a gradient.
       selected: which outputs are used by reading parts of them only; None for one that is not used.
-      call: the equation that calls the jaxpr, and the calls around that.
+      calls: the equation that calls the jaxpr, and the calls around that.
 
     Attributes:
-      needed: the variables that the differentiated output depends on, with a gradient.
       selected: the variables of which every use that carries a gradient reads a part.
       names: {variable: the value of another scope that it is}.
       states: {variable: its state}, of those that are tables or are left pending.
@@ -73,22 +72,18 @@ class Scope:
         self,
         jaxpr: Any,
         consts: Sequence[Any],
-        outputs: Sequence[bool],
+        needed: set[Any],
         selected: Sequence[_Flag],
-        call: tuple[Any, ...] = (),
+        calls: tuple[Any, ...] = (),
     ) -> None:
         self.jaxpr = jaxpr
         self.consts = dict(zip(jaxpr.constvars, consts, strict=True))
-        self.needed = needed_variables(jaxpr, outputs)
-        self.selected = {x for x, flag in _flags(jaxpr, self.needed, selected).items() if flag}
+        self.needed = needed
+        self.selected = {x for x, flag in _flags(jaxpr, needed, selected).items() if flag}
         self.states: dict[Any, State] = {}
-        self.call = call
+        self.calls = calls
         self.names: dict[Any, Any] = {}
         self._bodies: dict[int, Scope] = {}
-
-    def site(self, eqn: Any) -> tuple[Any, ...]:
-        """The equation, and the calls around it."""
-        return (eqn, *self.call)
 
     def value(self, atom: Any) -> Any:
         """The `Value` of a variable, where it is computed; a literal is one itself."""
@@ -109,9 +104,9 @@ class Scope:
         """The scope of the body of a call."""
         if id(eqn) not in self._bodies:
             body, consts = open_jaxpr(eqn.params["jaxpr"])
-            outputs = [x in self.needed for x in eqn.outvars]
+            needed = needed_variables(body, [x in self.needed for x in eqn.outvars])
             selected = [x in self.selected for x in eqn.outvars]
-            inner = Scope(body, consts, outputs, selected, self.site(eqn))
+            inner = Scope(body, consts, needed, selected, (eqn, *self.calls))
             inner.bind(body.invars, [self.value(x) for x in eqn.invars])
             self._bodies[id(eqn)] = inner
         return self._bodies[id(eqn)]
@@ -138,12 +133,15 @@ class DirectRead(NamedTuple):
     """An equation that reads whole rows of a table itself: run as it is, with a tap added.
 
     Attributes:
-      table: the table, cast.
+      table: the table.
+      before: the equations from the table to the read, each in its scope and with the number of the
+        operand and output that is the table; they only cast it or hand it on.
     """
 
     scope: Scope
     eqn: Any
     table: Value
+    before: Sequence[tuple[Scope, Any, int]]
     how: RowsOfTable
     reads: list[Read]
 
@@ -163,16 +161,14 @@ class Program:
       scope: of the jaxpr.
       scopes: that one, and those of the calls in it.
       whole: the pending values that its steps use as a whole.
+      reads: those of its steps.
     """
 
     scope: Scope
     scopes: set[Scope]
     steps: list[Any] = dataclasses.field(default_factory=list)
     whole: list[Value] = dataclasses.field(default_factory=list)
-
-    @functools.cached_property
-    def reads(self) -> list[Read]:
-        return [read for step in self.steps for read in step.reads]
+    reads: list[Read] = dataclasses.field(default_factory=list)
 
     @property
     def whole_outside(self) -> list[Value]:
@@ -197,7 +193,7 @@ def body_of(
       bind: binds the inputs of the body.
     """
     jaxpr, consts = open_jaxpr(body)
-    scope = Scope(jaxpr, consts, wanted, handed_on, site)
+    scope = Scope(jaxpr, consts, needed_variables(jaxpr, wanted), handed_on, site)
     bind(scope)
     program = plan.program(scope)
     for x, on in zip(jaxpr.outvars, handed_on, strict=True):
@@ -252,7 +248,8 @@ def _is_comparison(producers: dict[Any, Any], atom: Any) -> bool:
 def _uses(eqn: Any, outs: Sequence[_Flag], wanted: Sequence[bool]) -> list[_Flag]:
     """How an equation whose outputs are so used uses each of its operands."""
     name, params, num = eqn.primitive.name, eqn.params, len(eqn.invars)
-    if name in SELECT and not _is_all(eqn):
+    # A slice may be all of its operand.
+    if name == "gather" or (name in SELECT and eqn.outvars[0].aval.size < eqn.invars[0].aval.size):
         return [True, *[False] * (num - 1)]
     if name in CALLS | CHECKPOINTS:
         return _of_body(params["jaxpr"], wanted, outs)
@@ -285,8 +282,3 @@ def _all(flags: Iterable[_Flag]) -> _Flag:
     """Whether several uses all read parts."""
     known = [flag for flag in flags if flag is not None]
     return all(known) if known else None
-
-
-def _is_all(eqn: Any) -> bool:
-    """Whether a selecting equation has one output with all elements of its operand."""
-    return eqn.primitive.name != "gather" and eqn.outvars[0].aval.size == eqn.invars[0].aval.size

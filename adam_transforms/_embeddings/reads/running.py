@@ -13,8 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from adam_transforms._core import dtypes
+from adam_transforms._core.sparse_rows import SparseRows, sum_duplicates_of_each
 from adam_transforms._embeddings.deferred.state import DeferredTable, StaleRows
 from adam_transforms._embeddings.reads.direct import in_mesh_of
+from adam_transforms._embeddings.reads.choosing import Choice
+from adam_transforms._embeddings.reads.direct import in_mesh_of, replicated, values_of
 from adam_transforms._embeddings.reads.following import Plan
 from adam_transforms._embeddings.reads.program import (
     DirectRead,
@@ -79,16 +83,20 @@ class Runner:
 
     def array(self, value: Any) -> Any:
         """All of a value; a table as it is stored."""
-        table = None if isinstance(value, Literal) else self.table(value)
-        if table is None or value in self._values:
+        if isinstance(value, Literal) or value in self._values or value not in self._plan.table_of:
             return self.plain(value)
-        return self._tables[table].array
+        return self._tables[self._plan.table_of[value]].array
 
     def num_rows(self, table: int) -> int:
         return math.prod(self._tables[table].array.shape[: self._plan.row_axes.get(table, 1)])
 
     def plain(self, value: Any) -> Any:
         """All of a value. One that is left pending is computed from whole tables."""
+        return value.val if isinstance(value, Literal) else self.read(*value)
+
+    def read(self, scope: Scope, atom: Any) -> Any:
+        """`plain` of a variable or a literal of a jaxpr."""
+        value = atom if isinstance(atom, Literal) else scope.names.get(atom) or Value(scope, atom)
         if isinstance(value, Literal):
             return value.val
         if value in self._values:
@@ -110,12 +118,6 @@ class Runner:
             x = run_equation(scope.jaxpr, eqn, inputs)[out]
         self.set(value, x)
         return x
-
-    def read(self, scope: Scope, atom: Any) -> Any:
-        """The value of a variable or a literal of a jaxpr."""
-        if isinstance(atom, Literal):
-            return atom.val
-        return self.plain(scope.names.get(atom) or Value(scope, atom))
 
     def run(self, program: Program, taps: Sequence[jax.Array]) -> tuple[list[Any], list[jax.Array]]:
         """Its outputs, and the indices of each of its reads."""
@@ -141,12 +143,11 @@ class Runner:
                 self._values.update(outputs)
                 indices += found
         scope = program.scope
-        return [self._output(scope, x) for x in scope.jaxpr.outvars], indices
-
-    def _output(self, scope: Any, x: Any) -> Any:
-        if isinstance(x, Literal):
-            return as_array(x)
-        return self.read(scope, x)
+        outputs = [
+            as_array(x) if isinstance(x, Literal) else self.read(scope, x)
+            for x in scope.jaxpr.outvars
+        ]
+        return outputs, indices
 
     def _step(self, step: Any, taps: Sequence[jax.Array], position: int) -> Any:
         """Its outputs, and the indices of its reads, the first of which is at `position`."""
@@ -163,7 +164,7 @@ class Runner:
     def _direct_read(self, step: DirectRead, tap: jax.Array, position: int) -> Any:
         [read], out = step.reads, step.eqn.outvars[0].aval
         table = self._tables[read.table]
-        array, casts = self._without_casts(step.table)
+        array, casts = self._uncast(step)
         inputs = [array, *(self.read(step.scope, x) for x in step.eqn.invars[1:])]
         with in_mesh_of(out):
             indices = step.how.indices(*inputs)
@@ -177,17 +178,17 @@ class Runner:
             x = x + tap
         return [(Value(step.scope, step.eqn.outvars[0]), x)], [indices]
 
-    def _without_casts(self, value: Value) -> tuple[Any, list[Any]]:
-        """A table on its way to a read, and the dtypes that it is cast to. The rows read are cast:
+    def _uncast(self, step: DirectRead) -> tuple[Any, list[Any]]:
+        """The table where it is read, and the dtypes that it is cast to. The rows read are cast:
         XLA would store the whole table once more, were it cast and then read twice."""
-        if value in self._plan.table_of:
-            return self.array(value), []
-        scope, eqn, out = value.producer
-        array, casts = self._without_casts(scope.value(eqn.invars[out]))
-        if eqn.primitive.name not in KEEP:
-            return array, [*casts, eqn.outvars[0].aval.dtype]
-        inputs = [array if i == out else self.read(scope, x) for i, x in enumerate(eqn.invars)]
-        return run_equation(scope.jaxpr, eqn, inputs)[out], casts
+        array, casts = self.array(step.table), []
+        for scope, eqn, out in step.before:
+            if eqn.primitive.name not in KEEP:
+                casts.append(eqn.outvars[0].aval.dtype)
+                continue
+            inputs = [array if i == out else self.read(scope, x) for i, x in enumerate(eqn.invars)]
+            array = run_equation(scope.jaxpr, eqn, inputs)[out]
+        return array, casts
 
     def _row_read(self, step: RowRead, taps: Sequence[jax.Array], position: int) -> Any:
         rest, found = iter(taps), []
@@ -231,3 +232,32 @@ def _in_this_mesh(x: jax.Array) -> jax.Array:
     if mesh.empty or getattr(jax.typeof(x).sharding, "mesh", mesh) == mesh:
         return x
     return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+
+def row_gradients(
+    tables: dict[int, Table], choice: Choice, indices: Sequence[Any], taps: Sequence[Any]
+) -> dict[int, SparseRows]:
+    """The row gradient of each table, from the indices of all reads and the gradients of the
+    taps."""
+    reads, rows = choice.program.reads, []
+    for i, table in tables.items():
+        wide = dtypes.compute_dtype(jnp.result_type(table.array))
+        row_shape = choice.row_shapes[i]
+        width = jnp.shape(table.array)[len(row_shape) :]
+        columns = jax.typeof(table.array).sharding.spec[len(row_shape) :]
+        of_table = [k for k, read in enumerate(reads) if read.table == i]
+        found = [replicated(indices[k]) for k in of_table]
+        values = values_of([reads[k] for k in of_table], [taps[k] for k in of_table], columns, wide)
+        rows.append(
+            SparseRows(
+                jnp.concatenate(found or [jnp.zeros((0,), jnp.int32)]),
+                jnp.concatenate(values or [jnp.zeros((0, *width), wide)]),
+                num_rows=math.prod(row_shape),
+                leading_shape=row_shape,
+                synchronized=table.deferred is not None,
+            )
+        )
+    return {
+        i: x.with_values(x.values.astype(jnp.result_type(tables[i].array)))
+        for i, x in zip(tables, sum_duplicates_of_each(rows), strict=True)
+    }

@@ -92,7 +92,7 @@ def shard_map(plan: Any, scope: Scope, eqn: Any) -> ShardMap:
 
     with plan.inside_of(in_mesh):
         program = body_of(
-            plan, params["jaxpr"], wanted, [False] * len(wanted), scope.site(eqn), bind
+            plan, params["jaxpr"], wanted, [False] * len(wanted), (eqn, *scope.calls), bind
         )
     axes = [_axes_of(read, params) for read in program.reads]
     devices = params["mesh"].shape
