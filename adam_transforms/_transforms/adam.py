@@ -41,6 +41,7 @@ class ScheduledDecayState(NamedTuple):
 class Coefficients(NamedTuple):
     """The scalars of one step in ``alpha * m / (sqrt(v + eps_root) + eps)``."""
 
+    count: jax.Array  # of steps, with this one
     b1: Any
     b2: Any
     alpha: Any
@@ -256,9 +257,7 @@ def _moment_transformation(hp: Hyperparameters) -> optax.GradientTransformationE
         if not scheduled:
             if type(state) is not kind:
                 raise wrong_state(init, updates, state, params)
-            coefficients = coefficients_of(hp, state.count)
-            count = numerics.increment(state.count)
-            return update_leaves(hp, coefficients, count, updates, state, params)
+            return update_leaves(hp, coefficients_of(hp, state.count), updates, state, params)
         if type(state) is not ScheduledDecayState or type(state.inner_state) is not kind:
             raise wrong_state(init, updates, state, params)
         inner = state.inner_state
@@ -269,8 +268,7 @@ def _moment_transformation(hp: Hyperparameters) -> optax.GradientTransformationE
         ]
         wide = [dtypes.as_scalar(c) for c in corrections]
         coefficients = coefficients_of(hp, inner.count, b1, b2, wide)
-        count = numerics.increment(inner.count)
-        updates, inner = update_leaves(hp, coefficients, count, updates, inner, params)
+        updates, inner = update_leaves(hp, coefficients, updates, inner, params)
         return updates, ScheduledDecayState((corrections[0], corrections[1]), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -315,9 +313,10 @@ def coefficients_of(
         corrections of mu and nu; None for constant rates.
     """
     eps, eps_root = numerics.scalar_at(hp.eps, count), numerics.scalar_at(hp.eps_root, count)
+    after = numerics.increment(count)
     if corrections is None:
-        b1, b2, steps = hp.b1, hp.b2, numerics.increment(count)
-        corrections = [numerics.bias_correction(b, steps) for b in (b1, b2)]
+        b1, b2 = hp.b1, hp.b2
+        corrections = [numerics.bias_correction(b, after) for b in (b1, b2)]
     mu_correction = corrections[0] if hp.bias_correction_mu else 1.0
     nu_correction = corrections[1] if hp.bias_correction_nu else 1.0
 
@@ -333,20 +332,20 @@ def coefficients_of(
         mu_factor = 1.0
 
     if hp.max_of == "corrected":
-        return Coefficients(b1, b2, mu_factor, eps, eps_root, nesterov, nu_correction)
+        return Coefficients(after, b1, b2, mu_factor, eps, eps_root, nesterov, nu_correction)
     # sqrt(v / c + root) + eps is (sqrt(v + root * c) + eps * sqrt(c)) / sqrt(c).
     root_correction = jnp.sqrt(nu_correction)
     if not hp.eps_hat:
         eps = eps * root_correction
         if not (isinstance(eps_root, float) and eps_root == 0.0):
             eps_root = eps_root * nu_correction
-    return Coefficients(b1, b2, mu_factor * root_correction, eps, eps_root, nesterov, None)
+    alpha = mu_factor * root_correction
+    return Coefficients(after, b1, b2, alpha, eps, eps_root, nesterov, None)
 
 
 def update_leaves(
     hp: Hyperparameters,
     c: Coefficients,
-    count: jax.Array,
     updates: Updates,
     state: State,
     params: Params | None,
@@ -367,7 +366,7 @@ def update_leaves(
     )
     if hp.nu_per == "row":
         new_slots[1] = jax.tree.map(lambda x: x[..., :1] if _has_rows(x.shape) else x, new_slots[1])
-    return updates, type(state)(count, *new_slots)
+    return updates, type(state)(c.count, *new_slots)
 
 
 def _has_rows(shape: tuple[int, ...]) -> bool:

@@ -70,12 +70,10 @@ def _decay_and_add(average: jax.Array, finite: jax.Array, x: Any, decay: Any) ->
     def textbook() -> jax.Array:
         return _times(average, decay) + x
 
-    def unbiased() -> jax.Array:
-        return average + (x - _times(finite, 1.0 - decay))
-
-    if isinstance(decay, float):
-        return textbook() if decay < 0.5 else unbiased()
-    return jnp.where(decay < 0.5, textbook(), unbiased())
+    if isinstance(decay, float) and decay < 0.5:
+        return textbook()
+    unbiased = average + (x - _times(finite, 1.0 - decay))
+    return unbiased if isinstance(decay, float) else jnp.where(decay < 0.5, textbook(), unbiased)
 
 
 def moving_average_of_constant(

@@ -255,9 +255,7 @@ def _scale_by_powers(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation
     def update(updates: Updates, state: State, params: Params = None, **_: Any):
         inner = state.inner_state
         c = coefficients_of(hp, inner.count, hp.b1, hp.b2, list(state.corrections))
-        updates, inner = update_leaves(
-            hp, c, numerics.increment(inner.count), updates, inner, params
-        )
+        updates, inner = update_leaves(hp, c, updates, inner, params)
         corrections = [
             numerics.moving_average(correction, 1.0, b)
             for correction, b in zip(state.corrections, (hp.b1, hp.b2), strict=True)
