@@ -53,23 +53,18 @@ def as_scalar(value: Any, dtype: Any = None) -> Any:
     return jnp.asarray(value).astype(scalar_dtype() if dtype is None else dtype)
 
 
-def cast(x: jax.Array, dtype: Any, key: jax.Array | None = None) -> jax.Array:
-    """`x` in `dtype`, rounded to nearest; with a PRNG `key`, and if `dtype` is a float below
-    float32, `round_stochastically`."""
-    if key is None or not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits >= 32:
-        return x.astype(dtype)
-    return round_stochastically(x, dtype, key)
-
-
 def store(path: Path, x: jax.Array, dtype: Any, key: jax.Array | None = None) -> jax.Array:
-    """`cast` to the storage dtype of an array that belongs to the parameter at `path`.
+    """`x` in `dtype`, the storage dtype of an array that belongs to the parameter at `path`.
 
-    A real array in a complex slot gets a zero imaginary part (in Optax the nu of a complex
-    parameter is complex). A complex array in a real slot is a TypeError.
+    It is rounded to nearest; with a PRNG `key`, and if `dtype` is a float below float32, by
+    `round_stochastically`. A real array in a complex slot gets a zero imaginary part (in Optax the
+    nu of a complex parameter is complex). A complex array in a real slot is a TypeError.
     """
     if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"{path!r} is kept in {dtype} and cannot take values in {x.dtype}")
-    return cast(x, dtype, key)
+    if key is None or not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits >= 32:
+        return x.astype(dtype)
+    return round_stochastically(x, dtype, key)
 
 
 def saturate(x: jax.Array, dtype: Any) -> jax.Array:

@@ -158,17 +158,16 @@ class SparseRows(metaclass=_Described):
     @property
     def is_valid(self) -> jax.Array:
         """bool (n,), False at padding."""
-        self._refuse_batch()
+        refuse_batch(self)
         return self.indices < self.num_rows
 
     def to_dense(self) -> jax.Array:
         """The (V, D...) array, duplicates summed."""
-        self._refuse_batch()
+        refuse_batch(self)
         dtype = dtypes.compute_dtype(self.dtype)
-        values = self.values.astype(dtype)
-        sharding = explicit_sharding(values, row_axes=1, become=len(self.leading_shape))
+        sharding = explicit_sharding(self.values, row_axes=1, become=len(self.leading_shape))
         zeros = jax.lax.full(self.shape, 0, dtype, sharding=sharding)
-        return self._scatter_add(zeros, values).astype(self.dtype)
+        return self.add_to(zeros).astype(self.dtype)
 
     def sum_duplicates(self) -> "SparseRows":
         """The same gradient with unique indices: the first occurrence of a row holds the sum, and
@@ -181,11 +180,8 @@ class SparseRows(metaclass=_Described):
 
     def masked_values(self) -> jax.Array:
         """`values` with zeros at padding."""
-        return self._zeros_at_padding([self.values])[0]
-
-    def _zeros_at_padding(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-        self._refuse_batch()
-        return _zeros_at_padding(self.indices, np.int32(self.num_rows), arrays)
+        refuse_batch(self)
+        return _zeros_at_padding(self.indices, np.int32(self.num_rows), [self.values])[0]
 
     def with_values(self, values: jax.Array) -> "SparseRows":
         """The same rows with other values, (n, D...)."""
@@ -218,8 +214,10 @@ class SparseRows(metaclass=_Described):
 
     def gather_each(self, tables: Sequence[jax.Array]) -> list[jax.Array]:
         """`gather` of several arrays, each computed once for all its uses."""
-        gathered = _gather_rows([*map(jnp.asarray, tables)], self._places())
-        gathered = self._zeros_at_padding(gathered)
+        refuse_batch(self)
+        indices = self.indices
+        gathered = _gather_rows([*map(jnp.asarray, tables)], places(indices, self.leading_shape))
+        gathered = _zeros_at_padding(indices, np.int32(self.num_rows), gathered)
         # Codes are decoded in a long kernel, which would have few rows in flight.
         return [gather_separately(x) if x.dtype in CODES else materialize(x) for x in gathered]
 
@@ -233,25 +231,10 @@ class SparseRows(metaclass=_Described):
         """`scatter` into several arrays, whose dtypes stay."""
         tables = [*map(jnp.asarray, tables)]
         new = [x.astype(table.dtype) for x, table in zip(values, tables, strict=True)]
-        return set_rows(tables, self._places(), new)
-
-    def _scatter_add(self, table: jax.Array, values: jax.Array) -> jax.Array:
-        add = _add_unique_rows if self.unique else _add_rows
-        return add(table, self._places(), values)
-
-    def _places(self) -> tuple[jax.Array, ...]:
-        return places(self.indices, self.leading_shape)
-
-    def _refuse_batch(self) -> None:
-        _refuse_other_leaf(self._keys)
-        if self._keys.ndim != 1:
-            raise ValueError(
-                f"indices must have shape (n,), got {list(self._keys.shape)} in {self}: "
-                "a batch of row gradients is for jax.vmap to map over"
-            )
+        return set_rows(tables, places(self.indices, self.leading_shape), new)
 
     def __add__(self, other: Any) -> Any:
-        self._refuse_batch()
+        refuse_batch(self)
         if isinstance(other, SparseRows):
             if (self.shape, self.leading_shape) != (other.shape, other.leading_shape):
                 raise ValueError(f"row gradients {self} and {other} do not add")
@@ -261,15 +244,12 @@ class SparseRows(metaclass=_Described):
                 jnp.concatenate([self.indices, other.indices]),
                 jnp.concatenate([self.values.astype(dtype), other.values.astype(dtype)]),
             )
-        return self.__radd__(other)
-
-    def __radd__(self, table: Any) -> jax.Array:
-        return self.add_to(table)
+        return self.add_to(other)
 
     def add_to(self, table: Any, key: jax.Array | None = None) -> jax.Array:
         """``table + self``, in the table's dtype; each row is rounded once: to nearest, or
         stochastically with a PRNG `key` if the dtype is a float below float32."""
-        self._refuse_batch()
+        refuse_batch(self)
         table = jnp.asarray(table)
         if table.shape != self.shape:
             raise ValueError(
@@ -280,11 +260,14 @@ class SparseRows(metaclass=_Described):
             raise TypeError(f"a table in {table.dtype} cannot take rows in {self.dtype}")
         wide = dtypes.compute_dtype(table.dtype, self.values.dtype)
         if wide == table.dtype:
-            return self._scatter_add(table, self.values.astype(wide))
+            add = _add_unique_rows if self.unique else _add_rows
+            return add(table, places(self.indices, self.leading_shape), self.values.astype(wide))
         # Not the table in a wider dtype: that would be one more array of its size.
         rows = self.with_values(self.values.astype(wide)).sum_duplicates()
         after = rows.gather(table).astype(wide) + rows.values
-        return rows.scatter(table, dtypes.cast(after, table.dtype, key))
+        return rows.scatter(table, dtypes.store("", after, table.dtype, key))
+
+    __radd__ = add_to
 
     def __sub__(self, other: Any) -> Any:
         return self + (-other)
@@ -303,7 +286,7 @@ class SparseRows(metaclass=_Described):
         return self._scale(operator.truediv, divisor)
 
     def _scale(self, operation: Callable[[Any, Any], Any], scalar: Any) -> "SparseRows":
-        self._refuse_batch()
+        refuse_batch(self)
         if np.ndim(scalar) != 0:
             raise ValueError(f"a row gradient is scaled by a scalar, got {np.shape(scalar)}")
         return self.with_values(operation(self.values, scalar))
@@ -315,7 +298,7 @@ class SparseRows(metaclass=_Described):
         """These rows with values in a floating or complex dtype."""
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(f"values must be floating or complex, got {jnp.dtype(dtype)}")
-        return self.with_values(self.values.astype(dtype))
+        return self._with(values=self.values.astype(dtype))
 
     @property
     def real(self) -> "SparseRows":
@@ -391,6 +374,19 @@ def kept_read(rows: SparseRows) -> Any:
     return rows._read
 
 
+def refuse_batch(rows: SparseRows) -> None:
+    """Refuses a batch of row gradients, and leaves that are not those of rows."""
+    keys: Any = rows._keys
+    dtype: Any = getattr(keys, "dtype", None)
+    if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise _no_keys(keys)
+    if keys.ndim != 1:
+        raise ValueError(
+            f"indices must have shape (n,), got {list(keys.shape)} in {rows}: "
+            "a batch of row gradients is for jax.vmap to map over"
+        )
+
+
 def on_values(fn: Callable[[jax.Array], jax.Array], x: Any) -> Any:
     """`fn` of an array, or of the values of a row gradient."""
     return x.with_values(fn(x.values)) if is_rows(x) else fn(x)
@@ -401,16 +397,16 @@ def sum_duplicates_of_each(rows: Sequence[SparseRows]) -> list[SparseRows]:
     indices are found together."""
     alike: dict[Any, list[int]] = {}
     for i, of_table in enumerate(rows):
-        of_table._refuse_batch()
         if not of_table.unique:
-            alike.setdefault(jax.typeof(of_table.indices), []).append(i)
+            refuse_batch(of_table)
+            alike.setdefault(jax.typeof(of_table._keys), []).append(i)
     first: dict[int, jax.Array] = {}
     for members in alike.values():
         indices = jnp.stack([rows[i].indices for i in members])
         found = first_positions(indices, [rows[i].num_rows for i in members])
         first |= dict(zip(members, found, strict=True))
     return [
-        x.with_values(x.masked_values()) if x.unique else _sum_at(x, first[i], PACKED_BYTES)
+        x._with(values=x.masked_values()) if x.unique else _sum_at(x, first[i], PACKED_BYTES)
         for i, x in enumerate(rows)
     ]
 
@@ -430,7 +426,7 @@ def sum_with_run(
       room: static, at least stop - start. What is left of it is padding.
       packed_bytes: if the values have at least this size, all padding is at the end of the result.
     """
-    rows._refuse_batch()
+    refuse_batch(rows)
     first = jnp.arange(rows.indices.size, dtype=jnp.int32)
     if not rows.unique:
         (first,) = first_positions(rows.indices[None], [rows.num_rows])
@@ -493,7 +489,7 @@ def _sums(
         (distinct,) = set_rows([packed], (jnp.where(is_first, place, size),), [indices])
         first = place[first]
     if is_unique and not pack:
-        values = _masked(is_valid, values)
+        (values,) = _zeros_at_padding(indices[:n], num_rows, [values])
         return distinct, jnp.pad(values, [(0, size - n)] + [(0, 0)] * (values.ndim - 1))
     values = values.astype(dtypes.compute_dtype(dtype))
     into = jnp.where(is_valid, first, size)  # padding is dropped
@@ -513,13 +509,9 @@ def _zeros_at_padding(
     indices: jax.Array, num_rows: jax.Array, arrays: Sequence[jax.Array]
 ) -> list[jax.Array]:
     """The arrays, (n, ...), with zeros at padding."""
-    return [_masked(indices < num_rows, x) for x in arrays]
-
-
-def _masked(is_valid: jax.Array, x: jax.Array) -> jax.Array:
-    """`x`, (n, ...), with zeros at padding."""
-    mask = jnp.reshape(is_valid, (-1,) + (1,) * (x.ndim - 1))
-    return jnp.where(mask, x, jnp.zeros((), x.dtype))
+    is_valid = indices < num_rows
+    masks = [jnp.reshape(is_valid, (-1,) + (1,) * (x.ndim - 1)) for x in arrays]
+    return [jnp.where(m, x, jnp.zeros((), x.dtype)) for m, x in zip(masks, arrays, strict=True)]
 
 
 def _run_besides(
@@ -655,19 +647,20 @@ def _as_keys(indices: jax.Array) -> jax.Array:
 
 def _from_keys(keys: jax.Array, num_rows: int) -> jax.Array:
     """The indices, int32; `num_rows` for keys that `_as_keys` has not made, as those of zeros."""
-    _refuse_other_leaf(keys)
+    dtype: Any = getattr(keys, "dtype", None)
+    if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise _no_keys(keys)
     words = jax.random.key_data(keys)
     index, complement = words[..., 0], words[..., 1]
     return jnp.where(index == ~complement, index, num_rows).astype(jnp.int32)
 
 
-def _refuse_other_leaf(keys: Any) -> None:
-    dtype = getattr(keys, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        raise TypeError(
-            f"the indices of a SparseRows were replaced by {type(keys).__name__} of dtype {dtype}, "
-            "by code that maps over leaves: adam_transforms.lazy says what to use in its place"
-        )
+def _no_keys(leaf: Any) -> TypeError:
+    dtype = getattr(leaf, "dtype", None)
+    return TypeError(
+        f"the indices of a SparseRows were replaced by {type(leaf).__name__} of dtype {dtype}, "
+        "by code that maps over leaves: adam_transforms.lazy says what to use in its place"
+    )
 
 
 def _sizes(leading_shape: Any) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adam_transforms._core import dtypes
-from adam_transforms._core.sparse_rows import SparseRows, on_values
+from adam_transforms._core.sparse_rows import SparseRows, on_values, refuse_batch
 from adam_transforms._core.types import Params, Path, State, Updates
 
 # The key from a variable of Flax NNX to its array.
@@ -187,6 +187,8 @@ def align(tree: Any, *others: Any, names: Sequence[str]) -> tuple[list[tuple[Any
                     f"but a tree in {name}"
                 )
             if leaf is not None and getattr(x, "shape", ()) != getattr(leaf, "shape", ()):
+                if isinstance(leaf, SparseRows):
+                    refuse_batch(leaf)
                 raise ValueError(
                     f"{path!r} has shape {list(shape_of(leaf))} in {names[0]}, "
                     f"but {list(shape_of(x))} in {name}"
@@ -256,19 +258,20 @@ def map_leaves(
       TypeError: a gradient is not a floating or complex array; names the path.
     """
     aligned, treedef = align(updates, *others, names=("the updates", *names))
-    results = []
+    columns: list[list[Any]] = [[] for _ in range(outputs)]
     for path, leaf, *rest in aligned:
-        if leaf is None:
-            results.append((None, *rest[: outputs - 1]))
-            continue
-        for other, name in zip(rest, names, strict=True):
-            if other is None:
-                raise ValueError(f"{path!r} has an update, but is None in {name}")
-        if not (rows and isinstance(leaf, SparseRows)):
-            leaf = as_gradient(path, leaf)
-        result = fn(path, leaf, *rest)
-        results.append((result,) if outputs == 1 else result)
-    trees = unzip(results, treedef, outputs)
+        results: Any = (None, *rest[: outputs - 1])
+        if leaf is not None:
+            for other, name in zip(rest, names, strict=True):
+                if other is None:
+                    raise ValueError(f"{path!r} has an update, but is None in {name}")
+            if not (rows and isinstance(leaf, SparseRows)):
+                leaf = as_gradient(path, leaf)
+            result = fn(path, leaf, *rest)
+            results = (result,) if outputs == 1 else result
+        for column, x in zip(columns, results, strict=True):
+            column.append(x)
+    trees = tuple(map(treedef.unflatten, columns))
     return trees[0] if outputs == 1 else trees
 
 

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from adam_transforms._core import dtypes
 from adam_transforms._core.sparse_rows import SparseRows, sum_duplicates_of_each
 from adam_transforms._embeddings.deferred.state import DeferredTable, StaleRows
-from adam_transforms._embeddings.reads.direct import in_mesh_of
 from adam_transforms._embeddings.reads.choosing import Choice
 from adam_transforms._embeddings.reads.direct import in_mesh_of, replicated, values_of
 from adam_transforms._embeddings.reads.following import Plan
