@@ -530,11 +530,22 @@ def test_update_without_parameters_and_foreign_states_are_refused() -> None:
         tx.update(gradients, tx.init(params))
     with pytest.raises(ValueError, match="init"):
         tx.update(gradients, at.LazyState(()), params)
-    for other in ((V - 1, D), (V, D + 1), (1, D)):
+    for other in ((V - 1, D), (V, D + 1), (1, D), (V + 2, D + 1), (V + 2, D)):
         with pytest.raises(ValueError, match=rf"'0/mu/t' has shape \[{other[0]}, {other[1]}\]"):
             tx.update(gradients, tx.init({**params, "t": jnp.ones(other)}), params)
     with pytest.raises(TypeError, match="inner"):
         at.lazy(at.adam)  # pyright: ignore[reportArgumentType]
+
+
+def test_leaves_that_are_no_row_gradient_are_refused_by_what_they_are() -> None:
+    params, gradients = params_and_rows()
+    tx = at.lazy(at.adam(0.1))
+    batch = jax.vmap(lambda x: gradients["t"] * x)(jnp.ones(2))
+    with pytest.raises(ValueError, match="a batch of row gradients"):
+        tx.update({**gradients, "t": batch}, tx.init(params), params)
+    other = jax.tree.map(lambda x: None, gradients["t"])
+    with pytest.raises(TypeError, match="replaced by NoneType"):
+        tx.update({**gradients, "t": other}, tx.init(params), params)
 
 
 WRONG = {

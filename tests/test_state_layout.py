@@ -89,7 +89,9 @@ def test_slots_are_those_that_grow_with_their_table(name: str) -> None:
     """By path, as tools find them, and by shape, as `lazy` does."""
     state = STATES[name].init(PARAMS)
     leaves, treedef = jax.tree.flatten(PARAMS)
-    grown, _ = slots.find_slots(STATES[name].init, treedef, leaves, {0: 1}, caller="the test")
+    grown, _ = slots.find_slots(
+        STATES[name].init, state, treedef, leaves, {0: 1}, caller="the test"
+    )
     by_shape = {leaf.path for leaf in grown if leaf.table == 0}
     by_path = {path for path, owner in slots.owners(PARAMS, state).items() if owner == "table"}
     assert by_shape == by_path

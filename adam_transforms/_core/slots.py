@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from adam_transforms._core import trees
@@ -38,6 +39,7 @@ class StateLeaf(NamedTuple):
 
 def find_slots(
     init: Callable[[Params], State],
+    state: State,
     treedef: Any,
     params: Sequence[Any],
     tables: Mapping[int, int],
@@ -47,13 +49,14 @@ def find_slots(
 ) -> tuple[list[StateLeaf], Any]:
     """(all leaves of ``init(params)``, each with the table whose rows it is kept by; structure).
 
-    `init` is evaluated abstractly twice: for the given parameters, and for larger tables. The k-th
-    table has 2 k more rows, along each of its leading axes, and, with `probe_columns`, one more
-    column. A leaf is kept by the rows of the k-th table if it has the leading axes, these grow by
-    2 k, and every other axis by at most one.
+    `init` is evaluated abstractly for larger tables. The k-th table has 2 k more rows, along each
+    of its leading axes, and, with `probe_columns`, one more column. A leaf is kept by the rows of
+    the k-th table if it has the leading axes, these grow by 2 k, and every other axis by at most
+    one. `init` is evaluated for the given parameters only where `state` may be wrong.
 
     Args:
       init: of the inner transformation.
+      state: a state that `init` should have made for these parameters; None if it is not known.
       treedef, params: the structure and the leaves of the parameters.
       tables: {position of a table among `params`: number of its leading axes}.
       caller: what the error calls the transformation that needs a state by row.
@@ -69,24 +72,39 @@ def find_slots(
         more = [2 * k] * axes + [int(probe_columns)] * (len(shape) - axes)
         shape = tuple(a + b for a, b in zip(shape, more, strict=True))
         larger[table] = jax.ShapeDtypeStruct(shape, shapes[table].dtype)
-    state, grown_state = (jax.eval_shape(init, treedef.unflatten(x)) for x in (shapes, larger))
+    grown_leaves, grown_def = jax.tree_util.tree_flatten_with_path(
+        jax.eval_shape(init, treedef.unflatten(larger))
+    )
     table_of_growth = {2 * k: table for k, table in enumerate(tables, start=1)}
+    leaves, state_def = jax.tree.flatten(state)
+    sizes = {size for x in leaves for size in jnp.shape(x)}
+    axes_of_tables = [zip(shapes[i].shape, larger[i].shape, strict=True) for i in tables]
+    new_sizes = {b for axes in axes_of_tables for a, b in axes if a != b}
+    may_be_wrong = state_def != grown_def or not sizes.isdisjoint(new_sizes)
+    if may_be_wrong:
+        leaves, state_def = jax.tree.flatten(jax.eval_shape(init, treedef.unflatten(shapes)))
 
     found = []
-    leaves, state_def = jax.tree_util.tree_flatten_with_path(state)
-    for (keys, now), grown in zip(leaves, jax.tree.leaves(grown_state), strict=True):
-        table = None
-        if now.shape != grown.shape:
-            growth = [b - a for a, b in zip(now.shape, grown.shape, strict=True)]
-            table = table_of_growth.get(growth[0])
+    for x, (keys, grown) in zip(leaves, grown_leaves, strict=True):
+        shape, table = jnp.shape(x), None
+        if shape != grown.shape:
+            growth = [b - a for a, b in zip(shape, grown.shape, strict=False)]
+            is_alike = len(shape) == len(grown.shape)
+            table = table_of_growth.get(growth[0]) if is_alike else None
             axes = 0 if table is None else tables[table]
-            is_by_row = table is not None and now.shape[:axes] == shapes[table].shape[:axes]
+            is_by_row = table is not None and shape[:axes] == shapes[table].shape[:axes]
             if not is_by_row or {*growth[:axes]} - {growth[0]} or {*growth[axes:]} - {0, 1}:
+                if not may_be_wrong:  # it is: what `init` makes tells which leaf is
+                    return find_slots(
+                        *(init, None, treedef, params, tables),
+                        caller=caller,
+                        probe_columns=probe_columns,
+                    )
                 raise ValueError(
                     f"{caller} needs a state that is kept by row, but {trees.path_str(keys)!r}, "
-                    f"of shape {list(now.shape)}, depends on the shape of a table in another way"
+                    f"of shape {list(shape)}, depends on the shape of a table in another way"
                 )
-        found.append(StateLeaf(keys, now.shape, table))
+        found.append(StateLeaf(keys, shape, table))
     return found, state_def
 
 

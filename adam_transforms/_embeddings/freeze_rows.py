@@ -143,7 +143,7 @@ def freeze_rows(
         if dense:
             axes = {i: mask.ndim for i, mask in dense.items()}
             slots, state_def = find_slots(
-                *(inner.init, treedef, [p for _, p, _ in moved], axes),
+                *(inner.init, state.inner_state, treedef, [p for _, p, _ in moved], axes),
                 caller="freeze_rows",
                 probe_columns=False,
             )

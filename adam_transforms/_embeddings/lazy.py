@@ -141,8 +141,7 @@ def lazy(
     ) -> tuple[Updates, State]:
         if type(state) is not LazyState:
             raise wrong_state(init, updates, state, params)
-        gradients = jax.tree.leaves(updates, is_leaf=trees.is_leaf)
-        has_rows = any(isinstance(g, SparseRows) for g in gradients)
+        has_rows = bool(trees.find_states(updates, SparseRows))
         if params is None and (has_rows or select is not None):
             raise ValueError(
                 "lazy takes the touched rows out of params: update needs params, got None: "
@@ -155,39 +154,46 @@ def lazy(
                 _warn_of_dense(updates, params, warned)
             updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
             return updates, LazyState(inner_state)
+        aligned, treedef = trees.align(updates, params, names=("the updates", "the parameters"))
+        _, gradients, param_leaves = zip(*aligned, strict=True)
         rows = {i: g for i, g in enumerate(gradients) if isinstance(g, SparseRows)}
         rows = dict(zip(rows, sum_duplicates_of_each([*rows.values()]), strict=True))
-        aligned, treedef = trees.align(updates, params, names=("the updates", "the parameters"))
-        _, _, param_leaves = zip(*aligned, strict=True)
         for i in rows:
             if param_leaves[i] is None:
                 raise ValueError(f"{aligned[i][0]!r} has a row gradient, but no parameter")
         values = [rows[i].values if i in rows else g for i, g in enumerate(gradients)]
         axes = {i: len(of_table.leading_shape) for i, of_table in rows.items()}
-        leaves, made = find_slots(inner.init, treedef, param_leaves, axes, caller="lazy")
+        leaves, made = find_slots(
+            inner.init, state.inner_state, treedef, param_leaves, axes, caller="lazy"
+        )
         state_leaves, state_def = jax.tree.flatten(state.inner_state)
         averages = find_fields(state.inner_state, Role.AVERAGE)
         if state_def != made:
             raise wrong_state(init, updates, state, params)
-        _check_shapes(state_leaves, leaves)
-        _refuse_averages_by_row(averages, state_leaves, leaves)
-        _refuse_scalar_rows(state.inner_state, {aligned[i][0]: g for i, g in rows.items()})
+        found, expected = [*map(jnp.shape, state_leaves)], [leaf.shape for leaf in leaves]
+        if found != expected:
+            raise _wrong_shape(leaves, found, expected)
+        if averages:
+            _refuse_averages_by_row(averages, state_leaves, leaves)
+        numbers = {aligned[i][0]: g for i, g in rows.items() if g.values.ndim == 1}
+        if numbers:
+            _refuse_common_ranges(state.inner_state, numbers)
         k = len(gradients)
 
         def update_leaves(*flat: Any) -> list[Any]:
-            """`inner` from the leaves of gradients, parameters and state to those of updates and
-            state."""
+            """`inner` from the leaves of gradients, parameters and state to those of state and
+            updates."""
             updates, params = (treedef.unflatten(part) for part in (flat[:k], flat[k : 2 * k]))
             old = flat[2 * k :]
             updates, state = inner.update(updates, state_def.unflatten(old), params, **extra_args)
             new = state_def.flatten_up_to(state)
-            _check_shapes(
-                new, [x._replace(shape=jnp.shape(y)) for x, y in zip(leaves, old, strict=True)]
-            )
-            return [*treedef.flatten_up_to(updates), *new]
+            found, expected = [*map(jnp.shape, new)], [*map(jnp.shape, old)]
+            if found != expected:
+                raise _wrong_shape(leaves, found, expected)
+            return [*new, *treedef.flatten_up_to(updates)]
 
-        table_of = [*(i if i in rows else None for i in range(k)), *(s.table for s in leaves)]
-        row_update = _RowUpdate(update_leaves, rows, table_of, bool(averages))
+        slots = {i: [j for j, leaf in enumerate(leaves) if leaf.table == i] for i in rows}
+        row_update = _RowUpdate(update_leaves, rows, slots, bool(averages))
         new_updates, new_state = row_update.run(values, [*param_leaves], state_leaves)
         for i, of_table in rows.items():
             new_updates[i] = of_table.with_values(new_updates[i])
@@ -204,15 +210,15 @@ class _RowUpdate(NamedTuple):
     """An update of some rows of some tables.
 
     Attributes:
-      update: from all leaves of gradients, parameters and state to those of updates and state.
+      update: from all leaves of gradients, parameters and state to those of state and updates.
       rows: {position of a table among the parameters: its touched rows}.
-      table_of: for each gradient and each leaf of the state the table it belongs to, or None.
+      slots: {table: the positions of its slots among the leaves of the state}.
       averages: whether parameters are averaged, and thus read beside the updates.
     """
 
     update: Callable[..., list[Any]]
     rows: dict[int, SparseRows]
-    table_of: list[int | None]
+    slots: dict[int, list[int]]
     averages: bool
 
     def run(
@@ -235,34 +241,33 @@ class _RowUpdate(NamedTuple):
         self, gradients: _Leaves, params: _Leaves, state: _Leaves
     ) -> tuple[list[Any], list[Any]]:
         """`update`, with the touched rows of each table as if they were the whole table."""
-        k, arrays = len(params), [*params, *state]
-        places = {table: self.places_of(table) for table in self.rows}
-        small = [*arrays]
+        small_params, small_state = [*params], [*state]
+        scattered = [False] * (len(state) + len(params))
         for table, rows in self.rows.items():
-            gathered = rows.gather_each([arrays[i] for i in places[table]])
-            for i, x in zip(places[table], gathered, strict=True):
-                small[i] = x
-        by_row = [table is not None for table in self.table_of]
-        scattered = [False] * k + by_row[k:]
-        outputs = materialize_outputs(self.update, [*gradients, *small], scattered)
+            arrays = [params[table], *(state[i] for i in self.slots[table])]
+            small_params[table], *gathered = rows.gather_each(arrays)
+            for i, x in zip(self.slots[table], gathered, strict=True):
+                small_state[i], scattered[i] = x, True
+        small = [*gradients, *small_params, *small_state]
+        outputs = materialize_outputs(self.update, small, scattered)
+        new, updates = outputs[: len(state)], outputs[len(state) :]
         for table, rows in self.rows.items():
             if self.averages:
-                outputs[table] = rows.with_values(outputs[table]).after_read(small[table]).values
-            slots = places[table][1:]
-            new = [outputs[i] for i in slots]
-            for i, x in zip(slots, rows.scatter_each([arrays[i] for i in slots], new), strict=True):
-                outputs[i] = x
-        return outputs[:k], outputs[k:]
-
-    def places_of(self, table: int) -> list[int]:
-        """The positions of a table among the parameters, and of its slots behind them."""
-        return [i for i, owner in enumerate(self.table_of) if owner == table]
+                move = rows.with_values(updates[table])
+                updates[table] = move.after_read(small_params[table]).values
+            slots = self.slots[table]
+            after = rows.scatter_each([state[i] for i in slots], [new[i] for i in slots])
+            for i, x in zip(slots, after, strict=True):
+                new[i] = x
+        return updates, new
 
     def row_function(
         self, gradients: _Leaves, params: _Leaves, state: _Leaves
     ) -> RowFunction | None:
         """`update` as a function of some rows; None if rows may interact."""
-        tables = [*self.table_of[: len(params)], *self.table_of]
+        of_params = [i if i in self.rows else None for i in range(len(params))]
+        owner = {i: table for table, slots in self.slots.items() for i in slots}
+        of_state = [owner.get(i) for i in range(len(state))]
 
         def abstract_rows(x: Any, table: int | None) -> Any:
             if table is None:
@@ -271,8 +276,11 @@ class _RowUpdate(NamedTuple):
             shape = (rows.values.shape[0], *jnp.shape(x)[len(rows.leading_shape) :])
             return jax.ShapeDtypeStruct(shape, jnp.result_type(x))
 
-        rest = map(abstract_rows, [*params, *state], self.table_of)
-        return as_row_function(self.update, [*gradients, *rest], tables, self.table_of)
+        rest = map(abstract_rows, [*params, *state], [*of_params, *of_state])
+        tables = [*of_params, *of_params, *of_state]
+        return as_row_function(
+            self.update, [*gradients, *rest], tables, out_tables=[*of_state, *of_params]
+        )
 
     def in_blocks(
         self,
@@ -283,26 +291,25 @@ class _RowUpdate(NamedTuple):
         state: _Leaves,
     ) -> tuple[list[Any], list[Any]]:
         """As `at_once`, `length` rows of a table at a time."""
-        k = len(params)
-        outputs = [*by_row.shared]
+        new, updates = by_row.shared[: len(state)], by_row.shared[len(state) :]
         for table, rows in self.rows.items():
-            _, *slot_places = self.places_of(table)
+            places = self.slots[table]
 
             def update_block(some: SparseRows, slots: Any, table: int = table) -> Any:
                 arrays = [some.values, *some.gather_each([params[table], *slots])]
-                values, *new = materialize_outputs(
+                *after, values = materialize_outputs(
                     lambda *arrays: by_row.of_rows(table, arrays),
                     arrays,
-                    [False] + [True] * len(slots),
+                    [True] * len(slots) + [False],
                 )
-                return values, some.scatter_each(slots, new)
+                return values, some.scatter_each(slots, after)
 
             rows = rows.with_values(gradients[table])
-            slots = [state[i - k] for i in slot_places]
-            outputs[table], slots = over_blocks(update_block, rows, slots, length)
-            for i, x in zip(slot_places, slots, strict=True):
-                outputs[i] = x
-        return outputs[:k], outputs[k:]
+            slots = [state[i] for i in places]
+            updates[table], slots = over_blocks(update_block, rows, slots, length)
+            for i, x in zip(places, slots, strict=True):
+                new[i] = x
+        return updates, new
 
 
 def _refuse_dense(select: Callable[..., set[int]], updates: Updates, params: Params | None) -> None:
@@ -373,12 +380,10 @@ def _refuse_averages_by_row(
                 )
 
 
-def _refuse_scalar_rows(state: State, rows: Mapping[Path, SparseRows]) -> None:
-    """Refuses moments whose codes lie in one range for all rows of a table."""
+def _refuse_common_ranges(state: State, rows: Mapping[Path, SparseRows]) -> None:
+    """Refuses moments whose codes lie in one range for all rows, where each row is a number."""
     for path, of_table in rows.items():
-        if len(of_table.leading_shape) == len(of_table.shape) and any(
-            path in found.leaves() for found in find_fields(state, Role.GROUP_RANGE)
-        ):
+        if any(path in found.leaves() for found in find_fields(state, Role.GROUP_RANGE)):
             raise ValueError(
                 f"each row of {path!r} is a number, and compress_moments keeps one range for the "
                 "8-bit codes of the whole table: give it the shape "
@@ -386,11 +391,12 @@ def _refuse_scalar_rows(state: State, rows: Mapping[Path, SparseRows]) -> None:
             )
 
 
-def _check_shapes(state: Sequence[Any], leaves: Sequence[StateLeaf]) -> None:
-    """Refuses a state in which a leaf has another shape than `inner.init` gave it."""
-    for x, leaf in zip(state, leaves, strict=True):
-        if jnp.shape(x) != leaf.shape:
-            raise ValueError(
-                f"{leaf.path!r} has shape {list(jnp.shape(x))} in the state, "
-                f"but {list(leaf.shape)} is what init makes for these parameters"
-            )
+def _wrong_shape(
+    leaves: Sequence[StateLeaf], found: Sequence[Any], expected: Sequence[Any]
+) -> ValueError:
+    """The error for a state in which a leaf has another shape than `inner.init` gave it."""
+    i = [a == b for a, b in zip(found, expected, strict=True)].index(False)
+    return ValueError(
+        f"{leaves[i].path!r} has shape {list(found[i])} in the state, "
+        f"but {list(expected[i])} is what init makes for these parameters"
+    )

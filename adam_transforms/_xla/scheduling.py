@@ -67,6 +67,8 @@ def materialize_outputs(
 ) -> list[Any]:
     """``fn(*inputs)``, with the chosen outputs materialized where they are computed.
 
+    No output before a chosen one is None.
+
     What `fn` computes from such an output then uses the materialized array: new moments that are
     scattered are not computed once more, nor their rows gathered once more, for the update.
 
@@ -75,15 +77,8 @@ def materialize_outputs(
     Noticed by: `test_budgets`' temporary bytes, and
     `test_scheduling.test_materialized_outputs_are_what_the_other_outputs_use`.
     """
-
-    def parts(*inputs: Any) -> tuple[list[Any], list[Any]]:
-        outputs = [*zip(fn(*inputs), chosen, strict=True)]
-        return [x for x, flag in outputs if flag], [x for x, flag in outputs if not flag]
-
-    groups = [[i] for i in range(sum(chosen))]
-    found = change_outputs(lambda _, values: [*map(materialize, values)], parts, inputs, groups)
-    materialized, others = map(iter, found)
-    return [next(materialized if flag else others) for flag in chosen]
+    groups = [[i] for i, flag in enumerate(chosen) if flag]
+    return change_outputs(lambda _, values: [*map(materialize, values)], fn, inputs, groups)
 
 
 @on_cpu(_identity)
