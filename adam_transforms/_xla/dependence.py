@@ -25,18 +25,17 @@ def depends_on(fun: Callable[[Any], Any], argument: Any) -> list[bool]:
 def needed_variables(jaxpr: Any, wanted: Sequence[bool]) -> set[Any]:
     """The variables of a jaxpr that its `wanted` outputs depend on differentiably."""
     needed: set[Any] = set()
-
-    def need(atoms: Sequence[Any], flags: Sequence[bool]) -> None:
+    for eqn in (None, *reversed(jaxpr.eqns)):  # None: what takes the outputs
+        atoms, flags = jaxpr.outvars, wanted
+        if eqn is not None:
+            outputs = [out in needed for out in eqn.outvars]
+            if not any(outputs):
+                continue
+            atoms, flags = eqn.invars, _operands_of(eqn, outputs)
         for atom, flag in zip(atoms, flags, strict=True):
             if flag and not isinstance(atom, Literal):
                 if jnp.issubdtype(atom.aval.dtype, jnp.inexact):
                     needed.add(atom)
-
-    need(jaxpr.outvars, wanted)
-    for eqn in reversed(jaxpr.eqns):
-        outputs = [out in needed for out in eqn.outvars]
-        if any(outputs):
-            need(eqn.invars, _operands_of(eqn, outputs))
     return needed
 
 

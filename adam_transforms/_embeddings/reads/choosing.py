@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from adam_transforms._embeddings.reads.direct import Read, reads_few
+from adam_transforms._embeddings.reads.direct import Read, is_static, reads_all
 from adam_transforms._embeddings.reads.following import Plan, Use
 from adam_transforms._embeddings.reads.program import Program, Scope, Value
 from adam_transforms._embeddings.reads.tables import choose_row_axes
@@ -68,7 +68,8 @@ def choose(
         row_shapes = {i: shapes[i][: axes[i]] for i in kept}
         is_final = kept == tables and axes == {i: row_axes.get(i, 1) for i in kept}
         if by_reads and is_final:
-            kept = {i for i in kept if reads_few(found[i], row_shapes[i])}
+            kept = {i for i in kept if not is_static(found[i])}
+            kept = {i for i in kept if not reads_all(found[i], row_shapes[i])}
         if is_final and kept == tables:
             return Choice(plan, program, tables, row_shapes, reads, uses)
         tables, row_axes = kept, {i: axes[i] for i in kept}

@@ -72,11 +72,6 @@ def reads_all(reads: Sequence[Read], row_shape: Sequence[Any]) -> bool:
     return isinstance(n, int) and isinstance(num_rows, int) and n >= num_rows
 
 
-def reads_few(reads: Sequence[Read], row_shape: Sequence[Any]) -> bool:
-    """Whether fewer rows are read than there are, at positions that the data say."""
-    return not is_static(reads) and not reads_all(reads, row_shape)
-
-
 def is_static(reads: Sequence[Read]) -> bool:
     """Whether the program itself says which rows are read."""
     return all(read.is_static for read in reads)

@@ -45,6 +45,8 @@ from adam_transforms._xla.jaxprs import CALLS, CHECKPOINTS, KEEP_OR_CAST, Litera
 # The most equations between a table and a read of it. A whole network may compute each example
 # apart; what is meant here is what a model makes of a table before it is read.
 _MAX_DEPTH = 64
+# Operations through which no gradient passes.
+_FLAT = {"ceil", "floor", "round", "sign", "stop_gradient"}
 
 
 class Use(NamedTuple):
@@ -110,7 +112,11 @@ class Plan:
             pending = [scope.states[x] for x in inputs if x in scope.states]
             if not pending:
                 program.steps.append(Plain(scope, eqn, waits=False))
-            elif any(x.is_needed for x in pending) and _carries_gradient(scope, eqn):
+            elif (
+                any(x.is_needed for x in pending)
+                and eqn.primitive.name not in _FLAT
+                and not scope.needed.isdisjoint(eqn.outvars)
+            ):
                 self._follow(program, scope, eqn, pending)
             elif (
                 has_rule(eqn)
@@ -132,7 +138,7 @@ class Plan:
     def add_table(self, value: Value, table: int) -> None:
         """Makes an input of a jaxpr a table."""
         self.table_of[value] = table
-        value.scope.states[value.variable] = State(frozenset([table]), False, True)
+        value.scope.states[value.variable] = State(value, frozenset([table]), False, True)
 
     def is_pending(self, value: Value) -> bool:
         """Whether a value is computed from tables by rows, and is not computed itself."""
@@ -145,7 +151,7 @@ class Plan:
         depth = 1 + max(x.depth for x in pending)
         for x in eqn.outvars:
             needed = is_needed and x in scope.needed
-            scope.states[x] = State(tables, part, needed, depth)
+            scope.states[x] = State(Value(scope, x), tables, part, needed, depth)
 
     def _follow(self, program: Program, scope: Scope, eqn: Any, pending: Sequence[State]) -> None:
         """An equation through which a gradient reaches a table."""
@@ -257,16 +263,17 @@ class Plan:
         """The table that a variable is, apart from casts, and the equations from that to the
         variable; None if it is no table."""
         equations = []
-        while (value := scope.value(atom)) not in self.table_of:
-            state = value.scope.states.get(value.variable)
-            if state is None or not state.is_needed or value in self.elements:
+        while (state := scope.states.get(atom)) is not None and state.is_needed:
+            if state.value in self.table_of:
+                return state.value, equations[::-1]
+            if state.value in self.elements:
                 return None
-            scope, eqn, out = value.producer
+            scope, eqn, out = state.value.producer
             if eqn.primitive.name not in KEEP_OR_CAST:
                 return None
             equations.append((scope, eqn, out))
             atom = eqn.invars[out]
-        return value, equations[::-1]
+        return None
 
     def _reads_of(self, value: Value, site: tuple[Any, ...]) -> list[Read]:
         """The reads of tables that a value is computed from."""
@@ -312,7 +319,7 @@ class Plan:
         """Makes an input of a loop's body an element of a stack of tables."""
         self.elements[value] = (stack, counter)
         state = stack.scope.states[stack.variable]
-        value.scope.states[value.variable] = state._replace(is_part=True)
+        value.scope.states[value.variable] = state._replace(value=value, is_part=True)
 
     @contextlib.contextmanager
     def inside_of(self, around: Callable[[Any], Any]) -> Iterator[None]:
@@ -326,15 +333,6 @@ class Plan:
 
 def _tables_of(states: Sequence[State]) -> frozenset[int]:
     return frozenset[int]().union(*(x.tables for x in states))
-
-
-# Operations through which no gradient passes.
-_FLAT = {"ceil", "floor", "round", "sign", "stop_gradient"}
-
-
-def _carries_gradient(scope: Scope, eqn: Any) -> bool:
-    """Whether the differentiated output depends on an equation's operands by it."""
-    return eqn.primitive.name not in _FLAT and not scope.needed.isdisjoint(eqn.outvars)
 
 
 # Operations that only move elements or cast them.

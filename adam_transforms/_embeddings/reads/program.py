@@ -42,12 +42,14 @@ class State(NamedTuple):
     """What a value has to do with tables: it is one, or is computed from some by rows.
 
     Attributes:
+      value: where it is computed.
       tables: which tables.
       is_part: whether it may have fewer rows than the tables.
       is_needed: whether the differentiated output depends on it.
       depth: the number of equations between it and the tables.
     """
 
+    value: Value
     tables: frozenset[int]
     is_part: bool
     is_needed: bool
@@ -209,22 +211,21 @@ def body_of(
 def _flags(jaxpr: Any, needed: set[Any], outputs: Sequence[_Flag]) -> dict[Any, _Flag]:
     """{needed variable: whether every use of it reads a part}."""
     flags: dict[Any, _Flag] = {}
-
-    def use(atoms: Sequence[Any], uses: Sequence[_Flag]) -> None:
-        for x, flag in zip(atoms, uses, strict=True):
-            if flag is not None and not isinstance(x, Literal) and x in needed:
-                flags[x] = flag and flags.get(x, True)
-
-    use(jaxpr.outvars, outputs)
     producers = functools.cache(lambda: _producers(jaxpr))
-    for eqn in reversed(jaxpr.eqns):
-        if not needed.isdisjoint(eqn.outvars):
+    for eqn in (None, *reversed(jaxpr.eqns)):  # None: what takes the outputs
+        atoms, uses = jaxpr.outvars, outputs
+        if eqn is not None:
+            if needed.isdisjoint(eqn.outvars):
+                continue
             outs = [flags.get(x) if x in needed else None for x in eqn.outvars]
             if eqn.primitive.name == "dot_general" and any(
                 _is_comparison(producers(), x) for x in eqn.invars
             ):
                 outs = [True]  # it may be one-hot, and read rows
-            use(eqn.invars, _uses(eqn, outs, [x in needed for x in eqn.outvars]))
+            atoms, uses = eqn.invars, _uses(eqn, outs, [x in needed for x in eqn.outvars])
+        for x, flag in zip(atoms, uses, strict=True):
+            if flag is not None and not isinstance(x, Literal) and x in needed:
+                flags[x] = flag and flags.get(x, True)
     return flags
 
 

@@ -162,8 +162,15 @@ class Runner:
 
     def _direct_read(self, step: DirectRead, tap: jax.Array, position: int) -> Any:
         [read], out = step.reads, step.eqn.outvars[0].aval
-        table = self._tables[read.table]
-        array, casts = self._uncast(step)
+        table, array, casts = self._tables[read.table], self.array(step.table), []
+        for scope, eqn, k in step.before:
+            if eqn.primitive.name in KEEP:
+                values = [
+                    array if i == k else self.read(scope, x) for i, x in enumerate(eqn.invars)
+                ]
+                array = run_equation(scope.jaxpr, eqn, values)[k]
+            else:
+                casts.append(eqn.outvars[0].aval.dtype)
         inputs = [array, *(self.read(step.scope, x) for x in step.eqn.invars[1:])]
         with in_mesh_of(out):
             indices = step.how.indices(*inputs)
@@ -172,22 +179,11 @@ class Runner:
                 rows = step.how.rows(x, jax.typeof(array).sharding.spec[1:])
                 rows = self._synchronized(table.deferred, rows, indices, position)
                 x = step.how.placed(rows, out)
+            # Not the table: XLA would store all of it once more, were it cast and then read twice.
             for dtype in casts:
                 x = jax.lax.convert_element_type(x, dtype)
             x = x + tap
         return [(Value(step.scope, step.eqn.outvars[0]), x)], [indices]
-
-    def _uncast(self, step: DirectRead) -> tuple[Any, list[Any]]:
-        """The table where it is read, and the dtypes that it is cast to. The rows read are cast:
-        XLA would store the whole table once more, were it cast and then read twice."""
-        array, casts = self.array(step.table), []
-        for scope, eqn, out in step.before:
-            if eqn.primitive.name not in KEEP:
-                casts.append(eqn.outvars[0].aval.dtype)
-                continue
-            inputs = [array if i == out else self.read(scope, x) for i, x in enumerate(eqn.invars)]
-            array = run_equation(scope.jaxpr, eqn, inputs)[out]
-        return array, casts
 
     def _row_read(self, step: RowRead, taps: Sequence[jax.Array], position: int) -> Any:
         rest, found = iter(taps), []
@@ -257,6 +253,6 @@ def row_gradients(
             )
         )
     return {
-        i: x.with_values(x.values.astype(jnp.result_type(tables[i].array)))
+        i: x.astype(jnp.result_type(tables[i].array))
         for i, x in zip(tables, sum_duplicates_of_each(rows), strict=True)
     }
