@@ -94,7 +94,7 @@ def find_slots(
             axes = 0 if table is None else tables[table]
             is_by_row = table is not None and shape[:axes] == shapes[table].shape[:axes]
             if not is_by_row or {*growth[:axes]} - {growth[0]} or {*growth[axes:]} - {0, 1}:
-                if not may_be_wrong:  # it is: what `init` makes tells which leaf is
+                if not may_be_wrong:  # it is, or its leaves are not by row: `init` tells
                     return find_slots(
                         *(init, None, treedef, params, tables),
                         caller=caller,

@@ -42,7 +42,6 @@ def by_hashing(indices: jax.Array, *_: jax.Array) -> list[jax.Array]:
     if n == 0:
         return [*jnp.zeros_like(indices)]
     buckets = _num_buckets(n)
-    empty = jnp.full((tables, buckets), n, jnp.int32)
 
     def settle(state: tuple[Any, ...]) -> tuple[Any, ...]:
         attempt, is_open, first = state
@@ -50,6 +49,7 @@ def by_hashing(indices: jax.Array, *_: jax.Array) -> list[jax.Array]:
         hashed = salted * (jnp.uint32(_MULTIPLIER) + attempt * jnp.uint32(0x9E3779B2))
         hashed = (hashed ^ (hashed >> 15)) * jnp.uint32(0x85EBCA6B)
         bucket = hashed >> jnp.uint32(33 - buckets.bit_length())
+        empty = jnp.full((tables, buckets), n, jnp.int32)
         winner = _winners(jnp.where(is_open, bucket.astype(jnp.int32), buckets), empty)
         of_winner = jnp.take_along_axis(
             indices, jnp.minimum(winner, n - 1), axis=1, mode="promise_in_bounds"
