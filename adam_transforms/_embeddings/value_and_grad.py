@@ -124,7 +124,7 @@ def value_and_grad(
         chosen, reads, scope = choice.tables, choice.program.reads, choice.program.scope
         tables = {i: deferred.get(i, Table(leaves[i].value)) for i in chosen}
 
-        kept = kept_reads(choice.program, tables)
+        kept = kept_reads(choice.program, tables) if deferred else {}
         is_last = {k: k == x.positions[-1] for x in kept.values() for k in x.positions}
 
         def tapped(dense: list[Any], taps: list[Any]) -> Any:

@@ -103,7 +103,7 @@ def at_count(value: Any, count: jax.Array) -> Any:
 
 def scalar_at(value: Any, count: jax.Array) -> Any:
     """`at_count` as a Python float or a scalar of the widest float."""
-    value = at_count(value, count)
+    value = value(count) if callable(value) else value
     return value if isinstance(value, float) else as_scalar(value)
 
 
