@@ -258,10 +258,15 @@ class DeferredTable(NamedTuple):
         rows = TableRows(values, self.slots, self.last_step)
         return rows.synchronized(self.history, self.count).values.astype(values.dtype)
 
-    def read(self, indices: jax.Array, *, round_robin: bool) -> StaleRows:
-        """What some rows missed, computed once for all its uses; `round_robin` adds `room` rows
-        from the first on that this step of the round robin synchronizes."""
-        return _read(self, indices, round_robin=round_robin)
+    def read(self, indices: jax.Array, *, keep: bool, round_robin: bool) -> StaleRows:
+        """What some rows missed.
+
+        Args:
+          keep: whether the update uses it again: it is computed once for all its uses.
+          round_robin: whether to add `room` rows, from the first on that this step of the round
+            robin synchronizes.
+        """
+        return _read(self, indices, keep=keep, round_robin=round_robin)
 
     @property
     def room(self) -> int:
@@ -280,17 +285,18 @@ class DeferredTable(NamedTuple):
 
 
 # Jitted: the reads of tables of one shape are in a program once.
-@functools.partial(jax.jit, static_argnames="round_robin")
-def _read(table: DeferredTable, indices: jax.Array, *, round_robin: bool) -> StaleRows:
+@functools.partial(jax.jit, static_argnames=("keep", "round_robin"))
+def _read(table: DeferredTable, indices: jax.Array, *, keep: bool, round_robin: bool) -> StaleRows:
     if round_robin:
         run = table.round_robin()[0] + jnp.arange(table.room, dtype=jnp.int32)
         indices = jnp.concatenate([indices, run])
     rows = SparseRows(indices, jnp.zeros((indices.size, 0)), table.last_step.shape[0])
     *slots, last_step = rows.gather_each([*table.slots, table.last_step])
     entries = gather_history(table.history, last_step, table.count)
-    stale = StaleRows.of([*map(gather_separately, slots)], entries)
-    move = materialize(stale.pending.move)
-    return stale._replace(pending=stale.pending._replace(move=move))
+    slots, pending = StaleRows.of([*map(gather_separately, slots)], entries)
+    if keep:
+        pending = pending._replace(move=materialize(pending.move))
+    return StaleRows(slots, pending)
 
 
 class RowsRead(NamedTuple):

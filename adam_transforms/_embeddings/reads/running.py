@@ -211,8 +211,9 @@ class Runner:
         """(n, D...), the values of rows with all pending updates applied, but as they are for
         padding; `position` is that of the read."""
         table = jax.tree.map(_in_this_mesh, table)
-        stale = table.read(indices, round_robin=self._kept.get(position, False))
-        if position in self._kept:
+        is_last = self._kept.get(position)
+        stale = table.read(indices, keep=is_last is not None, round_robin=bool(is_last))
+        if is_last is not None:
             self.stale[position] = stale
         pending = jax.tree.map(lambda x: x[: indices.size], stale.pending)
         now = pending.apply_to_params(values).astype(values.dtype)
