@@ -32,7 +32,10 @@ RUNS = {
         ],
         ["step", "growth", "tables", "tower", "tracing"],
     ),
-    "bench_deferred.py": (["--rows", "10000", "--only", "step"], ["step"]),
+    "bench_deferred.py": (
+        ["--rows", "10000", "--only", "step", "training"],
+        ["step", "training"],
+    ),
     "bench_lowmem.py": (["--parameters", "65536", "--only", "step"], ["step"]),
     "bench_gpu.py": (
         ["--sizes", "1000,4,64", "--parameters", "65536"],
@@ -47,6 +50,13 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Imports a module of the benchmarks by its name."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     return importlib.import_module
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results(module: Any) -> None:
+    """If this fails: `python benchmarks/report.py`."""
+    report = module("report")
+    assert len(report.tables()) > 10
+    assert report.with_tables(report.README.read_text()) == report.README.read_text()
 
 
 @pytest.mark.parametrize("script", RUNS)
