@@ -17,7 +17,6 @@ import bench_dense
 import bench_sparse
 import harness
 import jax
-import jax.numpy as jnp
 import optax
 import pallas_lazy
 from bench_dense import EVERY
@@ -67,20 +66,6 @@ def measure(cases: Sequence[harness.Case], described: dict[str, Any], rounds: in
     return results
 
 
-def fused_step(size: bench_sparse.Size, batches: Any) -> harness.Case:
-    """`lazy_adam` as one Pallas kernel."""
-
-    def step(carry: Any, ids: jax.Array, values: jax.Array) -> Any:
-        *tables, count = carry
-        return *pallas_lazy.update(tables, count, ids, values, learning_rate=1e-3), count + 1
-
-    table = bench_sparse.jax_table(size)
-    carry = (table, jnp.zeros_like(table), jnp.zeros_like(table), jnp.zeros((), jnp.int32))
-    jitted = jax.jit(step, donate_argnums=0)
-    in_turn = bench_sparse.in_turn(jitted, bench_sparse.on_device(batches))
-    return harness.Case("one kernel, Pallas", in_turn, carry)
-
-
 def bench_rows(sizes: Sequence[bench_sparse.Size], _: int, rounds: int) -> list[dict[str, Any]]:
     """The step of one table."""
     results = []
@@ -89,7 +74,7 @@ def bench_rows(sizes: Sequence[bench_sparse.Size], _: int, rounds: int) -> list[
         deferred = at.deferred_adam(1e-3, tables="table")
         cases = [
             bench_sparse.jax_step("lazy_adam", at.lazy_adam(1e-3), size, batches),
-            fused_step(size, batches),
+            bench_sparse.one_kernel("one kernel, Pallas", pallas_lazy.update, size, batches),
             bench_sparse.bare_rows(size, batches),
             bench_sparse.jax_step("deferred_adam", deferred, size, batches),
         ]

@@ -130,15 +130,20 @@ def jax_step(name: str, tx: Any, size: Size, batches: Any, *, dense: bool = Fals
 def native_step(size: Size, batches: Any) -> harness.Case:
     """`lazy_adam` as one loop in C++, in place."""
     native_lazy.compile_and_register()
+    return one_kernel("native C++", native_lazy.update, size, batches)
+
+
+def one_kernel(name: str, update: Any, size: Size, batches: Any) -> harness.Case:
+    """`lazy_adam` as the `update` of `native_lazy` or `pallas_lazy`."""
 
     def step(carry: Any, ids: jax.Array, values: jax.Array) -> Any:
         *tables, count = carry
-        return *native_lazy.update(tables, count, ids, values, learning_rate=1e-3), count + 1
+        return *update(tables, count, ids, values, learning_rate=1e-3), count + 1
 
     table = jax_table(size)
     carry = (table, jnp.zeros_like(table), jnp.zeros_like(table), jnp.zeros((), jnp.int32))
     jitted = jax.jit(step, donate_argnums=0)
-    return harness.Case("native C++", in_turn(jitted, on_device(batches)), carry)
+    return harness.Case(name, in_turn(jitted, on_device(batches)), carry)
 
 
 def bare_rows(size: Size, batches: Any) -> harness.Case:
