@@ -13,7 +13,9 @@ from helpers import assert_close, in_tiers, normal
 from test_budgets import equations
 
 import adam_transforms as at
+from adam_transforms._core import sparse_rows
 from adam_transforms._core.sparse_rows import kept_read
+from adam_transforms._embeddings.reads import kept
 
 V, D, STEPS = 50, 3, 6
 FLOAT32 = jnp.float32
@@ -142,6 +144,20 @@ def test_a_step_is_the_same_as_in_two_programs(name: str) -> None:
     ):
         assert a.dtype == b.dtype, path
         assert_close(a, b, **tolerance)
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize("limit", ["KEPT_BYTES", "PACKED_BYTES"])
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_few_reads_are_kept(limit: str, is_kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both limits are for float32, and include the 16 rows that a round robin has room for."""
+    module = {"KEPT_BYTES": kept, "PACKED_BYTES": sparse_rows}[limit]
+    nbytes = (BATCHES.shape[1] + 16) * D * 4
+    monkeypatch.setattr(module, limit, nbytes + is_kept)
+    for name in ("one read", "bfloat16"):
+        case, params = CASES[name], parameters(CASES[name].dtype)
+        times = times_computed(case.step, params, case.tx.init(params), BATCHES[0])
+        assert (times == 1) is is_kept
 
 
 def flushed(case: Case, params: Any, state: Any) -> tuple[Any, Any]:

@@ -51,8 +51,9 @@ def find_slots(
 
     `init` is evaluated abstractly for larger tables. The k-th table has 2 k more rows, along each
     of its leading axes, and, with `probe_columns`, one more column. A leaf is kept by the rows of
-    the k-th table if it has the leading axes, these grow by 2 k, and every other axis by at most
-    one. `init` is evaluated for the given parameters only where `state` may be wrong.
+    the k-th table if it begins with the table's leading axes, these grow by 2 k, and every other
+    axis by at most one. `init` is evaluated for the given parameters only where `state` may be
+    wrong.
 
     Args:
       init: of the inner transformation.
@@ -94,9 +95,14 @@ def find_slots(
             axes = 0 if table is None else tables[table]
             is_by_row = table is not None and shape[:axes] == shapes[table].shape[:axes]
             if not is_by_row or {*growth[:axes]} - {growth[0]} or {*growth[axes:]} - {0, 1}:
-                if not may_be_wrong:  # it is, or its leaves are not by row: `init` tells
+                if not may_be_wrong:
+                    # `state` is wrong, or what `init` makes is not by row: ask `init`.
                     return find_slots(
-                        *(init, None, treedef, params, tables),
+                        init,
+                        None,
+                        treedef,
+                        params,
+                        tables,
                         caller=caller,
                         probe_columns=probe_columns,
                     )

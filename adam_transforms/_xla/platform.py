@@ -1,6 +1,7 @@
 """The one place that asks for a platform: a CPU gets one form, a GPU or TPU the other.
 
-Its callers have all forms: `duplicates`, `scheduling`, `conditional`, `lazy` and `deferred.adam`.
+Its callers have all forms: `duplicates`, `scheduling`, `conditional`, `lazy`, `deferred.table_step`
+and `reads.control_flow`.
 
 The platform that a program is lowered for decides, not the default backend of the process that
 traces it: a step exported on a CPU host for a GPU gets the GPU's form, and a step placed on the CPU

@@ -3,7 +3,7 @@
 While its gradient is zero, a row of dense Adam still moves on its remaining momentum. Here such a
 row is left alone, and the updates that it misses are pending. They are applied in closed form
 (`missed_updates`) when the row is next read, when it is next touched, or when its turn comes in the
-round robin that synchronizes every row at least once in `max_idle` steps.
+round robin that synchronizes every row after at most `max_idle` idle steps.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def deferred_adam(
         scalar array.
       weight_decay_mask: as for `adam`.
       max_idle: the most steps that a row is idle. In each step a round robin synchronizes
-        ceil(V / max_idle) rows. The state stores about 30 to 400 bytes for each of these steps.
+        ceil(V / (max_idle + 1)) rows. The state stores about 30 to 400 bytes for each of these
+        steps.
 
     Returns:
       A transformation with `DeferredAdamState`; `update` needs `params`. The gradient of a table is

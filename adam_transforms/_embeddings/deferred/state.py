@@ -208,8 +208,8 @@ class TableRows(NamedTuple):
         return treedef.unflatten(rows.gather_each(arrays))
 
     def scatter(self, rows: SparseRows | None, new: Any) -> "TableRows":
-        """With the slots and last steps of these rows, or of all rows for None, replaced by those
-        of `new`, but not their values."""
+        """With the slots and last steps of these rows, or of all rows for None, from `new`. The
+        values stay: the caller applies the update."""
         before, after = [*self.slots, self.last_step], [*new.slots, new.last_step]
         if rows is None:
             after = [y.astype(x.dtype) for x, y in zip(before, after, strict=True)]
@@ -226,6 +226,11 @@ class TableRows(NamedTuple):
         return TableRows(values, slots, jnp.full_like(self.last_step, count))
 
 
+# The rows that a step of the round robin has room for are a multiple of this: tables of different
+# sizes then share a program.
+_TURN = 16
+
+
 class StaleRows(NamedTuple):
     """The slots of some rows as they are stored, and the updates that these rows missed."""
 
@@ -234,7 +239,8 @@ class StaleRows(NamedTuple):
 
     @classmethod
     def of(cls, slots: Sequence[jax.Array], entries: HistoryRows) -> "StaleRows":
-        """The updates are computed from the entries of the rows in the history."""
+        """The updates are computed from the entries of the rows in the history. AMSGrad divides by
+        the root of the maximum."""
         mu, nu, *nu_max = slots
         return cls(tuple(slots), pending_update(entries, mu, nu_max[0] if nu_max else nu))
 
@@ -259,11 +265,11 @@ class DeferredTable(NamedTuple):
         return rows.synchronized(self.history, self.count).values.astype(values.dtype)
 
     def read(self, indices: jax.Array, *, keep: bool, round_robin: bool) -> StaleRows:
-        """What some rows missed.
+        """The slots of some rows, and what these rows missed.
 
         Args:
           keep: whether the update uses it again: it is computed once for all its uses.
-          round_robin: whether to add `room` rows, from the first on that this step of the round
+          round_robin: whether to append `room` rows, starting with the first that this step's round
             robin synchronizes.
         """
         return _read(self, indices, keep=keep, round_robin=round_robin)
@@ -302,6 +308,9 @@ def _read(table: DeferredTable, indices: jax.Array, *, keep: bool, round_robin: 
 class RowsRead(NamedTuple):
     """What a read of a table by `rows_from` leaves for the update that follows.
 
+    A gradient keeps it, and with it the slots that were read, until the gradient is dropped or
+    becomes a pytree.
+
     Attributes:
       stale: the rows read, and after them those of the round robin.
       table: what was read.
@@ -316,15 +325,10 @@ class RowsRead(NamedTuple):
         return len(read) == len(other) and all(map(operator.is_, read, other))
 
 
-# The rows that a step of the round robin has room for are a multiple of this: tables of different
-# sizes then share a program.
-_TURN = 16
-
-
 def deferred_tables(state: DeferredAdamState) -> dict[Path, DeferredTable]:
     """What a state knows of each of its tables."""
     columns = [trees.flatten_with_paths(tree)[0] for tree in slot_trees(state)]
-    slots = {row[0][0]: tuple(x for _, x in row) for row in zip(*columns, strict=True)}
+    slots = {of[0][0]: tuple(x for _, x in of) for of in zip(*columns, strict=True)}
     return {
         path: DeferredTable(slots[path], idle.last_step, idle.history, state.count)
         for path, idle in idle_tables(state).items()
@@ -353,8 +357,9 @@ def tables_of(
     return tables
 
 
-def round_robin_schedule(num_rows: int, max_idle: int) -> tuple[int, int]:
+def round_robin_schedule(num_rows: int, history_size: int) -> tuple[int, int]:
     """(period, length): every step synchronizes `length` consecutive rows, and every row has its
-    turn once in `period` steps, which is at most `max_idle`."""
-    period = max(1, min(max_idle, num_rows))
+    turn once in `period` steps. Between two turns a row is idle for one step less, which is at most
+    `max_idle`: a history has one entry more."""
+    period = max(1, min(history_size, num_rows))
     return period, -(-num_rows // period)

@@ -68,23 +68,23 @@ def step_table(
         entries = gather_history(table.history, table.last_step, table.count)
         now = step_rows(g, values, StaleRows.of(table.slots, entries), entries.arrays())
         return TableStep(now.update, stored.scatter(None, now), now.token)
-    run = (*table.round_robin(), table.room)
+    start, stop = table.round_robin()
     read = kept_read(g)
     if isinstance(read, RowsRead) and read.is_of(table):
-        rows = sum_with_run(g, *run, packed_bytes=math.inf)
+        rows = sum_with_run(g, start, stop, table.room, packed_bytes=math.inf)
         pending = read.stale.pending
         now = step_rows(rows.values, rows.gather(values), read.stale, (pending.move, pending.decay))
         done = TableStep(now.update, stored.scatter(rows, now), now.token)
     else:
-        rows = sum_with_run(g, *run, packed_bytes=DEFERRED_BYTES)
-        done = _step_stale(step_rows, rows, stored, table)
+        rows = sum_with_run(g, start, stop, table.room, packed_bytes=DEFERRED_BYTES)
+        done = _read_and_step(step_rows, rows, stored, table)
     return done._replace(update=DeferredRows.of(rows.with_values(done.update)))
 
 
-def _step_stale(
+def _read_and_step(
     step_rows: Any, rows: SparseRows, stored: TableRows, table: DeferredTable
 ) -> TableStep:
-    """The step of rows that nothing has been read of yet; in blocks where that pays."""
+    """The step of rows for which no read was kept; in blocks where that pays."""
 
     def at_once(some: SparseRows, so_far: TableRows) -> TableStep:
         before = so_far.gather(some)
@@ -136,7 +136,9 @@ def _step_rows(
     """
     pending = stale.pending
     u, slots = pending.delta(p), pending.apply_to_slots(stale.slots)
-    if g is None:  # the step does not move the table
+    if g is None:
+        # The missed updates alone. They are applied to all rows now, so that this step's term in
+        # the history, which other tables share, will not move them.
         u = u.astype(p.dtype)
     else:
         coefficients = coefficients_of(hp, step.count)
@@ -149,7 +151,7 @@ def _step_rows(
         wide = dtypes.promote(u.dtype, move.dtype)
         u = u.astype(wide) + move.astype(wide)
         u = u.astype(dtypes.promote(g.dtype, p.dtype))
-    # With `rows_from` the forward pass reads the slots too; the gradient depends on that.
+    # `g` depends on what the forward pass read of the slots: its token orders the writes after it.
     reads = token_of_all((history_read, g))
     last_step = jnp.full_like(pending.idle, step.count_after, dtype=step.count_after.dtype)
     return _Stepped(u, tuple(slots), depend_on(last_step, [reads]), reads)

@@ -1,7 +1,8 @@
 """What reads of deferred tables compute, kept for the update.
 
-Both need what the rows missed. The update finds it beside the row gradient
-(`sparse_rows.keep_read`) if it is of the same table after the same step, and computes it otherwise.
+The forward pass and the update both need what the rows missed. The update finds it beside the row
+gradient (`sparse_rows.keep_read`) if it is of the same table after the same step
+(`RowsRead.is_of`), and computes it otherwise.
 """
 
 import math
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from adam_transforms._core import dtypes, sparse_rows
 from adam_transforms._embeddings.deferred.state import DeferredTable, RowsRead, StaleRows
 from adam_transforms._embeddings.reads.program import DirectRead, Program, RowRead
 from adam_transforms._embeddings.reads.running import Table
@@ -18,7 +20,7 @@ from adam_transforms._embeddings.row_blocks import KEPT_BYTES, is_on_mesh
 
 
 class KeptReads(NamedTuple):
-    """All reads of a deferred table, by their positions in the program."""
+    """All reads of a deferred table, by their positions in the program; `table` as it was read."""
 
     table: DeferredTable
     positions: list[int]
@@ -32,7 +34,10 @@ class KeptReads(NamedTuple):
 
 def kept_reads(program: Program, tables: Mapping[int, Table]) -> dict[int, KeptReads]:
     """{table: its reads}, of the deferred tables whose reads are kept: all are outside of loops,
-    branches and meshes, and the rows have less than `KEPT_BYTES`."""
+    branches and meshes, and the rows have less than `KEPT_BYTES`. Their gradients then stay in the
+    order of the reads, for they are not packed."""
+    most = min(KEPT_BYTES, sparse_rows.PACKED_BYTES)
+    # The step of each read.
     steps = [step for step in program.steps for _ in step.reads]
     kept = {}
     for i, table in tables.items():
@@ -41,9 +46,10 @@ def kept_reads(program: Program, tables: Mapping[int, Table]) -> dict[int, KeptR
         if table.deferred is None or not positions or not are_outside:
             continue
         array = jnp.asarray(table.array)
-        n = sum(program.reads[k].n for k in positions)
-        nbytes = n * math.prod(array.shape[1:]) * array.dtype.itemsize
-        if isinstance(nbytes, int) and nbytes < KEPT_BYTES and not is_on_mesh(array):
+        n = sum(program.reads[k].n for k in positions) + table.deferred.room
+        dtype = dtypes.compute_dtype(array.dtype)
+        nbytes = n * math.prod(array.shape[1:]) * jnp.dtype(dtype).itemsize
+        if isinstance(nbytes, int) and nbytes < most and not is_on_mesh(array):
             kept[i] = KeptReads(table.deferred, positions)
     return kept
 

@@ -57,7 +57,8 @@ class Runner:
       tables: {table: its array}.
       values: {value: array}, of the inputs that are no tables.
       kept: {position of a read of the program: whether it is the last one of its table}, of the
-        reads of deferred tables that are kept for the update.
+        reads of deferred tables that are kept for the update. The last one also reads the rows of
+        the round robin.
 
     Attributes:
       stale: {position of a read: what it kept}.
@@ -70,7 +71,7 @@ class Runner:
         self.stale: dict[int, StaleRows] = {}
 
     def inside(self) -> "Runner":
-        """A runner of a body: it sees the values around it."""
+        """A runner of a body: it sees the values around it, and keeps no reads."""
         return Runner(self._plan, self._tables, collections.ChainMap({}, self._values))
 
     def set(self, value: Value, x: Any) -> None:
@@ -90,7 +91,7 @@ class Runner:
         return math.prod(self._tables[table].array.shape[: self._plan.row_axes.get(table, 1)])
 
     def plain(self, value: Any) -> Any:
-        """All of a value. One that is left pending is computed from whole tables."""
+        """All of a value. A pending value is computed from whole tables."""
         return value.val if isinstance(value, Literal) else self.read(*value)
 
     def read(self, scope: Scope, atom: Any) -> Any:
@@ -104,7 +105,7 @@ class Runner:
         if variable in scope.consts:
             return scope.consts[variable]
         if (table := self._plan.table_of.get(value)) is not None:
-            # Not under the key of the value: that is the table as it is stored.
+            # Under a key of its own: `array` finds the stored table by the value.
             key = ("whole", value)
             if key not in self._values:
                 self._values[key] = self._tables[table].whole()
@@ -179,7 +180,7 @@ class Runner:
                 rows = step.how.rows(x, jax.typeof(array).sharding.spec[1:])
                 rows = self._synchronized(table.deferred, rows, indices, position)
                 x = step.how.placed(rows, out)
-            # Not the table: XLA would store all of it once more, were it cast and then read twice.
+            # The rows are cast, not the table: XLA would store a table that is read twice.
             for dtype in casts:
                 x = jax.lax.convert_element_type(x, dtype)
             x = x + tap
