@@ -16,7 +16,7 @@ from adam_transforms._core.sparse_rows import SparseRows
 from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.state_layout import Role
 from adam_transforms._core.types import Params, Path, State, Updates
-from adam_transforms._embeddings.deferred.state import DeferredAdamState, idle_tables
+from adam_transforms._embeddings.deferred.state import DeferredAdamState, deferred_tables
 from adam_transforms._transforms import numerics
 from adam_transforms._transforms.ema import ParamsEmaState
 
@@ -125,7 +125,7 @@ def freeze_rows(
         deferred = {
             path
             for found in trees.find_states(inner_state, DeferredAdamState)
-            for path in idle_tables(found)
+            for path in deferred_tables(found)
         }
         names = ("the parameters", "the updates of `inner`")
         moved, treedef = trees.align(params, updates, names=names)
@@ -228,7 +228,7 @@ def _column(mask: Any, x: Any) -> jax.Array:
 
 def _refuse_decayed(state: State, frozen: set[Path]) -> None:
     for found in trees.find_states(state, DeferredAdamState):
-        decayed = {path for path, idle in idle_tables(found).items() if idle.decays}
+        decayed = {path for path, table in deferred_tables(found).items() if table.decays}
         for path in sorted(frozen & decayed):
             raise ValueError(
                 f"freeze_rows cannot keep rows of {path!r} from the weight decay of deferred_adam, "

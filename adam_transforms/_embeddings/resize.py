@@ -18,7 +18,7 @@ from adam_transforms._core.state_layout import Role
 from adam_transforms._embeddings.deferred.missed_updates import gap_of
 from adam_transforms._embeddings.deferred.state import (
     DeferredAdamState,
-    idle_tables,
+    deferred_tables,
     round_robin_schedule,
 )
 from adam_transforms._embeddings.deferred.sync import catch_up
@@ -241,15 +241,15 @@ def _overdue_caught_up(
     number of steps.
     """
     for found in trees.find_states(state, DeferredAdamState):
-        for path, idle in idle_tables(found).items():
+        for path, table in deferred_tables(found).items():
             if path not in new_rows:
                 continue
-            num_rows, stored = idle.last_step.shape[0], idle.history.weights.shape[0]
+            num_rows, stored = table.last_step.shape[0], table.history.weights.shape[0]
             size = num_rows + new_rows[path].shape[0]
             period, length = round_robin_schedule(size, stored)
             turn = np.arange(num_rows) // length
             wait = (turn - int(found.count)) % period
-            gap = np.asarray(gap_of(idle.last_step, found.count, stored))
+            gap = np.asarray(gap_of(table.last_step, found.count, stored))
             overdue = np.flatnonzero(gap + wait >= stored)
             if overdue.size:
                 params, state = catch_up(params, state, {path: overdue})

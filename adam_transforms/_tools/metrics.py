@@ -10,7 +10,7 @@ from adam_transforms._core import arguments, state_layout, trees
 from adam_transforms._core.sparse_rows import SparseRows
 from adam_transforms._core.types import Params, State, Updates
 from adam_transforms._embeddings.deferred.missed_updates import gap_of
-from adam_transforms._embeddings.deferred.state import DeferredAdamState, idle_tables
+from adam_transforms._embeddings.deferred.state import DeferredAdamState, deferred_tables
 from adam_transforms._transforms import numerics
 from adam_transforms._transforms.learning_rates import ScaleByPathLearningRateState
 
@@ -179,9 +179,9 @@ def _fraction_touched(rows: SparseRows) -> jax.Array:
 def _longest_gaps(state: State) -> dict[str, jax.Array]:
     gaps = {}
     for found in trees.find_states(state, DeferredAdamState):
-        for path, idle in idle_tables(found).items():
+        for path, table in deferred_tables(found).items():
             # max(count - last_step) would allocate a (V,) array for the differences.
-            oldest = jnp.min(idle.last_step) if idle.last_step.size else found.count
-            gap = gap_of(oldest, found.count, idle.history.weights.shape[0])
+            oldest = jnp.min(table.last_step) if table.last_step.size else found.count
+            gap = gap_of(oldest, found.count, table.history.weights.shape[0])
             gaps[trees.join_paths("longest_gap", path)] = gap
     return gaps

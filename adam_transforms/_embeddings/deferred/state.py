@@ -75,35 +75,12 @@ class DeferredAdamState(NamedTuple):
     rate: jax.Array | None = None
 
 
-class IdleTable(NamedTuple):
-    """What the state keeps of the idle rows of one table.
-
-    Attributes:
-      last_step: int32 (V,), the step after which each row is synchronized.
-      history: the `UpdateHistory` of tables with, or without, weight decay.
-      decays: whether the table has weight decay.
-    """
-
-    last_step: jax.Array
-    history: UpdateHistory
-    decays: bool
-
-
 def _groups(state: DeferredAdamState) -> Iterator[tuple[str, IdleRows]]:
     """The fields of the state that keep idle rows, with their values."""
     for field in ("idle", "idle_decayed"):
         group = getattr(state, field)
         if isinstance(group, IdleRows):
             yield field, group
-
-
-def idle_tables(state: DeferredAdamState) -> dict[Path, IdleTable]:
-    """The deferred tables of a state."""
-    return {
-        path: IdleTable(last_step, group.ring, field == "idle_decayed")
-        for field, group in _groups(state)
-        for path, last_step in trees.non_none(group.last_step)
-    }
 
 
 def map_idle(
@@ -259,6 +236,11 @@ class DeferredTable(NamedTuple):
     history: UpdateHistory
     count: jax.Array
 
+    @property
+    def decays(self) -> bool:
+        """Whether it has weight decay."""
+        return self.history.log_decay is not None
+
     def whole(self, values: jax.Array) -> jax.Array:
         """The table as dense Adam has it now."""
         rows = TableRows(values, self.slots, self.last_step)
@@ -330,8 +312,9 @@ def deferred_tables(state: DeferredAdamState) -> dict[Path, DeferredTable]:
     columns = [trees.flatten_with_paths(tree)[0] for tree in slot_trees(state)]
     slots = {of[0][0]: tuple(x for _, x in of) for of in zip(*columns, strict=True)}
     return {
-        path: DeferredTable(slots[path], idle.last_step, idle.history, state.count)
-        for path, idle in idle_tables(state).items()
+        path: DeferredTable(slots[path], last_step, group.ring, state.count)
+        for _, group in _groups(state)
+        for path, last_step in trees.non_none(group.last_step)
     }
 
 

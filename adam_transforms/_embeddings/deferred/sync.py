@@ -15,7 +15,7 @@ from adam_transforms._embeddings.deferred.state import (
     DeferredAdamState,
     TableRows,
     deferred_states,
-    idle_tables,
+    deferred_tables,
     slot_trees,
     tables_of,
     with_last_steps,
@@ -57,7 +57,7 @@ def catch_up(params: P, state: S, ids: Mapping[Path, Any]) -> tuple[P, S]:
     >>> params["table"][2].round(3).tolist()  # -0.1 before
     [-0.16...]
     """
-    known = {path for found in deferred_states(state) for path in idle_tables(found)}
+    known = {path for found in deferred_states(state) for path in deferred_tables(found)}
     for path in ids:
         if path not in known:
             raise ValueError(f"{path!r} is no table of deferred_adam; these are: {sorted(known)}")
