@@ -1,9 +1,11 @@
 """Settings that every test runs under."""
 
+import itertools
 import os
 import shutil
 import tempfile
 import zlib
+from pathlib import Path
 from typing import Any
 
 # Before JAX starts. On a CPU whatever else there is, for the sharding tests lay meshes over eight
@@ -37,6 +39,19 @@ def pytest_configure(config: pytest.Config) -> None:
     selection compiles with them. XLA ends the process at a flag that it does not know."""
     if config.option.markexpr == "not slow" and jax.__version_info__ < (0, 11):
         os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ['XLA_FLAGS']}"
+
+
+# Linux allows a process 65,530 memory maps. Each compiled program has some six, and XLA crashes
+# where it gets no more.
+MAPS, MOST_MAPS, BETWEEN_COUNTS = Path("/proc/self/maps"), 40_000, 50
+_tests = itertools.count(1)
+
+
+def pytest_runtest_logfinish() -> None:
+    """Forgets the compiled programs when they are too many."""
+    if next(_tests) % BETWEEN_COUNTS == 0 and MAPS.exists():
+        if MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+            jax.clear_caches()
 
 
 def pytest_unconfigure() -> None:

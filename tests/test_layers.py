@@ -86,7 +86,8 @@ USE_XLA = (
     *READ_PROGRAMS,
     "_embeddings/deferred/adam.py",
     "_embeddings/deferred/missed_updates.py",
-    "_embeddings/deferred/sync.py",
+    "_embeddings/deferred/state.py",
+    "_embeddings/deferred/table_step.py",
     "compat/_optimizer.py",
 )
 
