@@ -100,38 +100,20 @@ def tables() -> dict[str, list[str]]:
                 for r in dense["accumulate"]
             ],
         ),
-        "Kernels of a step (`bench_gpu.py`)": _table(
-            ["table, ids", "step", *_KERNELS],
-            [
-                [
-                    f"({r['rows']:,}, {r['columns']}), {r['ids']:,}",
-                    r["name"],
-                    f"{r['kernels']:.0f}",
-                    f"{r['device ms']:.3f}",
-                    f"{r['ms']:.3f}",
-                ]
-                for r in kernels["rows"]
-            ],
+        "Kernels of a step (`bench_gpu.py`)": _kernels(
+            "table, ids",
+            kernels["rows"],
+            lambda r: f"({r['rows']:,}, {r['columns']}), {r['ids']:,}",
+            digits=3,
         ),
-        "Dense steps (`bench_gpu.py`)": _table(
-            ["parameters, leaves", "step", *_KERNELS],
-            [
-                [
-                    f"{r['parameters']:,}, {r['leaves']:,}",
-                    r["name"],
-                    f"{r['kernels']:,.0f}",
-                    f"{r['device ms']:.3f}",
-                    f"{r['ms']:.2f}",
-                ]
-                for section in ("gated", "dense", "states")
-                for r in kernels[section]
-            ],
+        "Dense steps (`bench_gpu.py`)": _kernels(
+            "parameters, leaves",
+            [r for section in ("gated", "dense", "states") for r in kernels[section]],
+            lambda r: f"{r['parameters']:,}, {r['leaves']:,}",
+            digits=2,
         ),
         "PyTorch on the same GPU": _by_distribution(gpu["step"], _size_and_ids),
     }
-
-
-_KERNELS = ("kernels", "they run for, ms", "in a loop, ms")
 
 
 def with_tables(text: str) -> str:
@@ -185,6 +167,25 @@ def _by_distribution(rows: Sequence[Row], column_of: Callable[[Row], str]) -> li
         return " / ".join(_ratio(r["ratio"]) for r in ordered)
 
     return _pivot("", rows, lambda r: r["name"], column_of, cell)
+
+
+def _kernels(
+    corner: str, rows: Sequence[Row], label: Callable[[Row], str], *, digits: int
+) -> list[str]:
+    """What a GPU does in a step; the time of a loop has so many digits."""
+    return _table(
+        [corner, "step", "kernels", "they run for, ms", "in a loop, ms"],
+        [
+            [
+                label(r),
+                r["name"],
+                f"{r['kernels']:,.0f}",
+                f"{r['device ms']:.3f}",
+                f"{r['ms']:.{digits}f}",
+            ]
+            for r in rows
+        ],
+    )
 
 
 def _size(row: Row) -> str:

@@ -532,7 +532,7 @@ def describe(error: Exception) -> str:
 # The tests
 
 BOTH_TIERS, ALL, TOGETHER = 200, 5000, 20
-FIRST_TIER = (0, 20, 40, 140)  # have every kind of program
+FIRST_TIER = (0, 20, 40, 140)  # with these starts, the programs are of every kind
 
 
 @pytest.mark.parametrize(

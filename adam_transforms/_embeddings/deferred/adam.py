@@ -239,8 +239,8 @@ def deferred_adam(
                 _refuse_stale(path, g)
                 _refuse_complex(path, g)
                 done = step_table(hp, step, g, jnp.asarray(p), tables[path])
-                results.append((done.update, *done.table.slots))
-                last_steps[path] = done.table.last_step
+                results.append((done.update, *done.slots))
+                last_steps[path] = done.last_step
                 tokens.append(done.token)
             elif g is None:
                 results.append((None, *slots))

@@ -203,8 +203,7 @@ class TableRows(NamedTuple):
         return TableRows(values, slots, jnp.full_like(self.last_step, count))
 
 
-# The rows that a step of the round robin has room for are a multiple of this: tables of different
-# sizes then share a program.
+# `DeferredTable.room` is a multiple of this, so that tables of different sizes share a program.
 _TURN = 16
 
 
@@ -272,7 +271,7 @@ class DeferredTable(NamedTuple):
         return round_robin_schedule(self.last_step.shape[0], self.history.weights.shape[0])
 
 
-# Jitted: the reads of tables of one shape are in a program once.
+# Jitted, so that a program has it once for all tables of one shape.
 @functools.partial(jax.jit, static_argnames=("keep", "round_robin"))
 def _read(table: DeferredTable, indices: jax.Array, *, keep: bool, round_robin: bool) -> StaleRows:
     if round_robin:

@@ -50,12 +50,23 @@ class Step(NamedTuple):
 
 
 class TableStep(NamedTuple):
-    """The result of a step for one table: its update, the table with new slots and last steps but
-    its values as they are, and a token of the reads of its history."""
+    """A step of a table, or of some rows of it.
+
+    Attributes:
+      update: what is added to the values.
+      slots, last_step: after the step.
+      token: of all reads before it.
+    """
 
     update: Any
-    table: TableRows
+    slots: tuple[jax.Array, ...]
+    last_step: jax.Array
     token: jax.Array
+
+    def written(self, table: TableRows, rows: SparseRows | None) -> "TableStep":
+        """The step of the table, from that of these rows; of all rows for None."""
+        after = table.scatter(rows, self)
+        return self._replace(slots=after.slots, last_step=after.last_step)
 
 
 def step_table(
@@ -67,14 +78,14 @@ def step_table(
     if not is_rows(g):
         entries = gather_history(table.history, table.last_step, table.count)
         now = step_rows(g, values, StaleRows.of(table.slots, entries), entries.arrays())
-        return TableStep(now.update, stored.scatter(None, now), now.token)
+        return now.written(stored, None)
     start, stop = table.round_robin()
     read = kept_read(g)
     if isinstance(read, RowsRead) and read.is_of(table):
         rows = sum_with_run(g, start, stop, table.room, packed_bytes=math.inf)
         pending = read.stale.pending
         now = step_rows(rows.values, rows.gather(values), read.stale, (pending.move, pending.decay))
-        done = TableStep(now.update, stored.scatter(rows, now), now.token)
+        done = now.written(stored, rows)
     else:
         rows = sum_with_run(g, start, stop, table.room, packed_bytes=DEFERRED_BYTES)
         done = _read_and_step(step_rows, rows, stored, table)
@@ -91,15 +102,16 @@ def _read_and_step(
         entries = gather_history(table.history, before.last_step, table.count)
         stale = StaleRows.of(before.slots, entries)
         now = step_rows(some.values, before.values, stale, entries.arrays())
-        return TableStep(now.update, so_far.scatter(some, now), now.token)
+        return now.written(so_far, some)
 
     def in_blocks(length: int, rows: SparseRows, stored: TableRows) -> TableStep:
         def block(some: SparseRows, so_far: Any) -> tuple[jax.Array, Any]:
             done = at_once(some, TableRows(stored.values, *so_far))
-            return done.update, (done.table.slots, done.table.last_step)
+            return done.update, (done.slots, done.last_step)
 
-        u, now = over_blocks(block, rows, (stored.slots, stored.last_step), length)
-        return TableStep(u, TableRows(stored.values, *now), token(u))
+        arrays = (stored.slots, stored.last_step)
+        u, (slots, last_step) = over_blocks(block, rows, arrays, length)
+        return TableStep(u, slots, last_step, token(u))
 
     nbytes = rows.values.nbytes
     is_large = isinstance(nbytes, int) and nbytes >= DEFERRED_BYTES
@@ -109,16 +121,7 @@ def _read_and_step(
     return by_platform(functools.partial(in_blocks, length), at_once, rows, stored)
 
 
-class _Stepped(NamedTuple):
-    """The update of some rows, what they are after the step, and a token of what was read."""
-
-    update: jax.Array
-    slots: tuple[jax.Array, ...]
-    last_step: jax.Array
-    token: jax.Array
-
-
-# Jitted: the steps of tables of one shape are in a program once.
+# Jitted, so that a program has it once for all tables of one shape.
 @functools.partial(jax.jit, static_argnums=0)
 def _step_rows(
     hp: Hyperparameters,
@@ -127,7 +130,7 @@ def _step_rows(
     p: jax.Array,
     stale: StaleRows,
     history_read: Any,
-) -> _Stepped:
+) -> TableStep:
     """The step of some rows, or of a whole table, from a dense gradient or None.
 
     Args:
@@ -154,7 +157,7 @@ def _step_rows(
     # `g` depends on what the forward pass read of the slots: its token orders the writes after it.
     reads = token_of_all((history_read, g))
     last_step = jnp.full_like(pending.idle, step.count_after, dtype=step.count_after.dtype)
-    return _Stepped(u, tuple(slots), depend_on(last_step, [reads]), reads)
+    return TableStep(u, tuple(slots), depend_on(last_step, [reads]), reads)
 
 
 def step_leaf(

@@ -37,7 +37,7 @@ def kept_reads(program: Program, tables: Mapping[int, Table]) -> dict[int, KeptR
     branches and meshes, and the rows have less than `KEPT_BYTES`. Their gradients then stay in the
     order of the reads, for they are not packed."""
     most = min(KEPT_BYTES, sparse_rows.PACKED_BYTES)
-    # The step of each read.
+    # steps[k] makes the k-th read.
     steps = [step for step in program.steps for _ in step.reads]
     kept = {}
     for i, table in tables.items():
