@@ -8,12 +8,12 @@ that of each further piece is wider, by a power of two.
 The second moment is coded by the distance of its logarithm of base 2, linear between powers of two,
 from a center c: :math:`L(v) = c \pm w\, x_k`. A group of elements shares the integer c and the
 width w, a power of two: the elements of the last axes, 16 or more of them, but never of the first
-axis of several. With nine bits, the gaps of x are 1/128 up to 1, 1/64 up to 2.5, 1/8 up to 4, 1/2
-up to 10 and 8 up to 58: near the center a factor :math:`2^{w/128}`, 0.5 % for w = 1. All codes are
-normal float32 numbers: no v that is not zero becomes zero. Center and width are computed from the
-codes of the step before: the center is the mean of 64 of them, and the width, one of 1, 2, ..., 64,
-is about the largest distance from the center. Both stay until the mean has moved by w / 4, or the
-largest distance has left [0.9 w, 2 w].
+axis of several. With nine bits, the gaps of x are 1/128 up to 1.25, 1/64 up to 2.4, 1/2 up to 10
+and 8 up to 58: near the center a factor :math:`2^{w/128}`, 0.5 % for w = 1. All codes are normal
+float32 numbers: no v that is not zero becomes zero. Center and width are computed from the codes of
+the step before. The center is halfway between the smallest and the largest, the width one of 1, 2,
+..., 64. Both stay until that middle has moved by w / 16, and by a binade, or the largest distance
+from the center has left [1.07 w, 2.2 w].
 
 The first moment is coded relative to a power of two s, between :math:`\sqrt{v/2}` and
 :math:`\sqrt{2v}` of the stored v, element by element: :math:`m = \pm s\, y_k`. With seven bits, the
@@ -52,8 +52,7 @@ _CENTERS = (-126, 97)  # less _CENTER, they fit into a byte
 _LOG_WIDTH = 5  # of a group without codes: few gradients are far off the center
 _LOG_WIDTHS = (0, 6)
 _LEAST_GROUP = 16
-_SAMPLE = 64
-_WIDER, _NARROWER = 2.0, 0.9  # the largest distances, in widths, at which a width stays
+_WIDER, _NARROWER = 2.2, 1.07  # the largest distances, in widths, at which a width stays
 
 _MANTISSA_BITS, _BIAS = 23, 127
 _SMALLEST, _LARGEST = 0x00800000, 0x7F7FFFFF  # normal float32 numbers
@@ -89,7 +88,15 @@ class Noise(NamedTuple):
             position = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
             index = index + position * np.uint32(stride % 2**32)
             stride *= shape[axis]
-        return _hash((index * np.uint32(0x9E3779B9)) ^ self.second)
+        return _hash(index ^ self.second)
+
+
+def _high(bits: jax.Array, number: int) -> jax.Array:
+    return bits >> np.uint32(32 - number)
+
+
+def _low(bits: jax.Array, number: int) -> jax.Array:
+    return bits & np.uint32((1 << number) - 1)
 
 
 def _hash(x: Any) -> Any:
@@ -141,13 +148,13 @@ def encode(old: Codes, m: jax.Array, v: jax.Array, noise: Noise) -> Codes:
     m, v, bits = _float32(m), _float32(v), noise.bits(m.shape)
     if old.both is not None:
         nu_range = _next_range(old.both >> np.uint16(7), old.nu_range, 9)
-        nu = _codes(v, nu_range, bits, 9)
-        mu = _encode_mu(m, _levels(nu, nu_range, 9), bits << np.uint32(16), 7)
+        nu, stored = _codes(v, nu_range, bits, 9)
+        mu = _encode_mu(m, nu, stored, bits, 7)
         return Codes(_joined(nu << 7, mu, BOTH_8), None, None, nu_range)
     nu, nu_range = encode_nu(old.nu, old.nu_range, v, noise)
     if old.mu.dtype != MU_8:
-        return Codes(None, _to_bfloat16(m, bits << np.uint32(16)), nu, nu_range)
-    mu = _encode_mu(m, decode_nu(nu, nu_range), bits << np.uint32(16), 8)
+        return Codes(None, _to_bfloat16(m, _low(bits, 16)), nu, nu_range)
+    mu = _encode_mu(m, nu, decode_nu(nu, nu_range), bits, 8)
     return Codes(None, _joined(mu & 128, mu & 127, MU_8), nu, nu_range)
 
 
@@ -155,9 +162,9 @@ def encode_nu(old: jax.Array, nu_range: Any, v: jax.Array, noise: Noise) -> tupl
     """The codes of a second moment alone, and where they lie; of the kind of the `old` ones."""
     v, bits = _float32(v), noise.bits(v.shape)
     if old.dtype != NU_8:
-        return _to_bfloat16(v, bits), None
+        return _to_bfloat16(v, _high(bits, 16)), None
     nu_range = _next_range(old, nu_range, 8)
-    nu = _codes(v, nu_range, bits, 8)
+    nu, _ = _codes(v, nu_range, bits, 8)
     return _joined(nu & 128, nu & 127, NU_8), nu_range
 
 
@@ -178,11 +185,11 @@ def _float32(x: jax.Array) -> jax.Array:
 
 
 def _to_bfloat16(x: jax.Array, noise: jax.Array) -> jax.Array:
-    """The bits of `x` in bfloat16, rounded stochastically by the high 16 bits of `noise`. No finite
+    """The bits of `x` in bfloat16, rounded stochastically by `noise`, 16 bits in uint32. No finite
     number becomes infinite, and no normal number zero."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     size = bits & np.uint32(0x7FFFFFFF)
-    rounded = jnp.minimum(size + (noise >> np.uint32(16)), np.uint32(_LARGEST))
+    rounded = jnp.minimum(size + noise, np.uint32(_LARGEST))
     rounded = jnp.where(size < np.uint32(_INFINITY), rounded, size)
     return _joined((bits ^ size) >> np.uint32(16), rounded >> np.uint32(16), BITS_16)
 
@@ -203,12 +210,14 @@ class _Scale:
           pieces: how many codes, and their gap in units: wider ones after narrower ones, powers of
             two, the first 1.
         """
-        self.number, size = 0, 0
+        number, size = 0, 0
         lines = []  # The size of code k is the largest of gap * k - shift.
         for codes, gap in pieces:
-            lines.append((float(gap), float(gap * self.number - size)))
-            self.number, size = self.number + codes, size + codes * gap
+            lines.append((float(gap), float(gap * number - size)))
+            number, size = number + codes, size + codes * gap
         self._lines = lines[1:]
+        # Bits behind the point of a float32 from 2^n to 2^(n+1), n such that the codes are smaller.
+        self.fraction_bits = _MANTISSA_BITS - number.bit_length()
 
     def size(self, k: jax.Array) -> jax.Array:
         """In units, of codes in float32; exact."""
@@ -218,23 +227,20 @@ class _Scale:
         return size
 
     def code(self, size: jax.Array, largest: int, noise: jax.Array) -> jax.Array:
-        """The int32 codes of sizes in units, at most `largest`, rounded stochastically by the high
-        bits of `noise`, uint32."""
+        """The int32 codes of sizes in units, at most `largest`, rounded stochastically by `noise`,
+        `fraction_bits` in uint32."""
         k = size
         for gap, shift in self._lines:
-            k = _smaller(k, (size + shift) * (1.0 / gap))
+            k = _smaller(k, size * (1.0 / gap) + shift / gap)
         k = _smaller(k, float(largest))
-        # A float32 from 2^n to 2^(n+1) has 23 - n bits behind the point.
-        exponent = self.number.bit_length()
-        fraction = _MANTISSA_BITS - exponent
-        start = (_BIAS + exponent) << _MANTISSA_BITS
-        uniform = (noise >> np.uint32(32 - fraction)).astype(jnp.int32)
-        return (_bits(_from_bits(start | uniform) + k) - start) >> fraction
+        start = (_BIAS + _MANTISSA_BITS - self.fraction_bits) << _MANTISSA_BITS
+        uniform = _from_bits(start | noise.astype(jnp.int32))
+        return (_bits(uniform + k) - start) >> self.fraction_bits
 
 
 _NU_SCALES = {
-    8: _Scale((64, 1), (48, 2), (6, 16), (6, 64), (4, 1024)),
-    9: _Scale((128, 1), (96, 2), (12, 16), (12, 64), (8, 1024)),
+    8: _Scale((80, 1), (36, 2), (8, 64), (4, 1024)),
+    9: _Scale((160, 1), (72, 2), (16, 64), (8, 1024)),
 }
 _MU_SCALES = {
     7: _Scale((40, 1), (12, 4), (8, 16), (4, 64)),
@@ -312,7 +318,7 @@ class _Grid(NamedTuple):
 
     @property
     def log_unit(self) -> jax.Array:
-        """Of the scale, in binades: as many units as codes of the first piece make a width."""
+        """Of the scale, in binades: a width has 2^(bits - 2) units."""
         return self.log_width - (self.bits - 2)
 
     def size(self, v: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -344,46 +350,51 @@ def _levels(codes: jax.Array, packed: jax.Array, bits: int) -> jax.Array:
     return jnp.where(codes == 0, 0.0, jnp.where(codes == (1 << bits) - 1, jnp.nan, v))
 
 
-def _codes(v: jax.Array, packed: jax.Array, noise: jax.Array, bits: int) -> jax.Array:
-    """int32 codes of second moments in float32."""
+def _codes(
+    v: jax.Array, packed: jax.Array, noise: jax.Array, bits: int
+) -> tuple[jax.Array, jax.Array]:
+    """int32 codes of second moments in float32, and, where these are positive and finite, what the
+    codes stand for."""
     grid, middle = _Grid.of(packed, v.ndim, bits), 1 << (bits - 1)
     size, is_below = grid.size(v)
-    k = grid.scale.code(size, middle - 2, noise)
+    k = grid.scale.code(size, middle - 2, _high(noise, grid.scale.fraction_bits))
+    level = grid.scale.size(_float32(k))
+    stored = grid.v(jnp.where(is_below, -level, level))
     codes = middle + jnp.where(is_below, -k, k)
     codes = jnp.where(v > 0, codes, 0)
-    return jnp.where(v < jnp.inf, codes, (1 << bits) - 1)
+    return jnp.where(v < jnp.inf, codes, (1 << bits) - 1), stored
 
 
 def _next_range(nu: jax.Array, packed: jax.Array, bits: int) -> jax.Array:
     """Where the next codes lie, from the present ones, uint8 or uint16, of `bits`."""
     grid, middle = _Grid.of(packed, packed.ndim, bits), 1 << (bits - 1)
-    nu = nu.reshape(*packed.shape, math.prod(nu.shape[packed.ndim :]))
-    nu = nu[..., :: max(1, nu.shape[-1] // _SAMPLE)].astype(jnp.int32)
-    k = jnp.where(nu == 0, 0, nu - middle)
-    # One sum contains the total of the codes and their number. The codes are fewer than
-    # 2 * _SAMPLE, and each is below 2^8 in size.
-    terms = jnp.where(nu == 0, 0, k + (1 << 16))
-    sums, largest = jax.lax.reduce(
-        (terms, jnp.abs(k)),
-        (jnp.int32(0), jnp.int32(0)),
-        lambda x, y: (x[0] + y[0], jnp.maximum(x[1], y[1])),
-        (k.ndim - 1,),
+    axes = tuple(range(packed.ndim, nu.ndim))
+    # The code 0 is that of v = 0: less one it is the largest number.
+    one, zero = nu.dtype.type(1), nu.dtype.type(0)
+    highest, lowest = jax.lax.reduce(
+        (nu, nu - one),
+        (zero, ~zero),
+        lambda x, y: (jnp.maximum(x[0], y[0]), jnp.minimum(x[1], y[1])),
+        axes,
     )
-    number = _float32((sums + (1 << 15)) >> 16)
-    mean = (_float32(sums) - number * 2.0**16) / jnp.maximum(number, 1.0)
+    highest, lowest = highest.astype(jnp.int32), lowest.astype(jnp.int32) + 1
 
-    def distance(k: jax.Array) -> jax.Array:
-        return grid.scale.size(_smaller(k, middle - 2.0)) * _power_of_two(grid.log_unit)
+    def distance(code: jax.Array) -> jax.Array:
+        """From the center, in binades."""
+        k = _float32(jnp.clip(code - middle, 2 - middle, middle - 2))
+        binades = jnp.sign(k) * grid.scale.size(jnp.abs(k)) * _power_of_two(grid.log_unit)
+        return jnp.clip(binades, *(_float32(x - grid.center) for x in (1 - _BIAS, _BIAS + 1)))
 
-    shift = distance(jnp.abs(mean))
-    shift = jnp.where(shift > jnp.maximum(1.0, grid.width / 4), jnp.round(shift), 0.0)
-    spread = distance(_float32(largest)) - shift
+    top, bottom = distance(highest), distance(lowest)
+    shift = jnp.round((top + bottom) / 2)
+    shift = jnp.where(jnp.abs(shift) > jnp.maximum(1.0, grid.width / 16), shift, 0.0)
+    spread = jnp.maximum(top - shift, shift - bottom)
     wider = (spread > _WIDER * grid.width).astype(jnp.int32)
-    narrower = ((spread < _NARROWER * grid.width) & (number > 0)).astype(jnp.int32)
-    return grid._replace(
-        center=grid.center + (jnp.sign(mean) * shift).astype(jnp.int32),
-        log_width=grid.log_width + wider - narrower,
-    ).packed()
+    narrower = (spread < _NARROWER * grid.width).astype(jnp.int32)
+    moved = grid._replace(
+        center=grid.center + shift.astype(jnp.int32), log_width=grid.log_width + wider - narrower
+    )
+    return jnp.where(highest > 0, moved.packed(), packed)
 
 
 # ---- 7 and 8 bits, first moment -----------------------------------------------------------------
@@ -393,19 +404,22 @@ def _next_range(nu: jax.Array, packed: jax.Array, bits: int) -> jax.Array:
 def _decode_mu(codes: jax.Array, v: jax.Array, bits: int) -> jax.Array:
     """The first moment of int32 codes; `v` is the stored second moment."""
     high = 1 << (bits - 1)
-    size = _MU_SCALES[bits].size(_float32(codes & (high - 1)))
+    # The integer is in the low bits of this float32.
+    k = _from_bits((codes & (high - 1)) | _bits(np.float32(2.0**_MANTISSA_BITS)))
+    size = _MU_SCALES[bits].size(k - 2.0**_MANTISSA_BITS)
     size = size * (_MU_UNITS[bits] * _power_of_two(_log_root(v)))
     m = jnp.where(codes < high, size, -size)
     return jnp.where(v < jnp.inf, m, jnp.nan)
 
 
-def _encode_mu(m: jax.Array, v: jax.Array, noise: jax.Array, bits: int) -> jax.Array:
-    """int32 codes of a first moment in float32; `v` is the second moment as it is stored."""
-    high = 1 << (bits - 1)
+def _encode_mu(m: jax.Array, nu: jax.Array, v: jax.Array, noise: jax.Array, bits: int) -> jax.Array:
+    """int32 codes of a first moment in float32; `nu` are the codes of the second moment, and `v` is
+    what they stand for."""
+    high, scale = 1 << (bits - 1), _MU_SCALES[bits]
     size = jnp.abs(m) * (1.0 / _MU_UNITS[bits] * _power_of_two(-_log_root(v)))
-    codes = _MU_SCALES[bits].code(size, high - 1, noise)
+    codes = scale.code(size, high - 1, _low(noise, scale.fraction_bits))
     codes = jnp.where(m < 0, codes + high, codes)
-    return jnp.where(v > 0, codes, 0)
+    return jnp.where(nu == 0, 0, codes)
 
 
 def _log_root(v: jax.Array) -> jax.Array:
