@@ -57,6 +57,7 @@ def trained(tx: Any, dtype: Any = jnp.float32) -> tuple[Any, str]:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Whether blocks are of 16 rows of these tables, or of more than there are."""
     monkeypatch.setattr(lazy, "LAZY_BYTES", 1)
+    monkeypatch.setattr(lazy, "SMALL_BYTES", 0)
     monkeypatch.setattr(table_step, "DEFERRED_BYTES", 1)
 
     def use(small: bool) -> None:
@@ -137,6 +138,51 @@ def test_some_rows_at_a_time_take_the_steps_of_all_at_once(name: str, small_bloc
     in_blocks, program = trained(ROWS_APART[name]())
     assert has_blocks(program)
     assert_same_but_for_rounding(at_once, in_blocks)
+
+
+LAZY = [name for name in ROWS_APART if "deferred" not in name]
+
+
+@pytest.mark.parametrize("name", in_tiers(LAZY, lambda name: name in QUICK))
+def test_small_tables_one_by_one_take_the_steps_of_all_at_once(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once, program = trained(ROWS_APART[name]())
+    monkeypatch.setattr(lazy, "LAZY_BYTES", 1)
+    monkeypatch.setattr(lazy, "TABLES_AT_ONCE", 1)
+    monkeypatch.setattr(row_blocks, "_BLOCK_BYTES", 1)  # eight rows
+    one_by_one, other = trained(ROWS_APART[name]())
+    assert program != other
+    assert_same_but_for_rounding(at_once, one_by_one)
+
+
+def test_temporaries_do_not_grow_with_the_number_of_tables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def temporaries(tables: int) -> int:
+        tx, rows = at.lazy_adam(0.1), 4096
+        names = [f"table{i:02}" for i in range(tables)]
+
+        def step(params: Any, state: Any, ids: Any, values: Any) -> Any:
+            grads = {name: at.SparseRows(ids[name], values[name], 10_000) for name in names}
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        def for_each(shape: tuple[int, ...], dtype: Any) -> Any:
+            return {name: jax.ShapeDtypeStruct(shape, dtype) for name in names}
+
+        params = for_each((10_000, 64), jnp.float32)
+        inputs = for_each((rows,), jnp.int32), for_each((rows, 64), jnp.float32)
+        carry = params, jax.eval_shape(tx.init, params)
+        compiled: Any = jax.jit(step, donate_argnums=(0, 1)).lower(*carry, *inputs).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    monkeypatch.setattr(lazy, "LAZY_BYTES", 2**20)
+    values_bytes = 4096 * 64 * 4
+    few, many = temporaries(4), temporaries(12)
+    assert many - few < 8 * values_bytes / 4
+    monkeypatch.setattr(lazy, "LAZY_BYTES", 2**40)
+    assert temporaries(12) - temporaries(4) > 8 * values_bytes
 
 
 @pytest.mark.parametrize("name", ROWS_MEET)

@@ -17,7 +17,14 @@ from adam_transforms._core import dtypes
 from adam_transforms._core.key_type import KEY_TYPE
 from adam_transforms._core.serialization import serializable_node
 from adam_transforms._xla.duplicates import first_positions
-from adam_transforms._xla.scheduling import CODES, depend_on, gather_separately, materialize, token
+from adam_transforms._xla.scheduling import (
+    CODES,
+    depend_on,
+    gather_separately,
+    materialize,
+    token,
+    zeros_after,
+)
 from adam_transforms._xla.unchecked import unchecked
 
 # Bytes of values from which on summed rows are packed: an update in blocks then skips the padding.
@@ -176,7 +183,7 @@ class SparseRows(metaclass=_Described):
         Sums are taken in at least float32. O(n) time and memory, whatever V. If the values have at
         least 16 MiB, all padding is at the end of the result.
         """
-        return sum_duplicates_of_each([self])[0]
+        return sum_at(self, *first_of_each([self]))
 
     def masked_values(self) -> jax.Array:
         """`values` with zeros at padding."""
@@ -392,9 +399,9 @@ def on_values(fn: Callable[[jax.Array], jax.Array], x: Any) -> Any:
     return x.with_values(fn(x.values)) if is_rows(x) else fn(x)
 
 
-def sum_duplicates_of_each(rows: Sequence[SparseRows]) -> list[SparseRows]:
-    """`SparseRows.sum_duplicates` of several tables. The duplicates in all that have equally many
-    indices are found together."""
+def first_of_each(rows: Sequence[SparseRows]) -> list[jax.Array | None]:
+    """For each index of each table the position of the first that equals it; None for rows that are
+    unique. The duplicates in all tables that have equally many indices are found together."""
     alike: dict[Any, list[int]] = {}
     for i, of_table in enumerate(rows):
         if not of_table.unique:
@@ -405,10 +412,41 @@ def sum_duplicates_of_each(rows: Sequence[SparseRows]) -> list[SparseRows]:
         indices = jnp.stack([rows[i].indices for i in members])
         found = first_positions(indices, [rows[i].num_rows for i in members])
         first |= dict(zip(members, found, strict=True))
-    return [
-        x._with(values=x.masked_values()) if x.unique else _sum_at(x, first[i], PACKED_BYTES)
-        for i, x in enumerate(rows)
-    ]
+    return [first.get(i) for i in range(len(rows))]
+
+
+def sum_at(
+    rows: SparseRows,
+    first: jax.Array | None,
+    *,
+    after: Sequence[jax.Array] = (),
+    run: tuple[jax.Array, jax.Array] | None = None,
+    room: int = 0,
+    packed_bytes: float = PACKED_BYTES,
+) -> SparseRows:
+    """`SparseRows.sum_duplicates`, and as an option the rows of a run: see `sum_with_run`.
+
+    Args:
+      first: from `first_of_each`.
+      after: tokens of `_xla.scheduling`: neither these rows nor what is gathered at them takes
+        memory before.
+    """
+    if first is None:
+        if after:
+            indices = depend_on(rows.indices, after)
+            rows = rows._with(_indices=indices, _keys=_as_keys(indices))
+        return rows._with(values=rows.masked_values())
+    nbytes = rows.values.nbytes
+    indices, values = _replicate_rows(
+        *_sums(
+            *(rows.indices, np.int32(rows.num_rows), rows.values, first, run, [*after]),
+            room=room,
+            is_unique=rows.unique,
+            pack=isinstance(nbytes, int) and nbytes >= packed_bytes,
+        )
+    )
+    keys = _as_keys(indices)
+    return rows._with(_indices=indices, _keys=keys, values=values, unique=True, _read=None)
 
 
 def sum_with_run(
@@ -430,32 +468,7 @@ def sum_with_run(
     first = jnp.arange(rows.indices.size, dtype=jnp.int32)
     if not rows.unique:
         (first,) = first_positions(rows.indices[None], [rows.num_rows])
-    return _sum_at(rows, first, packed_bytes, (start, stop), room)
-
-
-def _sum_at(
-    rows: SparseRows,
-    first: jax.Array,
-    packed_bytes: float,
-    run: tuple[jax.Array, jax.Array] | None = None,
-    room: int = 0,
-) -> SparseRows:
-    """The sums of duplicates, and a run of rows.
-
-    Args:
-      first: int32 (n,), for each index the position of the first that equals it.
-    """
-    nbytes = rows.values.nbytes
-    indices, values = _replicate_rows(
-        *_sums(
-            *(rows.indices, np.int32(rows.num_rows), rows.values, first, run),
-            room=room,
-            is_unique=rows.unique,
-            pack=isinstance(nbytes, int) and nbytes >= packed_bytes,
-        )
-    )
-    keys = _as_keys(indices)
-    return rows._with(_indices=indices, _keys=keys, values=values, unique=True, _read=None)
+    return sum_at(rows, first, run=(start, stop), room=room, packed_bytes=packed_bytes)
 
 
 # The number of rows is an operand here: a program of tables of several sizes contains these once.
@@ -468,13 +481,15 @@ def _sums(
     values: jax.Array,
     first: jax.Array,
     run: tuple[jax.Array, jax.Array] | None,
+    after: list[jax.Array],
     *,
     room: int,
     is_unique: bool,
     pack: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """The indices and values of `_sum_at`."""
+    """The indices and values of `sum_at`."""
     n, dtype = indices.size, values.dtype
+    first = depend_on(first, after) if after else first
     is_valid = indices < num_rows
     is_first = is_valid & (first == jnp.arange(n, dtype=jnp.int32))
     if run is not None:
@@ -494,7 +509,11 @@ def _sums(
     values = values.astype(dtypes.compute_dtype(dtype))
     into = jnp.where(is_valid, first, size)  # padding is dropped
     shape, sharding = (size, *values.shape[1:]), explicit_sharding(values)
-    sums = _add_rows(jax.lax.full(shape, 0, values.dtype, sharding=sharding), (into,), values)
+    if after:
+        zeros = zeros_after(after, shape, values.dtype, sharding)
+    else:
+        zeros = jax.lax.full(shape, 0, values.dtype, sharding=sharding)
+    sums = _add_rows(zeros, (into,), values)
     return distinct, sums.astype(dtype)
 
 

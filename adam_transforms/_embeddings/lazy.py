@@ -11,14 +11,20 @@ import optax
 
 from adam_transforms._core import arguments, patterns, trees
 from adam_transforms._core.slots import StateLeaf, find_slots
-from adam_transforms._core.sparse_rows import SparseRows, sum_duplicates_of_each
+from adam_transforms._core.sparse_rows import SparseRows, first_of_each, sum_at
 from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.state_layout import FoundField, Role, find_fields, register
 from adam_transforms._core.types import Params, Path, State, Updates
-from adam_transforms._embeddings.row_blocks import LAZY_BYTES, block_length, over_blocks
+from adam_transforms._embeddings.row_blocks import (
+    LAZY_BYTES,
+    SMALL_BYTES,
+    TABLES_AT_ONCE,
+    block_length,
+    over_blocks,
+)
 from adam_transforms._xla.platform import by_platform
 from adam_transforms._xla.row_independence import RowFunction, as_row_function
-from adam_transforms._xla.scheduling import materialize_outputs
+from adam_transforms._xla.scheduling import materialize_outputs, token
 
 
 @register(inner_state=Role.INNER)
@@ -41,8 +47,9 @@ def lazy(
     donated.
 
     On a CPU, row gradients of 16 MiB or more in total are updated in blocks of rows that fit into
-    the caches. This requires a program of `inner` that computes each row from that row alone and
-    from values that all rows share, such as the norm of the gradients.
+    the caches, and tables of less than 4 MiB two at a time. This requires a program of `inner` that
+    computes each row from that row alone and from values that all rows share, such as the norm of
+    the gradients.
 
     Duplicate rows are summed first. Counts are global: bias corrections and schedules are those of
     the step, not of a row's own history. Weight decay acts on touched rows only.
@@ -156,8 +163,9 @@ def lazy(
             return updates, LazyState(inner_state)
         aligned, treedef = trees.align(updates, params, names=("the updates", "the parameters"))
         _, gradients, param_leaves = zip(*aligned, strict=True)
-        rows = {i: g for i, g in enumerate(gradients) if isinstance(g, SparseRows)}
-        rows = dict(zip(rows, sum_duplicates_of_each([*rows.values()]), strict=True))
+        given = {i: g for i, g in enumerate(gradients) if isinstance(g, SparseRows)}
+        first = dict(zip(given, first_of_each([*given.values()]), strict=True))
+        rows = {i: sum_at(g, first[i]) for i, g in given.items()}
         for i in rows:
             if param_leaves[i] is None:
                 raise ValueError(f"{aligned[i][0]!r} has a row gradient, but no parameter")
@@ -193,7 +201,7 @@ def lazy(
             return [*new, *treedef.flatten_up_to(updates)]
 
         slots = {i: [j for j, leaf in enumerate(leaves) if leaf.table == i] for i in rows}
-        row_update = _RowUpdate(update_leaves, rows, slots, bool(averages))
+        row_update = _RowUpdate(update_leaves, given, first, rows, slots, bool(averages))
         new_updates, new_state = row_update.run(values, [*param_leaves], state_leaves)
         for i, of_table in rows.items():
             new_updates[i] = of_table.with_values(new_updates[i])
@@ -211,12 +219,16 @@ class _RowUpdate(NamedTuple):
 
     Attributes:
       update: from all leaves of gradients, parameters and state to those of state and updates.
-      rows: {position of a table among the parameters: its touched rows}.
+      given: {position of a table among the parameters: its row gradient, with duplicates}.
+      first: {table: what `first_of_each` says of these}.
+      rows: {table: its touched rows, without duplicates}.
       slots: {table: the positions of its slots among the leaves of the state}.
       averages: whether parameters are averaged, and thus read beside the updates.
     """
 
     update: Callable[..., list[Any]]
+    given: dict[int, SparseRows]
+    first: dict[int, jax.Array | None]
     rows: dict[int, SparseRows]
     slots: dict[int, list[int]]
     averages: bool
@@ -225,15 +237,24 @@ class _RowUpdate(NamedTuple):
         self, gradients: _Leaves, params: _Leaves, state: _Leaves
     ) -> tuple[list[Any], list[Any]]:
         """The updates and the new state; in blocks where that pays."""
-        known = [rows for rows in self.rows.values() if isinstance(rows.values.nbytes, int)]
-        are_many = sum(rows.values.nbytes for rows in known) >= LAZY_BYTES
-        lengths = [n for rows in known if (n := block_length(rows)) is not None] if are_many else []
-        by_row = self.row_function(gradients, params, state) if lengths else None
+        sizes = [rows.values.nbytes for rows in self.rows.values()]
+        are_known = all(isinstance(size, int) for size in sizes)  # not so under `jax.export`
+        are_many = are_known and sum(sizes) >= LAZY_BYTES
+        lengths = [n for x in self.rows.values() if (n := block_length(x))] if are_many else []
+        if not lengths:
+            return self.at_once(gradients, params, state)
+        # Without an operation on the gradients of all rows, none has to be there before the others.
+        abstract = [
+            jax.ShapeDtypeStruct(g.shape, g.dtype) if i in self.rows else g
+            for i, g in enumerate(gradients)
+        ]
+        is_separate = (by_row := self.row_function(abstract, params, state)) is not None
+        by_row = by_row or self.row_function(gradients, params, state)
         if by_row is None:
             return self.at_once(gradients, params, state)
 
         def in_blocks(*leaves: _Leaves) -> tuple[list[Any], list[Any]]:
-            return self.in_blocks(by_row, min(lengths), *leaves)
+            return self.in_blocks(by_row, is_separate, min(lengths), *leaves)
 
         return by_platform(in_blocks, self.at_once, gradients, params, state)
 
@@ -285,13 +306,16 @@ class _RowUpdate(NamedTuple):
     def in_blocks(
         self,
         by_row: RowFunction,
+        is_separate: bool,
         length: int,
         gradients: _Leaves,
         params: _Leaves,
         state: _Leaves,
     ) -> tuple[list[Any], list[Any]]:
-        """As `at_once`, `length` rows of a table at a time."""
+        """As `at_once`, `length` rows of a table at a time; if `is_separate`, of the smaller tables
+        a few at a time."""
         new, updates = by_row.shared[: len(state)], by_row.shared[len(state) :]
+        done: list[jax.Array] = []  # tokens of tables
         for table, rows in self.rows.items():
             places = self.slots[table]
 
@@ -304,9 +328,17 @@ class _RowUpdate(NamedTuple):
                 )
                 return values, some.scatter_each(slots, after)
 
-            rows = rows.with_values(gradients[table])
             slots = [state[i] for i in places]
-            updates[table], slots = over_blocks(update_block, rows, slots, length)
+            if is_separate and rows.values.nbytes < SMALL_BYTES:
+                last = len(done) - TABLES_AT_ONCE
+                after = [done[last]] if last >= 0 else []
+                rows = sum_at(self.given[table], self.first[table], after=after)
+                updates[table], slots = update_block(rows, slots)
+                written: Any = slots[0] if slots else updates[table]
+                done.append(token(written[(slice(1),) * written.ndim]))
+            else:
+                rows = rows.with_values(gradients[table])
+                updates[table], slots = over_blocks(update_block, rows, slots, length)
             for i, x in zip(places, slots, strict=True):
                 new[i] = x
         return updates, new

@@ -17,9 +17,8 @@ from adam_transforms._core.sparse_rows import SparseRows, set_rows
 # Bytes of the (n, D...) values, in `lazy` of all tables together, from which on a step is done in
 # blocks. Time in blocks over time at once, on two cores, for uniform and Zipf ids. Lazy Adam,
 # clipped or not: 0.9-1.1 at 2 MiB, 0.8-1.0 at 4 MiB, 0.8-1.1 at 8 MiB, 0.4-0.6 at 16 MiB, where its
-# three temporaries of the rows exceed 32 MB, and 0.5-0.7 at 32 MiB; of 8 or 26 tables that have 16
-# to 26 MiB together 0.5-0.7, of two tables 0.8-1.0. Deferred Adam, which has five: 0.9-1.0 at
-# 2 MiB, 0.7-0.8 at 4 MiB, 0.3-0.4 from 8 MiB on.
+# three temporaries of the rows exceed 32 MB, and 0.5-0.7 at 32 MiB; of two tables 0.8-1.0. Deferred
+# Adam, which has five: 0.9-1.0 at 2 MiB, 0.7-0.8 at 4 MiB, 0.3-0.4 from 8 MiB on.
 LAZY_BYTES, DEFERRED_BYTES = 16 * 2**20, 2 * 2**20
 # Bytes of the rows read of a deferred table below which what they missed is kept for the update. A
 # training step with it over one without, on two cores, for uniform / Zipf ids: 0.72 / 0.82 at
@@ -29,6 +28,11 @@ KEPT_BYTES = 8 * 2**20
 # are much alike.
 _BLOCK_BYTES = 2**18
 _LEAST_LENGTH = 8  # of a block, however wide its rows
+# There the tables with fewer bytes of values are updated without blocks, so many at a time:
+# their temporaries take memory in turn. A lazy step of 26 tables with 1 MiB each takes 0.72 of the
+# time that it takes with all tables in blocks, a training step 0.92, and compiling 0.8, on two
+# cores. With one table at a time it takes 1.09 of the time with two, with three 1.05.
+SMALL_BYTES, TABLES_AT_ONCE = 4 * 2**20, 2
 
 
 def block_length(rows: SparseRows) -> int | None:

@@ -405,7 +405,8 @@ def _decode_mu(codes: jax.Array, v: jax.Array, bits: int) -> jax.Array:
     """The first moment of int32 codes; `v` is the stored second moment."""
     high = 1 << (bits - 1)
     # The integer is in the low bits of this float32.
-    k = _from_bits((codes & (high - 1)) | _bits(np.float32(2.0**_MANTISSA_BITS)))
+    first = (_BIAS + _MANTISSA_BITS) << _MANTISSA_BITS  # of the float32 2^23
+    k = _from_bits(first | (codes & (high - 1)))
     size = _MU_SCALES[bits].size(k - 2.0**_MANTISSA_BITS)
     size = size * (_MU_UNITS[bits] * _power_of_two(_log_root(v)))
     m = jnp.where(codes < high, size, -size)
