@@ -84,6 +84,15 @@ def step_batches(size: Size, distribution: str) -> list[tuple[np.ndarray, np.nda
     ]
 
 
+def distinct_batches(size: Size) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`step_batches` whose ids are all different."""
+    generator = np.random.default_rng(0)
+    return [
+        (generator.permutation(size.rows)[: size.touched].astype(np.int32), values)
+        for _, values in step_batches(size, "uniform")
+    ]
+
+
 def jax_table(size: Size) -> jax.Array:
     return 0.1 * jax.random.normal(jax.random.key(0), (size.rows, size.columns))
 
@@ -95,14 +104,16 @@ def on_device(batches: Sequence[Any]) -> list[Any]:
 # ---- the step alone -----------------------------------------------------------------------------
 
 
-def jitted_step(tx: Any, sizes: dict[str, Size], *, dense: bool) -> Any:
+def jitted_step(
+    tx: Any, sizes: dict[str, Size], *, dense: bool = False, distinct: bool = False
+) -> Any:
     """A jitted ``((params, state), {table: (ids, values)}) -> (params, state)`` that donates what
-    it replaces."""
+    it replaces; `distinct` says that the ids are so."""
 
     def gradient(size: Size, ids: jax.Array, values: jax.Array) -> Any:
         if dense:
             return jnp.zeros((size.rows, size.columns)).at[ids].add(values)
-        return at.SparseRows(ids, values, size.rows, synchronized=True)
+        return at.SparseRows(ids, values, size.rows, unique=distinct, synchronized=True)
 
     def step(carry: Any, batch: Any) -> Any:
         params, state = carry
@@ -114,17 +125,17 @@ def jitted_step(tx: Any, sizes: dict[str, Size], *, dense: bool) -> Any:
 
 
 def jax_case(
-    name: str, tx: Any, sizes: dict[str, Size], batches: Any, *, dense: bool = False
+    name: str, tx: Any, sizes: dict[str, Size], batches: Any, **kind: bool
 ) -> harness.Case:
     """A transformation on some tables; `batches` are of {table: (ids, values)}."""
     params = {name: jax_table(size) for name, size in sizes.items()}
-    step = in_turn(jitted_step(tx, sizes, dense=dense), [(x,) for x in on_device(batches)])
+    step = in_turn(jitted_step(tx, sizes, **kind), [(x,) for x in on_device(batches)])
     return harness.Case(name, step, (params, tx.init(params)))
 
 
-def jax_step(name: str, tx: Any, size: Size, batches: Any, *, dense: bool = False) -> harness.Case:
+def jax_step(name: str, tx: Any, size: Size, batches: Any, **kind: bool) -> harness.Case:
     """A transformation on one table; `batches` are of (ids, values)."""
-    return jax_case(name, tx, {"table": size}, [{"table": x} for x in batches], dense=dense)
+    return jax_case(name, tx, {"table": size}, [{"table": x} for x in batches], **kind)
 
 
 def native_step(size: Size, batches: Any) -> harness.Case:
@@ -220,6 +231,11 @@ def bench_step(size: Size, distribution: str, rounds: int) -> list[dict[str, Any
 
     def contenders() -> Iterator[Callable[[], harness.Case]]:
         yield lambda: jax_step("lazy_adam", at.lazy_adam(1e-3), size, batches)
+        if distribution == "uniform":
+            apart = distinct_batches(size)
+            yield lambda: jax_step(
+                "lazy_adam, distinct ids", at.lazy_adam(1e-3), size, apart, distinct=True
+            )
         if jax.default_backend() == "cpu":
             yield lambda: native_step(size, batches)
         yield lambda: torch_step(size, batches)
