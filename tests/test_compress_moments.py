@@ -197,6 +197,21 @@ def test_a_moment_that_is_not_finite_stays_so() -> None:
         assert np.isfinite(u).tolist() == [False, False, True]
 
 
+def test_a_moment_that_is_not_finite_leaves_the_codes_of_others_alone() -> None:
+    g = jnp.asarray(normal(0, 1, 64))
+    tx = compressed(8)
+    state = start = tx.init(g)
+    for _ in range(8):
+        _, state = tx.update(g, state)
+        _, start = tx.update(g, start)
+    _, broken = tx.update(g.at[0, 3].set(jnp.nan), state)
+    for _ in range(3):
+        _, broken = tx.update(g, broken)
+        _, start = tx.update(g, start)
+    assert_bits_equal(broken.nu_range, start.nu_range)
+    assert bool(jnp.isnan(decoded(broken).nu[0, 3]))
+
+
 # ---- the combinator -----------------------------------------------------------------------------
 
 

@@ -140,20 +140,59 @@ def test_some_rows_at_a_time_take_the_steps_of_all_at_once(name: str, small_bloc
     assert_same_but_for_rounding(at_once, in_blocks)
 
 
-LAZY = [name for name in ROWS_APART if "deferred" not in name]
+INDEPENDENT = [name for name in ROWS_APART if "deferred" not in name and "norm" not in name]
+INDEPENDENT.remove("clipped by Optax")
 
 
-@pytest.mark.parametrize("name", in_tiers(LAZY, lambda name: name in QUICK))
+@pytest.mark.parametrize("name", in_tiers(INDEPENDENT, lambda name: name in QUICK))
 def test_small_tables_one_by_one_take_the_steps_of_all_at_once(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_once, program = trained(ROWS_APART[name]())
     monkeypatch.setattr(lazy, "LAZY_BYTES", 1)
     monkeypatch.setattr(lazy, "TABLES_AT_ONCE", 1)
-    monkeypatch.setattr(row_blocks, "_BLOCK_BYTES", 1)  # eight rows
     one_by_one, other = trained(ROWS_APART[name]())
-    assert program != other
+    assert program != other and not has_blocks(other)
     assert_same_but_for_rounding(at_once, one_by_one)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("rate_alone", [False, True])
+def test_small_and_large_tables_of_every_kind_in_one_step(
+    rate_alone: bool, dtype: Any, small_blocks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tx = at.lazy(optax.sgd(0.1)) if rate_alone else at.lazy_adam(0.1)
+    names = [f"table{i}" for i in range(6)]
+    params = {name: jnp.ones((V, WIDTH), dtype) for name in names}
+    params["stacked"] = jnp.ones((2, V // 2, WIDTH), dtype)
+    grads = {name: random_rows(i, V, 40).astype(dtype) for i, name in enumerate(names)}
+    grads["table0"] = random_rows(0, V, 100).astype(dtype)  # the large one
+    grads["table1"] = grads["table1"].sum_duplicates()
+    grads["table2"] = random_rows(2, V, 0).astype(dtype)
+    grads["table3"] = at.SparseRows(jnp.full((40,), V), grads["table3"].values, V)  # only padding
+    stacked = grads["table4"]
+    grads["stacked"] = at.SparseRows(stacked.indices, stacked.values, V, leading_shape=(2, V // 2))
+
+    def trained() -> tuple[Any, str]:
+        @jax.jit
+        def step(params: Any, state: Any) -> Any:
+            updates, state = tx.update(grads, state, params)
+            return at.apply_updates(params, updates), state
+
+        carry = params, tx.init(params)
+        program = str(jax.make_jaxpr(step)(*carry))
+        for _ in range(3):
+            carry = step(*carry)
+        return carry, program
+
+    monkeypatch.setattr(lazy, "LAZY_BYTES", 2**40)
+    at_once, program = trained()
+    monkeypatch.setattr(lazy, "LAZY_BYTES", 1)
+    monkeypatch.setattr(lazy, "SMALL_BYTES", 100 * WIDTH * jnp.dtype(dtype).itemsize)
+    small_blocks(True)
+    in_parts, other = trained()
+    assert program != other
+    assert_same_but_for_rounding(at_once, in_parts, rtol=1e-5 if dtype == jnp.float32 else 0.1)
 
 
 def test_temporaries_do_not_grow_with_the_number_of_tables(

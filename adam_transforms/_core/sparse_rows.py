@@ -183,7 +183,7 @@ class SparseRows(metaclass=_Described):
         Sums are taken in at least float32. O(n) time and memory, whatever V. If the values have at
         least 16 MiB, all padding is at the end of the result.
         """
-        return sum_at(self, *first_of_each([self]))
+        return sum_duplicates_at(self, *first_positions_of_each([self]))
 
     def masked_values(self) -> jax.Array:
         """`values` with zeros at padding."""
@@ -399,9 +399,9 @@ def on_values(fn: Callable[[jax.Array], jax.Array], x: Any) -> Any:
     return x.with_values(fn(x.values)) if is_rows(x) else fn(x)
 
 
-def first_of_each(rows: Sequence[SparseRows]) -> list[jax.Array | None]:
+def first_positions_of_each(rows: Sequence[SparseRows]) -> list[jax.Array | None]:
     """For each index of each table the position of the first that equals it; None for rows that are
-    unique. The duplicates in all tables that have equally many indices are found together."""
+    unique. Tables that have equally many indices are searched together."""
     alike: dict[Any, list[int]] = {}
     for i, of_table in enumerate(rows):
         if not of_table.unique:
@@ -415,7 +415,7 @@ def first_of_each(rows: Sequence[SparseRows]) -> list[jax.Array | None]:
     return [first.get(i) for i in range(len(rows))]
 
 
-def sum_at(
+def sum_duplicates_at(
     rows: SparseRows,
     first: jax.Array | None,
     *,
@@ -427,9 +427,9 @@ def sum_at(
     """`SparseRows.sum_duplicates`, and as an option the rows of a run: see `sum_with_run`.
 
     Args:
-      first: from `first_of_each`.
+      first: from `first_positions_of_each`.
       after: tokens of `_xla.scheduling`: neither these rows nor what is gathered at them takes
-        memory before.
+        memory until what is behind the tokens is done.
     """
     if first is None:
         if after:
@@ -468,7 +468,7 @@ def sum_with_run(
     first = jnp.arange(rows.indices.size, dtype=jnp.int32)
     if not rows.unique:
         (first,) = first_positions(rows.indices[None], [rows.num_rows])
-    return sum_at(rows, first, run=(start, stop), room=room, packed_bytes=packed_bytes)
+    return sum_duplicates_at(rows, first, run=(start, stop), room=room, packed_bytes=packed_bytes)
 
 
 # The number of rows is an operand here: a program of tables of several sizes contains these once.
@@ -487,7 +487,7 @@ def _sums(
     is_unique: bool,
     pack: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """The indices and values of `sum_at`."""
+    """The indices and values of `sum_duplicates_at`."""
     n, dtype = indices.size, values.dtype
     first = depend_on(first, after) if after else first
     is_valid = indices < num_rows
@@ -510,7 +510,7 @@ def _sums(
     into = jnp.where(is_valid, first, size)  # padding is dropped
     shape, sharding = (size, *values.shape[1:]), explicit_sharding(values)
     if after:
-        zeros = zeros_after(after, shape, values.dtype, sharding)
+        zeros = zeros_after(after, shape, values.dtype)
     else:
         zeros = jax.lax.full(shape, 0, values.dtype, sharding=sharding)
     sums = _add_rows(zeros, (into,), values)

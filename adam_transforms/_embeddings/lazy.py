@@ -11,7 +11,7 @@ import optax
 
 from adam_transforms._core import arguments, patterns, trees
 from adam_transforms._core.slots import StateLeaf, find_slots
-from adam_transforms._core.sparse_rows import SparseRows, first_of_each, sum_at
+from adam_transforms._core.sparse_rows import SparseRows, first_positions_of_each, sum_duplicates_at
 from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.state_layout import FoundField, Role, find_fields, register
 from adam_transforms._core.types import Params, Path, State, Updates
@@ -20,11 +20,12 @@ from adam_transforms._embeddings.row_blocks import (
     SMALL_BYTES,
     TABLES_AT_ONCE,
     block_length,
+    is_on_mesh,
     over_blocks,
 )
 from adam_transforms._xla.platform import by_platform
 from adam_transforms._xla.row_independence import RowFunction, as_row_function
-from adam_transforms._xla.scheduling import materialize_outputs, token
+from adam_transforms._xla.scheduling import materialize_outputs, token_of_all
 
 
 @register(inner_state=Role.INNER)
@@ -47,9 +48,9 @@ def lazy(
     donated.
 
     On a CPU, row gradients of 16 MiB or more in total are updated in blocks of rows that fit into
-    the caches, and tables of less than 4 MiB two at a time. This requires a program of `inner` that
-    computes each row from that row alone and from values that all rows share, such as the norm of
-    the gradients.
+    the caches. This requires a program of `inner` that computes each row from that row alone and
+    from values that all rows share, such as the norm of the gradients. Where there is no such norm,
+    row gradients of less than 4 MiB are updated as a whole, two tables at a time.
 
     Duplicate rows are summed first. Counts are global: bias corrections and schedules are those of
     the step, not of a row's own history. Weight decay acts on touched rows only.
@@ -164,8 +165,8 @@ def lazy(
         aligned, treedef = trees.align(updates, params, names=("the updates", "the parameters"))
         _, gradients, param_leaves = zip(*aligned, strict=True)
         given = {i: g for i, g in enumerate(gradients) if isinstance(g, SparseRows)}
-        first = dict(zip(given, first_of_each([*given.values()]), strict=True))
-        rows = {i: sum_at(g, first[i]) for i, g in given.items()}
+        first = dict(zip(given, first_positions_of_each([*given.values()]), strict=True))
+        rows = {i: sum_duplicates_at(g, first[i]) for i, g in given.items()}
         for i in rows:
             if param_leaves[i] is None:
                 raise ValueError(f"{aligned[i][0]!r} has a row gradient, but no parameter")
@@ -220,7 +221,7 @@ class _RowUpdate(NamedTuple):
     Attributes:
       update: from all leaves of gradients, parameters and state to those of state and updates.
       given: {position of a table among the parameters: its row gradient, with duplicates}.
-      first: {table: what `first_of_each` says of these}.
+      first: {table: the positions from `first_positions_of_each`}.
       rows: {table: its touched rows, without duplicates}.
       slots: {table: the positions of its slots among the leaves of the state}.
       averages: whether parameters are averaged, and thus read beside the updates.
@@ -240,23 +241,26 @@ class _RowUpdate(NamedTuple):
         sizes = [rows.values.nbytes for rows in self.rows.values()]
         are_known = all(isinstance(size, int) for size in sizes)  # not so under `jax.export`
         are_many = are_known and sum(sizes) >= LAZY_BYTES
-        lengths = [n for x in self.rows.values() if (n := block_length(x))] if are_many else []
-        if not lengths:
+        if not are_many or any(is_on_mesh(rows.values) for rows in self.rows.values()):
             return self.at_once(gradients, params, state)
-        # Without an operation on the gradients of all rows, none has to be there before the others.
+        # A function of gradients that are not there yet: none needs those of other tables.
         abstract = [
             jax.ShapeDtypeStruct(g.shape, g.dtype) if i in self.rows else g
             for i, g in enumerate(gradients)
         ]
-        is_separate = (by_row := self.row_function(abstract, params, state)) is not None
-        by_row = by_row or self.row_function(gradients, params, state)
+        by_row = self.row_function(abstract, params, state)
+        are_independent = by_row is not None
+        if by_row is None:
+            by_row = self.row_function(gradients, params, state)
         if by_row is None:
             return self.at_once(gradients, params, state)
+        lengths = [n for rows in self.rows.values() if (n := block_length(rows)) is not None]
+        length = min(lengths, default=max(rows.indices.size for rows in self.rows.values()))
 
-        def in_blocks(*leaves: _Leaves) -> tuple[list[Any], list[Any]]:
-            return self.in_blocks(by_row, is_separate, min(lengths), *leaves)
+        def in_parts(*leaves: _Leaves) -> tuple[list[Any], list[Any]]:
+            return self.in_parts(by_row, are_independent, length, *leaves)
 
-        return by_platform(in_blocks, self.at_once, gradients, params, state)
+        return by_platform(in_parts, self.at_once, gradients, params, state)
 
     def at_once(
         self, gradients: _Leaves, params: _Leaves, state: _Leaves
@@ -303,19 +307,19 @@ class _RowUpdate(NamedTuple):
             self.update, [*gradients, *rest], tables, out_tables=[*of_state, *of_params]
         )
 
-    def in_blocks(
+    def in_parts(
         self,
         by_row: RowFunction,
-        is_separate: bool,
+        are_independent: bool,
         length: int,
         gradients: _Leaves,
         params: _Leaves,
         state: _Leaves,
     ) -> tuple[list[Any], list[Any]]:
-        """As `at_once`, `length` rows of a table at a time; if `is_separate`, of the smaller tables
-        a few at a time."""
+        """As `at_once`, in blocks of `length` rows; if tables `are_independent`, the smaller ones
+        as a whole, some at a time."""
         new, updates = by_row.shared[: len(state)], by_row.shared[len(state) :]
-        done: list[jax.Array] = []  # tokens of tables
+        done: list[jax.Array] = []  # tokens of the tables updated as a whole
         for table, rows in self.rows.items():
             places = self.slots[table]
 
@@ -329,13 +333,15 @@ class _RowUpdate(NamedTuple):
                 return values, some.scatter_each(slots, after)
 
             slots = [state[i] for i in places]
-            if is_separate and rows.values.nbytes < SMALL_BYTES:
+            if are_independent and rows.values.nbytes < SMALL_BYTES:
+                # These sums wait for the slots of an earlier table. XLA drops the sums in `rows`,
+                # of which only the indices are used.
                 last = len(done) - TABLES_AT_ONCE
                 after = [done[last]] if last >= 0 else []
-                rows = sum_at(self.given[table], self.first[table], after=after)
+                rows = sum_duplicates_at(self.given[table], self.first[table], after=after)
                 updates[table], slots = update_block(rows, slots)
-                written: Any = slots[0] if slots else updates[table]
-                done.append(token(written[(slice(1),) * written.ndim]))
+                written: Any = slots or [updates[table]]
+                done.append(token_of_all([x[(slice(1),) * x.ndim] for x in written]))
             else:
                 rows = rows.with_values(gradients[table])
                 updates[table], slots = over_blocks(update_block, rows, slots, length)

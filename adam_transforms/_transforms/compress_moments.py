@@ -113,10 +113,10 @@ def compress_moments(
     rows: its rounding depends on which other rows are touched.
 
     A step computes more and moves less memory than plain Adam. On two CPU cores a dense step of
-    matrices takes 0.9 to 1.4 times as long at 16 bits and 2.5 to 2.8 times at 8 bits, of vectors
-    1.7 and 3.5 times; a lazy step 0.9 times at 16 bits and 1.0 to 1.2 times at 8 bits. If the CPU
-    has vectors of 512 bits, ``XLA_FLAGS=--xla_cpu_prefer_vector_width=512`` makes a dense step at 8
-    bits take 1.6 times as long as at 32 bits.
+    matrices takes 0.9 to 1.4 times as long at 16 bits and 2.4 to 2.8 times at 8 bits, of leaves of
+    one axis 1.7 and 3.5 times; a lazy step 0.9 times at 16 bits and 1.0 to 1.2 times at 8 bits. If
+    the CPU has registers of 512 bits, ``XLA_FLAGS=--xla_cpu_prefer_vector_width=512`` makes a dense
+    step at 8 bits take 1.6 times as long as at 32 bits.
 
     Args:
       inner: a chain with one or several states of `scale_by_adam`, `scale_by_amsgrad`, or Optax's

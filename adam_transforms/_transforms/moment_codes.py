@@ -12,8 +12,8 @@ axis of several. With nine bits, the gaps of x are 1/128 up to 1.25, 1/64 up to 
 and 8 up to 58: near the center a factor :math:`2^{w/128}`, 0.5 % for w = 1. All codes are normal
 float32 numbers: no v that is not zero becomes zero. Center and width are computed from the codes of
 the step before. The center is halfway between the smallest and the largest, the width one of 1, 2,
-..., 64. Both stay until that middle has moved by w / 16, and by a binade, or the largest distance
-from the center has left [1.07 w, 2.2 w].
+..., 64. The center moves if that middle, rounded to binades, is more than one of them and more than
+w / 16 away, the width if the largest distance from the center is outside of [1.07 w, 2.2 w].
 
 The first moment is coded relative to a power of two s, between :math:`\sqrt{v/2}` and
 :math:`\sqrt{2v}` of the stored v, element by element: :math:`m = \pm s\, y_k`. With seven bits, the
@@ -52,7 +52,9 @@ _CENTERS = (-126, 97)  # less _CENTER, they fit into a byte
 _LOG_WIDTH = 5  # of a group without codes: few gradients are far off the center
 _LOG_WIDTHS = (0, 6)
 _LEAST_GROUP = 16
-_WIDER, _NARROWER = 2.2, 1.07  # the largest distances, in widths, at which a width stays
+# The largest distances, in widths, at which a width stays: within the first two pieces of codes,
+# and more than a factor 2 apart, so that a width that has changed does not change back.
+_WIDER, _NARROWER = 2.2, 1.07
 
 _MANTISSA_BITS, _BIAS = 23, 127
 _SMALLEST, _LARGEST = 0x00800000, 0x7F7FFFFF  # normal float32 numbers
@@ -149,12 +151,13 @@ def encode(old: Codes, m: jax.Array, v: jax.Array, noise: Noise) -> Codes:
     if old.both is not None:
         nu_range = _next_range(old.both >> np.uint16(7), old.nu_range, 9)
         nu, stored = _codes(v, nu_range, bits, 9)
-        mu = _encode_mu(m, nu, stored, bits, 7)
+        mu = _encode_mu(m, stored, nu == 0, bits, 7)
         return Codes(_joined(nu << 7, mu, BOTH_8), None, None, nu_range)
     nu, nu_range = encode_nu(old.nu, old.nu_range, v, noise)
     if old.mu.dtype != MU_8:
         return Codes(None, _to_bfloat16(m, _low(bits, 16)), nu, nu_range)
-    mu = _encode_mu(m, nu, decode_nu(nu, nu_range), bits, 8)
+    stored = decode_nu(nu, nu_range)
+    mu = _encode_mu(m, stored, stored == 0, bits, 8)
     return Codes(None, _joined(mu & 128, mu & 127, MU_8), nu, nu_range)
 
 
@@ -216,7 +219,7 @@ class _Scale:
             lines.append((float(gap), float(gap * number - size)))
             number, size = number + codes, size + codes * gap
         self._lines = lines[1:]
-        # Bits behind the point of a float32 from 2^n to 2^(n+1), n such that the codes are smaller.
+        # Bits behind the point of a float32 from 2^n to 2^(n+1), where 2^n exceeds every code.
         self.fraction_bits = _MANTISSA_BITS - number.bit_length()
 
     def size(self, k: jax.Array) -> jax.Array:
@@ -238,6 +241,7 @@ class _Scale:
         return (_bits(uniform + k) - start) >> self.fraction_bits
 
 
+# Of several pieces tried, those of the smallest errors (`benchmarks/bench_lowmem.py --only error`).
 _NU_SCALES = {
     8: _Scale((80, 1), (36, 2), (8, 64), (4, 1024)),
     9: _Scale((160, 1), (72, 2), (16, 64), (8, 1024)),
@@ -369,15 +373,16 @@ def _next_range(nu: jax.Array, packed: jax.Array, bits: int) -> jax.Array:
     """Where the next codes lie, from the present ones, uint8 or uint16, of `bits`."""
     grid, middle = _Grid.of(packed, packed.ndim, bits), 1 << (bits - 1)
     axes = tuple(range(packed.ndim, nu.ndim))
-    # The code 0 is that of v = 0: less one it is the largest number.
+    # The largest code, of what is not finite, plus one is 0 in so many bits, and the code 0 less
+    # one is the largest number: neither counts. One reduction reads the codes once.
     one, zero = nu.dtype.type(1), nu.dtype.type(0)
     highest, lowest = jax.lax.reduce(
-        (nu, nu - one),
+        ((nu + one) & nu.dtype.type((1 << bits) - 1), nu - one),
         (zero, ~zero),
         lambda x, y: (jnp.maximum(x[0], y[0]), jnp.minimum(x[1], y[1])),
         axes,
     )
-    highest, lowest = highest.astype(jnp.int32), lowest.astype(jnp.int32) + 1
+    highest, lowest = highest.astype(jnp.int32) - 1, lowest.astype(jnp.int32) + 1
 
     def distance(code: jax.Array) -> jax.Array:
         """From the center, in binades."""
@@ -404,23 +409,26 @@ def _next_range(nu: jax.Array, packed: jax.Array, bits: int) -> jax.Array:
 def _decode_mu(codes: jax.Array, v: jax.Array, bits: int) -> jax.Array:
     """The first moment of int32 codes; `v` is the stored second moment."""
     high = 1 << (bits - 1)
-    # The integer is in the low bits of this float32.
-    first = (_BIAS + _MANTISSA_BITS) << _MANTISSA_BITS  # of the float32 2^23
-    k = _from_bits(first | (codes & (high - 1)))
-    size = _MU_SCALES[bits].size(k - 2.0**_MANTISSA_BITS)
+    # The integer is in the low bits of a float32 from 2^23 on. (Of a cast, LLVM would compute each
+    # line of the scale as an integer and cast that, in twice the instructions.)
+    start = (_BIAS + _MANTISSA_BITS) << _MANTISSA_BITS
+    k = _from_bits(start | (codes & (high - 1))) - 2.0**_MANTISSA_BITS
+    size = _MU_SCALES[bits].size(k)
     size = size * (_MU_UNITS[bits] * _power_of_two(_log_root(v)))
     m = jnp.where(codes < high, size, -size)
     return jnp.where(v < jnp.inf, m, jnp.nan)
 
 
-def _encode_mu(m: jax.Array, nu: jax.Array, v: jax.Array, noise: jax.Array, bits: int) -> jax.Array:
-    """int32 codes of a first moment in float32; `nu` are the codes of the second moment, and `v` is
-    what they stand for."""
+def _encode_mu(
+    m: jax.Array, v: jax.Array, is_zero: jax.Array, noise: jax.Array, bits: int
+) -> jax.Array:
+    """int32 codes of a first moment in float32; `v` is the stored second moment where this is not
+    zero."""
     high, scale = 1 << (bits - 1), _MU_SCALES[bits]
     size = jnp.abs(m) * (1.0 / _MU_UNITS[bits] * _power_of_two(-_log_root(v)))
     codes = scale.code(size, high - 1, _low(noise, scale.fraction_bits))
     codes = jnp.where(m < 0, codes + high, codes)
-    return jnp.where(nu == 0, 0, codes)
+    return jnp.where(is_zero, 0, codes)
 
 
 def _log_root(v: jax.Array) -> jax.Array:

@@ -12,9 +12,9 @@ from adam_transforms._xla.unchecked import unchecked
 
 # Buckets to an index in the hash table: few collisions, and little memory.
 _BUCKETS_PER_INDEX = 8
-# Indices of all tables in one loop of `by_hashing`. Their buckets have 512 KiB, and the rows of one
-# group of tables can be updated while a second thread is at the next. A lazy step of 26 tables with
-# 4,096 indices each takes 1.25 times as long with one loop.
+# Indices of several tables in one loop of `by_hashing`. Their buckets have 512 KiB to 1 MiB, and
+# the rows of one group of tables can be updated while a second thread is at the next. A lazy step
+# of 26 tables with 4,096 indices each takes 1.25 times as long with one loop for all.
 _INDICES_AT_ONCE = 2**14
 # Rows to an index up to which a GPU has a bucket for each row: filling these takes less time than
 # sorting, and they are no larger than the rows of a table of 128 columns.
@@ -127,8 +127,8 @@ def first_positions(indices: jax.Array, num_rows: Sequence[int]) -> list[jax.Arr
     2 times as long (`benchmarks/bench_sparse.py`). On a GPU a data-dependent while_loop
     synchronizes with the host at every iteration, so other platforms sort. Of 8,192 ids a GPU sorts
     for 40 of the 70 microseconds of a step (`benchmarks/bench_gpu.py`): where the table has few
-    rows to an id, it looks the rows up instead. Tables have a loop or sort in common: a step of 26
-    tables of different sizes compiles in 0.85 of the time.
+    rows to an id, it looks the rows up instead. Several tables have a loop or sort in common, which
+    is compiled once.
     Noticed by: `test_platforms`, and `test_budgets`' lines of StableHLO.
     """
     tables, n = indices.shape

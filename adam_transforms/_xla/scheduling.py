@@ -121,21 +121,25 @@ def depend_on(x: jax.Array, tokens: Sequence[jax.Array]) -> jax.Array:
     """
     if not tokens:
         return x
-    least = functools.reduce(jnp.minimum, tokens)
-    return jnp.where(least == 2.0, jnp.zeros((), x.dtype), x)  # a token is at most 1
+    return jnp.where(_never(tokens), jnp.zeros((), x.dtype), x)
 
 
-def zeros_after(tokens: Sequence[jax.Array], shape: Any, dtype: Any, sharding: Any) -> jax.Array:
+def _never(tokens: Sequence[jax.Array]) -> jax.Array:
+    """False, computed from `tokens`: a token is at most 1."""
+    return functools.reduce(jnp.minimum, tokens) == 2.0
+
+
+def zeros_after(tokens: Sequence[jax.Array], shape: Any, dtype: Any) -> jax.Array:
     """Zeros that depend on `tokens`, one at least.
 
-    XLA allocates them when what is behind the tokens is done.
+    XLA allocates them when what is behind the tokens is done. It would not see a dependency in
+    `depend_on` of zeros, a choice between zeros and zeros.
 
     Buys: a lazy step of 26 tables with 26 MiB of rows has 8 MiB of temporaries in place of 28
     (`benchmarks/bench_sparse.py`).
     Noticed by: `test_row_blocks.test_temporaries_do_not_grow_with_the_number_of_tables`.
     """
-    is_impossible = functools.reduce(jnp.minimum, tokens) == 2.0
-    return jnp.broadcast_to(is_impossible.astype(dtype), shape, out_sharding=sharding)
+    return jnp.broadcast_to(_never(tokens).astype(dtype), shape)
 
 
 def token_of_all(tree: Any) -> jax.Array:

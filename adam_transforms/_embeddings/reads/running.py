@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from adam_transforms._core import dtypes
-from adam_transforms._core.sparse_rows import SparseRows, first_of_each, sum_at
+from adam_transforms._core.sparse_rows import SparseRows, first_positions_of_each, sum_duplicates_at
 from adam_transforms._embeddings.deferred.state import DeferredTable, StaleRows
 from adam_transforms._embeddings.reads.choosing import Choice
 from adam_transforms._embeddings.reads.direct import in_mesh_of, replicated, values_of
@@ -255,6 +255,6 @@ def row_gradients(
             )
         )
     return {
-        i: sum_at(x, first).astype(jnp.result_type(tables[i].array))
-        for i, x, first in zip(tables, rows, first_of_each(rows), strict=True)
+        i: sum_duplicates_at(x, first).astype(jnp.result_type(tables[i].array))
+        for i, x, first in zip(tables, rows, first_positions_of_each(rows), strict=True)
     }
