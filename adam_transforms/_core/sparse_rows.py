@@ -424,12 +424,13 @@ def sum_duplicates_at(
     room: int = 0,
     packed_bytes: float = PACKED_BYTES,
 ) -> SparseRows:
-    """`SparseRows.sum_duplicates`, and as an option the rows of a run: see `sum_with_run`.
+    """`SparseRows.sum_duplicates` of rows whose duplicates are known.
 
     Args:
-      first: from `first_positions_of_each`.
-      after: tokens of `_xla.scheduling`: neither these rows nor what is gathered at them takes
-        memory until what is behind the tokens is done.
+      first: the positions from `first_positions_of_each`.
+      after: tokens of `_xla.scheduling`. XLA sums these rows, and gathers rows at their indices,
+        only after it has computed the arrays that the tokens stand for.
+      run, room, packed_bytes: of `sum_with_run`; not for a `first` of None.
     """
     if first is None:
         if after:

@@ -49,8 +49,8 @@ def lazy(
 
     On a CPU, row gradients of 16 MiB or more in total are updated in blocks of rows that fit into
     the caches. This requires a program of `inner` that computes each row from that row alone and
-    from values that all rows share, such as the norm of the gradients. Where there is no such norm,
-    row gradients of less than 4 MiB are updated as a whole, two tables at a time.
+    from values that all rows share, such as the norm of the gradients. Without such a norm, tables
+    with row gradients of less than 4 MiB are updated two at a time, without blocks.
 
     Duplicate rows are summed first. Counts are global: bias corrections and schedules are those of
     the step, not of a row's own history. Weight decay acts on touched rows only.

@@ -113,11 +113,10 @@ def compress_moments(
     run is bit-identical. Inside `lazy`, the position of a row is its position among the touched
     rows: its rounding depends on which other rows are touched.
 
-    A step computes more and moves less memory than plain Adam. On two CPU cores a dense step of
-    matrices takes 0.9 to 1.4 times as long at 16 bits and 2.4 to 2.8 times at 8 bits, of leaves of
-    one axis 1.7 and 3.5 times; a lazy step 0.9 times at 16 bits and 1.0 to 1.2 times at 8 bits. If
-    the CPU has registers of 512 bits, ``XLA_FLAGS=--xla_cpu_prefer_vector_width=512`` makes a dense
-    step at 8 bits take 1.6 times as long as at 32 bits.
+    A step computes more and moves less memory than plain Adam. Measured on two CPU cores, as a
+    ratio to plain Adam: a dense step of matrices takes 0.9 to 1.4 at 16 bits and 2.4 to 2.8 at 8
+    bits; of leaves of one axis 1.7 and 3.5; a lazy step 0.9 and 1.0 to 1.2. On CPUs with registers
+    of 512 bits, ``XLA_FLAGS=--xla_cpu_prefer_vector_width=512`` lowers the 2.4 to 1.6.
 
     Args:
       inner: a chain with one or several states of `scale_by_adam`, `scale_by_amsgrad`, or Optax's

@@ -12,8 +12,8 @@ axis of several. With nine bits, the gaps of x are 1/128 up to 1.25, 1/64 up to 
 and 8 up to 58: near the center a factor :math:`2^{w/128}`, 0.5 % for w = 1. All codes are normal
 float32 numbers: no v that is not zero becomes zero. Center and width are computed from the codes of
 the step before. The center is halfway between the smallest and the largest, the width one of 1, 2,
-..., 64. The center moves if that middle, rounded to binades, is more than one of them and more than
-w / 16 away, the width if the largest distance from the center is outside of [1.07 w, 2.2 w].
+..., 64. The center moves if the rounded distance to that middle is more than one binade and more
+than w / 16. The width changes if the largest distance from the center is outside [1.07 w, 2.2 w].
 
 The first moment is coded relative to a power of two s, between :math:`\sqrt{v/2}` and
 :math:`\sqrt{2v}` of the stored v, element by element: :math:`m = \pm s\, y_k`. With seven bits, the
