@@ -422,7 +422,7 @@ def sum_duplicates_at(
     after: Sequence[jax.Array] = (),
     run: tuple[jax.Array, jax.Array] | None = None,
     room: int = 0,
-    packed_bytes: float = PACKED_BYTES,
+    packed_bytes: float | None = None,
 ) -> SparseRows:
     """`SparseRows.sum_duplicates` of rows whose duplicates are known.
 
@@ -430,7 +430,8 @@ def sum_duplicates_at(
       first: the positions from `first_positions_of_each`.
       after: tokens of `_xla.scheduling`. XLA sums these rows, and gathers rows at their indices,
         only after it has computed the arrays that the tokens stand for.
-      run, room, packed_bytes: of `sum_with_run`; not for a `first` of None.
+      run, room, packed_bytes: of `sum_with_run`; not for a `first` of None. By default
+        `PACKED_BYTES`.
     """
     if first is None:
         if after:
@@ -438,6 +439,7 @@ def sum_duplicates_at(
             rows = rows._with(_indices=indices, _keys=_as_keys(indices))
         return rows._with(values=rows.masked_values())
     nbytes = rows.values.nbytes
+    packed_bytes = PACKED_BYTES if packed_bytes is None else packed_bytes
     indices, values = _replicate_rows(
         *_sums(
             *(rows.indices, np.int32(rows.num_rows), rows.values, first, run, [*after]),
