@@ -114,11 +114,11 @@ some = pytest.mark.parametrize(
 )
 
 
-def times_computed(step: Any, *args: Any) -> int:
-    """How often what rows missed is computed in a program."""
+def times_computed(step: Any, *args: Any, name: str = "_pending_update") -> int:
+    """How often a program computes what rows missed, or calls another jitted function."""
     program = jax.make_jaxpr(step)(*args).jaxpr
     names = [str(eqn.params.get("name")) for eqn in equations(program)]
-    return names.count("_pending_update")
+    return names.count(name)
 
 
 @some
@@ -127,6 +127,14 @@ def test_what_rows_missed_is_computed_once(name: str) -> None:
     state = case.tx.init(params)
     times = times_computed(case.step, params, state, BATCHES[0])
     assert (times == case.reads) is case.kept and times >= case.reads
+
+
+def test_a_gradient_that_is_not_changed_is_summed_once() -> None:
+    for name, sums in (("one read", 1), ("clipped", 2)):
+        case, params = CASES[name], parameters()
+        arguments = (params, case.tx.init(params), BATCHES[0])
+        assert times_computed(case.step, *arguments, name="_sums") == sums
+        assert case.grads(*arguments)["table"].indices.shape == BATCHES[0].shape
 
 
 @some

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 
 from adam_transforms._core import patterns
-from adam_transforms._core.sparse_rows import keep_read
 from adam_transforms._core.types import A
 from adam_transforms._embeddings.reads.kept import kept_reads
 from adam_transforms._embeddings.reads.program import Value
@@ -148,9 +147,9 @@ def value_and_grad(
         taps = [read.tap() for read in reads]
         differentiated = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
         (value, (aux, indices, stale)), (dense, taps) = differentiated(dense, taps)
-        rest, rows = iter(dense), row_gradients(tables, choice, indices, taps)
+        rest, rows = iter(dense), row_gradients(tables, choice, indices, taps, kept)
         for i, reads_of_table in kept.items():
-            rows[i] = keep_read(rows[i], reads_of_table.joined(stale))
+            rows[i] = reads_of_table.kept_by(rows[i], stale)
         grads = treedef.unflatten(
             [rows[i] if i in rows else next(rest) for i in range(len(leaves))]
         )

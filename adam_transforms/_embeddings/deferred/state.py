@@ -295,10 +295,14 @@ class RowsRead(NamedTuple):
     Attributes:
       stale: the rows read, and after them those of the round robin.
       table: what was read.
+      values: of the row gradient.
+      summed: the row gradient with the rows of the round robin.
     """
 
     stale: StaleRows
     table: DeferredTable
+    values: jax.Array
+    summed: SparseRows
 
     def is_of(self, table: DeferredTable) -> bool:
         """Whether it is the same table after the same step: the same arrays, not equal ones."""

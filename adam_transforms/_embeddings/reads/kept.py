@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from adam_transforms._core import dtypes, sparse_rows
+from adam_transforms._core.sparse_rows import SparseRows, keep_read
 from adam_transforms._embeddings.deferred.state import DeferredTable, RowsRead, StaleRows
 from adam_transforms._embeddings.reads.program import DirectRead, Program, RowRead
 from adam_transforms._embeddings.reads.running import Table
@@ -25,11 +26,18 @@ class KeptReads(NamedTuple):
     table: DeferredTable
     positions: list[int]
 
-    def joined(self, stale: Mapping[int, StaleRows]) -> RowsRead:
-        """What the reads leave for the update of the table, from what each read has computed."""
+    def kept_by(self, summed: SparseRows, stale: Mapping[int, StaleRows]) -> SparseRows:
+        """The row gradient, which keeps what the reads leave for the update.
+
+        Args:
+          summed: the gradient with the rows of the round robin.
+          stale: {position of a read: what it has computed}.
+        """
         found = [stale[k] for k in self.positions]
         joined = found[0] if len(found) == 1 else jax.tree.map(_concatenated, *found)
-        return RowsRead(joined, self.table)
+        n = summed.indices.size - self.table.room
+        g = summed.with_rows(summed.indices[:n], summed.values[:n], unique=True)
+        return keep_read(g, RowsRead(joined, self.table, g.values, summed))
 
 
 def kept_reads(program: Program, tables: Mapping[int, Table]) -> dict[int, KeptReads]:

@@ -7,7 +7,7 @@ import collections
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -232,10 +232,14 @@ def _in_this_mesh(x: jax.Array) -> jax.Array:
 
 
 def row_gradients(
-    tables: dict[int, Table], choice: Choice, indices: Sequence[Any], taps: Sequence[Any]
+    tables: dict[int, Table],
+    choice: Choice,
+    indices: Sequence[Any],
+    taps: Sequence[Any],
+    kept: Collection[int],
 ) -> dict[int, SparseRows]:
     """The row gradient of each table, from the indices of all reads and the gradients of the
-    taps."""
+    taps. Those of the `kept` tables contain the rows of the round robin too, as their reads do."""
     reads, rows = choice.program.reads, []
     for i, table in tables.items():
         wide = dtypes.compute_dtype(jnp.result_type(table.array))
@@ -254,7 +258,10 @@ def row_gradients(
                 synchronized=table.deferred is not None,
             )
         )
-    return {
-        i: sum_duplicates_at(x, first).astype(jnp.result_type(tables[i].array))
-        for i, x, first in zip(tables, rows, first_positions_of_each(rows), strict=True)
-    }
+    gradients = {}
+    for i, x, first in zip(tables, rows, first_positions_of_each(rows), strict=True):
+        deferred = tables[i].deferred if i in kept else None
+        run, room = (deferred.round_robin(), deferred.room) if deferred is not None else (None, 0)
+        summed = sum_duplicates_at(x, first, run=run, room=room)
+        gradients[i] = summed.astype(jnp.result_type(tables[i].array))
+    return gradients
