@@ -43,7 +43,11 @@ def linear_layers(parameters: int, layers: int, seed: int) -> Any:
     ]
 
 
-def training_step(tx: Any, apply: Callable[..., Any] = optax.apply_updates) -> Any:
+def training_step(
+    tx: Any,
+    apply: Callable[..., Any] = optax.apply_updates,
+    compiler_options: dict[str, Any] | None = None,
+) -> Any:
     """A jitted ``((params, state), source) -> (params, state)`` that donates what it replaces.
 
     `source` is the gradients, or what `linear_layers` gives to compute them from.
@@ -57,7 +61,7 @@ def training_step(tx: Any, apply: Callable[..., Any] = optax.apply_updates) -> A
         updates, state = tx.update([gradient(of) for of in source], state, params)
         return apply(params, updates), state
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options)
 
 
 def case(name: str, tx: Any, source: list[Any], **options: Any) -> harness.Case:

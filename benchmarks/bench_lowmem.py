@@ -4,8 +4,9 @@
 
 Sections: `error` is the error of Adam's update against exact moments, root mean square, relative to
 the update's, for gradients whose scales spread by exp(N(0, s)); `step` is the bytes of the moments
-and the time of a step, dense in 64 matrices and lazy at (10^6, 64); `quality` is the held-out loss
-of a two-tower recommender on synthetic clicks. "block-wise, 8 bits" is the code of Dettmers et al.
+and the time of a step, dense in 64 matrices and lazy at (10^6, 64), where "wide registers" are a
+CPU's of 512 bits; `quality` is the held-out loss of a two-tower recommender on synthetic clicks.
+"block-wise, 8 bits" is the code of Dettmers et al.
 """
 
 import functools
@@ -32,6 +33,7 @@ BITS: dict[str, Any] = {
     "8 bits": 8,
 }
 BLOCKWISE = "block-wise, 8 bits"
+WIDE = {"xla_cpu_prefer_vector_width": 512}  # on a CPU without registers of 512 bits as without it
 ROWS, COLUMNS, STEPS = 64, 256, 2000  # of `error`
 SIZE = bench_sparse.Size(10**6, 64, 8192)
 ANCHORS = ("optax.adam", "32 bits", BLOCKWISE)
@@ -100,10 +102,14 @@ def bench_step(parameters: int, rounds: int) -> list[dict[str, Any]]:
     dense = {"optax.adam": optax.adam(1e-3)}
     dense |= {name: at.adam(1e-3, state_bits=bits) for name, bits in BITS.items()}
     lazy = {name: at.lazy_adam(1e-3, state_bits=bits) for name, bits in BITS.items()}
+    case = functools.partial(bench_dense.case, source=gradients)
+    wide = {name: tx for name, tx in dense.items() if name in ("32 bits", "16 bits", "8 bits")}
+    if jax.default_backend() != "cpu":
+        wide = {}
     groups = {
         f"dense, 64 matrices ({width}, {width})": [
-            bench_dense.case(name, tx, gradients)
-            for name, tx in (dense | {BLOCKWISE: blockwise}).items()
+            *(case(name, tx) for name, tx in (dense | {BLOCKWISE: blockwise}).items()),
+            *(case(f"{x}, wide registers", tx, compiler_options=WIDE) for x, tx in wide.items()),
         ],
         "lazy, (10^6, 64), 8,192 ids": [
             bench_sparse.jax_step(name, tx, SIZE, batches) for name, tx in lazy.items()

@@ -66,7 +66,7 @@ def tables() -> dict[str, list[str]]:
                 [
                     r["name"],
                     f"{r['loss']:.4f}",
-                    f"{r['change, %']:+.2f} %",
+                    f"{r['change, %']:+z.2f} %",
                     f"{r['spread, %']:.1f} %",
                 ]
                 for r in lowmem["quality"]

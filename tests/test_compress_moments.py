@@ -301,6 +301,16 @@ def test_seeds_leaves_and_resumed_runs() -> None:
     assert not np.array_equal(words["a"], run(1).moments["a"])
 
 
+def test_registers_of_512_bits_change_no_bit() -> None:
+    g = jnp.asarray(normal(0, 8, 64))
+    tx = at.adam(0.1, state_bits=8)
+    results = []
+    for options in (None, {"xla_cpu_prefer_vector_width": 512}):
+        step = jax.jit(lambda g, state: tx.update(g, state, g), compiler_options=options)
+        results.append(step(g, step(g, tx.init(g))[1]))
+    assert_bits_equal(*results)
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_sharding_changes_no_bit(axis: int) -> None:
     params = {"w": jnp.asarray(normal(0, 8, 64)), "b": jnp.asarray(normal(1, 64))}
