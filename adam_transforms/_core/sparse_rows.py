@@ -400,8 +400,8 @@ def on_values(fn: Callable[[jax.Array], jax.Array], x: Any) -> Any:
 
 
 def first_positions_of_each(rows: Sequence[SparseRows]) -> list[jax.Array | None]:
-    """For each index of each table the position of the first that equals it; None for rows that are
-    unique. Tables that have equally many indices are searched together."""
+    """For each index of each table the position of the first that equals it, and n for padding;
+    None for rows that are unique. Tables that have equally many indices are searched together."""
     alike: dict[Any, list[int]] = {}
     for i, of_table in enumerate(rows):
         if not of_table.unique:
@@ -413,6 +413,12 @@ def first_positions_of_each(rows: Sequence[SparseRows]) -> list[jax.Array | None
         found = first_positions(indices, [rows[i].num_rows for i in members])
         first |= dict(zip(members, found, strict=True))
     return [first.get(i) for i in range(len(rows))]
+
+
+def distinct_rows(rows: SparseRows, indices: jax.Array, values: jax.Array) -> SparseRows:
+    """Other rows of the same table, int32 (n,), distinct but for padding, with their values."""
+    (values,) = _replicate_rows(values)
+    return rows._with(_indices=indices, _keys=_as_keys(indices), values=values, unique=True)
 
 
 def sum_duplicates_at(
@@ -435,8 +441,7 @@ def sum_duplicates_at(
     """
     if first is None:
         if after:
-            indices = depend_on(rows.indices, after)
-            rows = rows._with(_indices=indices, _keys=_as_keys(indices))
+            rows = distinct_rows(rows, depend_on(rows.indices, after), rows.values)
         return rows._with(values=rows.masked_values())
     nbytes = rows.values.nbytes
     packed_bytes = PACKED_BYTES if packed_bytes is None else packed_bytes
@@ -468,8 +473,10 @@ def sum_with_run(
       packed_bytes: if the values have at least this size, all padding is at the end of the result.
     """
     refuse_batch(rows)
-    first = jnp.arange(rows.indices.size, dtype=jnp.int32)
-    if not rows.unique:
+    n = rows.indices.size
+    if rows.unique:
+        first = jnp.where(rows.is_valid, jnp.arange(n, dtype=jnp.int32), n)
+    else:
         (first,) = first_positions(rows.indices[None], [rows.num_rows])
     return sum_duplicates_at(rows, first, run=(start, stop), room=room, packed_bytes=packed_bytes)
 
@@ -493,8 +500,7 @@ def _sums(
     """The indices and values of `sum_duplicates_at`."""
     n, dtype = indices.size, values.dtype
     first = depend_on(first, after) if after else first
-    is_valid = indices < num_rows
-    is_first = is_valid & (first == jnp.arange(n, dtype=jnp.int32))
+    is_first = first == jnp.arange(n, dtype=jnp.int32)
     if run is not None:
         run_indices, is_new = _run_besides(indices, num_rows, *run, room)
         indices = jnp.concatenate([indices, run_indices])
@@ -505,18 +511,19 @@ def _sums(
         place = jax.lax.associative_scan(jnp.add, is_first.astype(jnp.int32)) - 1
         packed = jnp.full((size,), num_rows, jnp.int32)
         (distinct,) = set_rows([packed], (jnp.where(is_first, place, size),), [indices])
-        first = place[first]
+        into = jnp.where(first < n, place.at[first].get(mode="clip"), size)
+    else:
+        into = first if size == n else jnp.where(first < n, first, size)
     if is_unique and not pack:
         (values,) = _zeros_at_padding(indices[:n], num_rows, [values])
         return distinct, jnp.pad(values, [(0, size - n)] + [(0, 0)] * (values.ndim - 1))
     values = values.astype(dtypes.compute_dtype(dtype))
-    into = jnp.where(is_valid, first, size)  # padding is dropped
     shape, sharding = (size, *values.shape[1:]), explicit_sharding(values)
     if after:
         zeros = zeros_after(after, shape, values.dtype)
     else:
         zeros = jax.lax.full(shape, 0, values.dtype, sharding=sharding)
-    sums = _add_rows(zeros, (into,), values)
+    sums = _add_rows(zeros, (into,), values)  # padding, at `size`, is dropped
     return distinct, sums.astype(dtype)
 
 
@@ -550,7 +557,7 @@ def _run_besides(
 
 # ---- gathers and scatters, where an index beyond the end is padding ----
 
-# The indices of rows along each leading axis, each (n,).
+# The indices of rows along each leading axis, each (n,), none negative.
 _Places = tuple[jax.Array, ...]
 
 
@@ -561,7 +568,11 @@ def _gather_rows(tables: Sequence[jax.Array], places: _Places) -> list[jax.Array
     return [
         jnp.zeros((places[0].size, *table.shape[axes:]), table.dtype)  # JAX refuses to gather
         if 0 in table.shape[:axes]
-        else table.at[places].get(mode="clip", out_sharding=explicit_sharding(table, row_axes=axes))
+        else table.at[places].get(
+            mode="clip",
+            wrap_negative_indices=False,
+            out_sharding=explicit_sharding(table, row_axes=axes),
+        )
         for table in tables
     ]
 
@@ -573,7 +584,11 @@ def set_rows(
     """`tables` with their rows at `places`, which are unique, replaced."""
     return [
         table.at[places].set(
-            new, mode="drop", unique_indices=True, out_sharding=explicit_sharding(table)
+            new,
+            mode="drop",
+            unique_indices=True,
+            wrap_negative_indices=False,
+            out_sharding=explicit_sharding(table),
         )
         for table, new in zip(tables, values, strict=True)
     ]
@@ -581,13 +596,22 @@ def set_rows(
 
 @unchecked
 def _add_rows(table: jax.Array, places: _Places, values: jax.Array) -> jax.Array:
-    return table.at[places].add(values, mode="drop", out_sharding=explicit_sharding(table))
+    return table.at[places].add(
+        values,
+        mode="drop",
+        wrap_negative_indices=False,
+        out_sharding=explicit_sharding(table),
+    )
 
 
 @unchecked
 def _add_unique_rows(table: jax.Array, places: _Places, values: jax.Array) -> jax.Array:
     return table.at[places].add(
-        values, mode="drop", unique_indices=True, out_sharding=explicit_sharding(table)
+        values,
+        mode="drop",
+        unique_indices=True,
+        wrap_negative_indices=False,
+        out_sharding=explicit_sharding(table),
     )
 
 

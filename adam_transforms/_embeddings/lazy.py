@@ -11,7 +11,12 @@ import optax
 
 from adam_transforms._core import arguments, patterns, trees
 from adam_transforms._core.slots import StateLeaf, find_slots
-from adam_transforms._core.sparse_rows import SparseRows, first_positions_of_each, sum_duplicates_at
+from adam_transforms._core.sparse_rows import (
+    SparseRows,
+    distinct_rows,
+    first_positions_of_each,
+    sum_duplicates_at,
+)
 from adam_transforms._core.state_check import wrong_state
 from adam_transforms._core.state_layout import FoundField, Role, find_fields, register
 from adam_transforms._core.types import Params, Path, State, Updates
@@ -25,7 +30,7 @@ from adam_transforms._embeddings.row_blocks import (
 )
 from adam_transforms._xla.platform import by_platform
 from adam_transforms._xla.row_independence import RowFunction, as_row_function
-from adam_transforms._xla.scheduling import materialize_outputs, token_of_all
+from adam_transforms._xla.scheduling import materialize, materialize_outputs, token_of_all
 
 
 @register(inner_state=Role.INNER)
@@ -166,12 +171,10 @@ def lazy(
         _, gradients, param_leaves = zip(*aligned, strict=True)
         given = {i: g for i, g in enumerate(gradients) if isinstance(g, SparseRows)}
         first = dict(zip(given, first_positions_of_each([*given.values()]), strict=True))
-        rows = {i: sum_duplicates_at(g, first[i]) for i, g in given.items()}
-        for i in rows:
+        for i in given:
             if param_leaves[i] is None:
                 raise ValueError(f"{aligned[i][0]!r} has a row gradient, but no parameter")
-        values = [rows[i].values if i in rows else g for i, g in enumerate(gradients)]
-        axes = {i: len(of_table.leading_shape) for i, of_table in rows.items()}
+        axes = {i: len(g.leading_shape) for i, g in given.items()}
         leaves, made = find_slots(
             inner.init, state.inner_state, treedef, param_leaves, axes, caller="lazy"
         )
@@ -184,7 +187,7 @@ def lazy(
             raise _wrong_shape(leaves, found, expected)
         if averages:
             _refuse_averages_by_row(averages, state_leaves, leaves)
-        numbers = {aligned[i][0]: g for i, g in rows.items() if g.values.ndim == 1}
+        numbers = {aligned[i][0]: g for i, g in given.items() if g.values.ndim == 1}
         if numbers:
             _refuse_common_ranges(state.inner_state, numbers)
         k = len(gradients)
@@ -201,28 +204,46 @@ def lazy(
                 raise _wrong_shape(leaves, found, expected)
             return [*new, *treedef.flatten_up_to(updates)]
 
-        slots = {i: [j for j, leaf in enumerate(leaves) if leaf.table == i] for i in rows}
-        row_update = _RowUpdate(update_leaves, given, first, rows, slots, bool(averages))
-        new_updates, new_state = row_update.run(values, [*param_leaves], state_leaves)
-        for i, of_table in rows.items():
-            new_updates[i] = of_table.with_values(new_updates[i])
-        return treedef.unflatten(new_updates), LazyState(state_def.unflatten(new_state))
+        slots = {i: [j for j, leaf in enumerate(leaves) if leaf.table == i] for i in given}
+        row_update = _RowUpdate(update_leaves, given, first, slots, bool(averages))
+        dense = [None if i in given else g for i, g in enumerate(gradients)]
+        done = row_update.run(dense, [*param_leaves], state_leaves)
+        new_updates = [
+            distinct_rows(given[i], done.indices[i], u) if i in given else u
+            for i, u in enumerate(done.updates)
+        ]
+        return treedef.unflatten(new_updates), LazyState(state_def.unflatten(done.state))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-# The leaves of gradients, parameters and state; a table's gradient is the values of its rows.
+# The leaves of gradients, parameters and state. The gradient of a table is None: it is in
+# `_RowUpdate.given`.
 _Leaves = list[Any]
+
+
+class _Updated(NamedTuple):
+    """What a `_RowUpdate` computes.
+
+    Attributes:
+      updates: all of them; of a table, the values of its rows.
+      indices: {table: its rows}.
+      state: the new leaves.
+    """
+
+    updates: list[Any]
+    indices: dict[int, jax.Array]
+    state: list[Any]
 
 
 class _RowUpdate(NamedTuple):
     """An update of some rows of some tables.
 
     Attributes:
-      update: from all leaves of gradients, parameters and state to those of state and updates.
+      update: from all leaves of gradients, parameters and state to those of state and updates; the
+        gradient of a table is the values of its rows, without duplicates.
       given: {position of a table among the parameters: its row gradient, with duplicates}.
       first: {table: the positions from `first_positions_of_each`}.
-      rows: {table: its touched rows, without duplicates}.
       slots: {table: the positions of its slots among the leaves of the state}.
       averages: whether parameters are averaged, and thus read beside the updates.
     """
@@ -230,77 +251,84 @@ class _RowUpdate(NamedTuple):
     update: Callable[..., list[Any]]
     given: dict[int, SparseRows]
     first: dict[int, jax.Array | None]
-    rows: dict[int, SparseRows]
     slots: dict[int, list[int]]
     averages: bool
 
-    def run(
-        self, gradients: _Leaves, params: _Leaves, state: _Leaves
-    ) -> tuple[list[Any], list[Any]]:
-        """The updates and the new state; in blocks where that pays."""
-        sizes = [rows.values.nbytes for rows in self.rows.values()]
+    def run(self, gradients: _Leaves, params: _Leaves, state: _Leaves) -> _Updated:
+        """In parts where that pays."""
+        sizes = [g.values.nbytes for g in self.given.values()]
         are_known = all(isinstance(size, int) for size in sizes)  # not so under `jax.export`
         are_many = are_known and sum(sizes) >= LAZY_BYTES
-        if not are_many or any(is_on_mesh(rows.values) for rows in self.rows.values()):
+        if not are_many or any(is_on_mesh(g.values) for g in self.given.values()):
             return self.at_once(gradients, params, state)
         # A function of gradients that are not there yet: none needs those of other tables.
-        abstract = [
-            jax.ShapeDtypeStruct(g.shape, g.dtype) if i in self.rows else g
-            for i, g in enumerate(gradients)
-        ]
-        by_row = self.row_function(abstract, params, state)
-        are_independent = by_row is not None
+        abstract = {i: jax.eval_shape(lambda g=g: g) for i, g in self.given.items()}
+        by_row, rows = self.row_function(abstract, gradients, params, state), None
         if by_row is None:
-            by_row = self.row_function(gradients, params, state)
-        if by_row is None:
-            return self.at_once(gradients, params, state)
-        lengths = [n for rows in self.rows.values() if (n := block_length(rows)) is not None]
-        length = min(lengths, default=max(rows.indices.size for rows in self.rows.values()))
+            rows = self.summed()
+            by_row = self.row_function(rows, gradients, params, state)
+            if by_row is None:
+                return self.at_once(gradients, params, state, rows)
+        lengths = [n for g in self.given.values() if (n := block_length(g)) is not None]
+        length = min(lengths, default=max(g.indices.size for g in self.given.values()))
+        return by_platform(
+            lambda params, state: self.in_parts(by_row, rows, length, params, state),
+            lambda params, state: self.at_once(gradients, params, state, rows),
+            *(params, state),
+        )
 
-        def in_parts(*leaves: _Leaves) -> tuple[list[Any], list[Any]]:
-            return self.in_parts(by_row, are_independent, length, *leaves)
-
-        return by_platform(in_parts, self.at_once, gradients, params, state)
+    def summed(self) -> dict[int, SparseRows]:
+        """{table: its touched rows, without duplicates}."""
+        return {i: sum_duplicates_at(g, self.first[i]) for i, g in self.given.items()}
 
     def at_once(
-        self, gradients: _Leaves, params: _Leaves, state: _Leaves
-    ) -> tuple[list[Any], list[Any]]:
-        """`update`, with the touched rows of each table as if they were the whole table."""
+        self,
+        gradients: _Leaves,
+        params: _Leaves,
+        state: _Leaves,
+        rows: dict[int, SparseRows] | None = None,
+    ) -> _Updated:
+        """`update`, with the touched rows of each table as if they were the whole table. `rows` is
+        `summed`, where that has been computed before."""
+        rows = self.summed() if rows is None else rows
         small_params, small_state = [*params], [*state]
         scattered = [False] * (len(state) + len(params))
-        for table, rows in self.rows.items():
+        for table, some in rows.items():
             arrays = [params[table], *(state[i] for i in self.slots[table])]
-            small_params[table], *gathered = rows.gather_each(arrays)
+            small_params[table], *gathered = some.gather_each(arrays)
             for i, x in zip(self.slots[table], gathered, strict=True):
                 small_state[i], scattered[i] = x, True
+        gradients = [rows[i].values if i in rows else g for i, g in enumerate(gradients)]
         small = [*gradients, *small_params, *small_state]
         outputs = materialize_outputs(self.update, small, scattered)
         new, updates = outputs[: len(state)], outputs[len(state) :]
-        for table, rows in self.rows.items():
+        for table, some in rows.items():
             if self.averages:
-                move = rows.with_values(updates[table])
+                move = some.with_values(updates[table])
                 updates[table] = move.after_read(small_params[table]).values
             slots = self.slots[table]
-            after = rows.scatter_each([state[i] for i in slots], [new[i] for i in slots])
+            after = some.scatter_each([state[i] for i in slots], [new[i] for i in slots])
             for i, x in zip(slots, after, strict=True):
                 new[i] = x
-        return updates, new
+        return _Updated(updates, {i: some.indices for i, some in rows.items()}, new)
 
     def row_function(
-        self, gradients: _Leaves, params: _Leaves, state: _Leaves
+        self, rows: dict[int, Any], gradients: _Leaves, params: _Leaves, state: _Leaves
     ) -> RowFunction | None:
-        """`update` as a function of some rows; None if rows may interact."""
-        of_params = [i if i in self.rows else None for i in range(len(params))]
+        """`update` as a function of some rows; None if it needs more of `rows`, which may be
+        abstract, than those."""
+        of_params = [i if i in self.given else None for i in range(len(params))]
         owner = {i: table for table, slots in self.slots.items() for i in slots}
         of_state = [owner.get(i) for i in range(len(state))]
 
         def abstract_rows(x: Any, table: int | None) -> Any:
             if table is None:
                 return x
-            rows = self.rows[table]
-            shape = (rows.values.shape[0], *jnp.shape(x)[len(rows.leading_shape) :])
+            g = self.given[table]
+            shape = (g.values.shape[0], *jnp.shape(x)[len(g.leading_shape) :])
             return jax.ShapeDtypeStruct(shape, jnp.result_type(x))
 
+        gradients = [rows[i].values if i in rows else g for i, g in enumerate(gradients)]
         rest = map(abstract_rows, [*params, *state], [*of_params, *of_state])
         tables = [*of_params, *of_params, *of_state]
         return as_row_function(
@@ -310,17 +338,17 @@ class _RowUpdate(NamedTuple):
     def in_parts(
         self,
         by_row: RowFunction,
-        are_independent: bool,
+        rows: dict[int, SparseRows] | None,
         length: int,
-        gradients: _Leaves,
         params: _Leaves,
         state: _Leaves,
-    ) -> tuple[list[Any], list[Any]]:
-        """As `at_once`, in blocks of `length` rows; if tables `are_independent`, the smaller ones
-        as a whole, some at a time."""
+    ) -> _Updated:
+        """As `at_once`, in blocks of `length` rows. Without `rows`, for a `by_row` that does not
+        need those of other tables, the smaller tables are updated as a whole, some at a time."""
         new, updates = by_row.shared[: len(state)], by_row.shared[len(state) :]
+        indices: dict[int, jax.Array] = {}
         done: list[jax.Array] = []  # tokens of the tables updated as a whole
-        for table, rows in self.rows.items():
+        for table, given in self.given.items():
             places = self.slots[table]
 
             def update_block(some: SparseRows, slots: Any, table: int = table) -> Any:
@@ -333,21 +361,24 @@ class _RowUpdate(NamedTuple):
                 return values, some.scatter_each(slots, after)
 
             slots = [state[i] for i in places]
-            if are_independent and rows.values.nbytes < SMALL_BYTES:
-                # These sums wait for the slots of an earlier table. XLA drops the sums in `rows`,
-                # of which only the indices are used.
-                last = len(done) - TABLES_AT_ONCE
-                after = [done[last]] if last >= 0 else []
-                rows = sum_duplicates_at(self.given[table], self.first[table], after=after)
-                updates[table], slots = update_block(rows, slots)
-                written: Any = slots or [updates[table]]
-                done.append(token_of_all([x[(slice(1),) * x.ndim] for x in written]))
+            is_small = rows is None and given.values.nbytes < SMALL_BYTES
+            # The sums wait for the slots of an earlier small table.
+            after = done[-TABLES_AT_ONCE:][:1] if is_small and len(done) >= TABLES_AT_ONCE else []
+            if rows is None:
+                some = sum_duplicates_at(given, self.first[table], after=after)
             else:
-                rows = rows.with_values(gradients[table])
-                updates[table], slots = over_blocks(update_block, rows, slots, length)
+                some = rows[table]
+            if is_small:
+                updates[table], slots = update_block(some, slots)
+                written: Any = slots or [updates[table]]
+                # Computed once: a kernel that computed it anew would be compiled for each table.
+                done.append(materialize(token_of_all([x[(slice(1),) * x.ndim] for x in written])))
+            else:
+                updates[table], slots = over_blocks(update_block, some, slots, length)
+            indices[table] = some.indices
             for i, x in zip(places, slots, strict=True):
                 new[i] = x
-        return updates, new
+        return _Updated(updates, indices, new)
 
 
 def _refuse_dense(select: Callable[..., set[int]], updates: Updates, params: Params | None) -> None:

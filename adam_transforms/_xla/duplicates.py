@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adam_transforms._xla.platform import on_cpu
 from adam_transforms._xla.unchecked import unchecked
@@ -23,19 +24,20 @@ _GPU_ROWS_PER_INDEX = 128
 _MULTIPLIER = 2654435769
 
 
-def by_sorting(indices: jax.Array, *_: jax.Array) -> list[jax.Array]:
+def by_sorting(indices: jax.Array, num_rows: jax.Array, *_: jax.Array) -> list[jax.Array]:
     """`first_positions` in O(n log n) a table."""
     order = jnp.argsort(indices, axis=1).astype(jnp.int32)  # stable: equal indices by position
     tables = jnp.arange(order.shape[0], dtype=jnp.int32)[:, None]
     in_order = indices[tables, order]
     new = in_order[:, 1:] != in_order[:, :-1]
     is_first = jnp.pad(new, [(0, 0), (1, 0)], constant_values=True)[:, : order.shape[1]]
-    start = jax.lax.cummax(jnp.where(is_first, _positions(order), 0), axis=1)
+    positions = jax.lax.broadcasted_iota(jnp.int32, order.shape, 1)
+    start = jax.lax.cummax(jnp.where(is_first, positions, 0), axis=1)
     first = jnp.zeros_like(order).at[tables, order].set(order[tables, start], unique_indices=True)
-    return [*first]
+    return [*jnp.where(indices < num_rows, first, indices.shape[1])]
 
 
-def by_hashing(indices: jax.Array, *_: jax.Array) -> list[jax.Array]:
+def by_hashing(indices: jax.Array, num_rows: jax.Array, *_: jax.Array) -> list[jax.Array]:
     """`first_positions` in O(n) a table.
 
     Each index writes its position into its bucket of a hash table, and the smallest position wins.
@@ -46,12 +48,12 @@ def by_hashing(indices: jax.Array, *_: jax.Array) -> list[jax.Array]:
     if n == 0:
         return [*jnp.zeros_like(indices)]
     length = max(1, _INDICES_AT_ONCE // n)
-    groups = [indices[i : i + length] for i in range(0, indices.shape[0], length)]
-    return [first for group in groups for first in _hash_group(group)]
+    groups = [slice(i, i + length) for i in range(0, indices.shape[0], length)]
+    return [first for at in groups for first in _hash_group(indices[at], num_rows[at])]
 
 
 @jax.jit  # a program contains it once for all groups of one shape
-def _hash_group(indices: jax.Array) -> list[jax.Array]:
+def _hash_group(indices: jax.Array, num_rows: jax.Array) -> list[jax.Array]:
     """`by_hashing` in one loop."""
     tables, n = indices.shape
     buckets = _num_buckets(n)
@@ -74,13 +76,8 @@ def _hash_group(indices: jax.Array) -> list[jax.Array]:
         return attempt + jnp.uint32(1), is_open & ~settled, first
 
     # Computed from `indices`, to vary over the mesh axes that they vary over inside `shard_map`.
-    zeros = jnp.zeros_like(indices)
-    start = (jnp.uint32(0), zeros == 0, [*(zeros + jnp.arange(n, dtype=jnp.int32)[None])])
+    start = (jnp.uint32(0), indices < num_rows, [*jnp.full_like(indices, n)])
     return jax.lax.while_loop(lambda state: jnp.any(state[1]), settle, start)[2]
-
-
-def _positions(indices: jax.Array) -> jax.Array:
-    return jax.lax.broadcasted_iota(jnp.int32, indices.shape, 1)
 
 
 def _num_buckets(n: int) -> int:
@@ -88,9 +85,9 @@ def _num_buckets(n: int) -> int:
     return 1 << max(1, math.ceil(math.log2(max(1, n * _BUCKETS_PER_INDEX))))
 
 
-def by_looking_up(indices: jax.Array, empty: jax.Array) -> list[jax.Array]:
-    """`first_positions` in O(n + V) a table, with `empty` of `_winners` for V + 1 buckets."""
-    return [*_winners(indices, empty)]
+def by_looking_up(indices: jax.Array, num_rows: jax.Array, empty: jax.Array) -> list[jax.Array]:
+    """`first_positions` in O(n + V) a table, with `empty` of `_winners` for V buckets or more."""
+    return [*_winners(jnp.where(indices < num_rows, indices, empty.shape[1]), empty)]
 
 
 def _winners(bucket: jax.Array, empty: jax.Array) -> jax.Array:
@@ -104,7 +101,8 @@ def _winners(bucket: jax.Array, empty: jax.Array) -> jax.Array:
     buckets = empty.shape[1]
     start = jnp.arange(tables, dtype=jnp.int32)[:, None] * buckets
     place = jnp.where(bucket < buckets, start + bucket, tables * buckets).reshape(-1)
-    owner = empty.reshape(-1).at[place].min(_positions(bucket).reshape(-1), mode="drop")
+    positions = jax.lax.broadcasted_iota(jnp.int32, bucket.shape, 1).reshape(-1)
+    owner = empty.reshape(-1).at[place].min(positions, mode="drop")
     return owner.at[place].get(mode="fill", fill_value=n).reshape(bucket.shape)
 
 
@@ -114,7 +112,7 @@ _look_up_or_sort = unchecked(on_cpu(by_sorting, gpu=by_looking_up)(by_looking_up
 
 
 def first_positions(indices: jax.Array, num_rows: Sequence[int]) -> list[jax.Array]:
-    """For each index the position of the first equal index of its table.
+    """For each index the position of the first equal index of its table; n for an index of V.
 
     Args:
       indices: int32 (T, n), those of a table with V rows in [0, V].
@@ -132,10 +130,11 @@ def first_positions(indices: jax.Array, num_rows: Sequence[int]) -> list[jax.Arr
     Noticed by: `test_platforms`, and `test_budgets`' lines of StableHLO.
     """
     tables, n = indices.shape
+    ends = np.array(num_rows, np.int32)[:, None]
     if not isinstance(n, int):  # symbolic, under `jax.export`: no hash table has a power of 2 slots
-        return by_sorting(indices)
+        return by_sorting(indices, jnp.asarray(ends))
     if max(num_rows) < _GPU_ROWS_PER_INDEX * n:  # a bucket for each row: nothing collides
-        empty = jnp.full((tables, max(num_rows) + 1), n, jnp.int32)
+        empty = jnp.full((tables, max(1, *num_rows)), n, jnp.int32)
         fits_cpu = tables == 1 and num_rows[0] < _num_buckets(n)
-        return (_look_up_or_sort if fits_cpu else _hash_or_look_up_or_sort)(indices, empty)
-    return _hash_or_sort(indices)
+        return (_look_up_or_sort if fits_cpu else _hash_or_look_up_or_sort)(indices, ends, empty)
+    return _hash_or_sort(indices, ends)
