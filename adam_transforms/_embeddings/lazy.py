@@ -315,8 +315,8 @@ class _RowUpdate(NamedTuple):
     def row_function(
         self, rows: dict[int, Any], gradients: _Leaves, params: _Leaves, state: _Leaves
     ) -> RowFunction | None:
-        """`update` as a function of some rows; None if it needs more of `rows`, which may be
-        abstract, than those."""
+        """`update` as a function of some rows; None if rows may interact. `rows` are those of the
+        gradients, whose values may be abstract."""
         of_params = [i if i in self.given else None for i in range(len(params))]
         owner = {i: table for table, slots in self.slots.items() for i in slots}
         of_state = [owner.get(i) for i in range(len(state))]
@@ -343,8 +343,11 @@ class _RowUpdate(NamedTuple):
         params: _Leaves,
         state: _Leaves,
     ) -> _Updated:
-        """As `at_once`, in blocks of `length` rows. Without `rows`, for a `by_row` that does not
-        need those of other tables, the smaller tables are updated as a whole, some at a time."""
+        """As `at_once`, in blocks of `length` rows.
+
+        `rows` is `summed`, or None if `by_row` needs no rows of other tables. The smaller tables
+        are then updated as a whole, some at a time.
+        """
         new, updates = by_row.shared[: len(state)], by_row.shared[len(state) :]
         indices: dict[int, jax.Array] = {}
         done: list[jax.Array] = []  # tokens of the tables updated as a whole
@@ -362,12 +365,14 @@ class _RowUpdate(NamedTuple):
 
             slots = [state[i] for i in places]
             is_small = rows is None and given.values.nbytes < SMALL_BYTES
-            # The sums wait for the slots of an earlier small table.
-            after = done[-TABLES_AT_ONCE:][:1] if is_small and len(done) >= TABLES_AT_ONCE else []
-            if rows is None:
-                some = sum_duplicates_at(given, self.first[table], after=after)
-            else:
+            if rows is not None:
                 some = rows[table]
+            elif is_small and len(done) >= TABLES_AT_ONCE:
+                # After the slots of an earlier table are written.
+                after = done[-TABLES_AT_ONCE]
+                some = sum_duplicates_at(given, self.first[table], after=[after])
+            else:
+                some = sum_duplicates_at(given, self.first[table])
             if is_small:
                 updates[table], slots = update_block(some, slots)
                 written: Any = slots or [updates[table]]

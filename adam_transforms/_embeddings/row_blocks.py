@@ -32,7 +32,7 @@ _LEAST_LENGTH = 8  # of a block, however wide its rows
 # In a large step, `lazy` updates tables with fewer than SMALL_BYTES of row values without blocks,
 # TABLES_AT_ONCE of them at a time. Later tables reuse the temporaries of earlier ones. A norm of
 # all gradients prevents this, since it needs them all first. With 26 tables of 1 MiB each, on two
-# cores, a step takes 0.72 of the time of a step in blocks, a training step 0.92, and compiling 0.8.
+# cores, a step takes 0.72 of the time of a step in blocks, a training step 0.92, and compiling 0.7.
 # One table at a time takes 1.09 times as long as two, and three at a time 1.05 times.
 SMALL_BYTES, TABLES_AT_ONCE = 4 * 2**20, 2
 
