@@ -33,7 +33,7 @@ BITS: dict[str, Any] = {
     "8 bits": 8,
 }
 BLOCKWISE = "block-wise, 8 bits"
-WIDE = {"xla_cpu_prefer_vector_width": 512}  # on a CPU without registers of 512 bits as without it
+WIDE = {"xla_cpu_prefer_vector_width": 512}  # no effect on a CPU without registers of 512 bits
 ROWS, COLUMNS, STEPS = 64, 256, 2000  # of `error`
 SIZE = bench_sparse.Size(10**6, 64, 8192)
 ANCHORS = ("optax.adam", "32 bits", BLOCKWISE)

@@ -540,9 +540,10 @@ def test_update_without_parameters_and_foreign_states_are_refused() -> None:
 def test_leaves_that_are_no_row_gradient_are_refused_by_what_they_are() -> None:
     params, gradients = params_and_rows()
     tx = at.lazy(at.adam(0.1))
-    batch = jax.vmap(lambda x: gradients["t"] * x)(jnp.ones(2))
-    with pytest.raises(ValueError, match="a batch of row gradients"):
-        tx.update({**gradients, "t": batch}, tx.init(params), params)
+    for rows in (gradients["t"], gradients["t"].sum_duplicates()):
+        batch = jax.vmap(lambda x, rows=rows: rows * x)(jnp.ones(2))
+        with pytest.raises(ValueError, match="a batch of row gradients"):
+            tx.update({**gradients, "t": batch}, tx.init(params), params)
     other = jax.tree.map(lambda x: None, gradients["t"])
     with pytest.raises(TypeError, match="replaced by NoneType"):
         tx.update({**gradients, "t": other}, tx.init(params), params)

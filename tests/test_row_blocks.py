@@ -53,6 +53,28 @@ def trained(tx: Any, dtype: Any = jnp.float32) -> tuple[Any, str]:
     return (params, state), program
 
 
+def test_weakly_typed_gradients_are_promoted_as_in_a_small_step(
+    monkeypatch: pytest.MonkeyPatch, relaxed_promotion: None
+) -> None:
+    params = {"t": jnp.ones((8, 4), jnp.bfloat16), "no columns": jnp.ones((8, 0))}
+    values = jnp.full((3, 4), 0.5)
+    assert values.aval.weak_type  # pyright: ignore[reportAttributeAccessIssue]
+
+    def update() -> Any:
+        tx = at.lazy(optax.adam(0.1))
+        indices = jnp.array([1, 1, 2])
+        grads = {
+            "t": at.SparseRows(indices, values, 8),
+            "no columns": at.SparseRows(indices, jnp.ones((3, 0)), 8),
+        }
+        updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+        return [x.values for x in updates.values()], state
+
+    small = update()
+    monkeypatch.setattr(lazy, "LAZY_BYTES", 1)
+    assert_same_but_for_rounding(update(), small)
+
+
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Whether blocks are of 16 rows of these tables, or of more than there are."""

@@ -15,6 +15,7 @@ import optax
 import pytest
 from helpers import assert_bits_equal, in_tiers, normal
 from jax import export
+from jax.experimental import checkify
 
 import adam_transforms as at
 from adam_transforms._core import sparse_rows, state_layout
@@ -119,11 +120,14 @@ def test_sum_duplicates_has_zeros_at_padding_whatever_a_user_left_there() -> Non
 @pytest.mark.parametrize(
     ("method", "num_rows", "n"),
     in_tiers(
-        itertools.product(
-            ("by_hashing", "by_sorting", "first_positions"),
-            (1, 50, 10**6, 2**31 - 1),
-            (0, 1, 2, 1000, 5000),
-        ),
+        [
+            *itertools.product(
+                ("by_hashing", "by_sorting", "first_positions"),
+                (1, 50, 10**6, 2**31 - 1),
+                (0, 1, 2, 1000, 5000),
+            ),
+            *itertools.product(["by_looking_up"], (1, 50), (0, 1, 2, 1000, 5000)),
+        ],
         lambda method, num_rows, n: num_rows == 2**31 - 1 or (n == 1000 and num_rows < 10**6),
     ),
 )
@@ -135,9 +139,12 @@ def test_first_positions_are_those_that_numpy_finds(n: int, num_rows: int, metho
     indices = (indices % (num_rows + 1)).astype(np.int32)
     tables = np.stack([indices, (indices // 2)[::-1]])
     sizes: Any = [num_rows, num_rows // 2 + 1]
+    buckets = ()
     if method != "first_positions":
         sizes = jnp.array(sizes, jnp.int32)[:, None]
-    found = getattr(duplicates, method)(jnp.asarray(tables), sizes)
+    if method == "by_looking_up":
+        buckets = (jnp.full((2, num_rows), n, jnp.int32),)
+    found = getattr(duplicates, method)(jnp.asarray(tables), sizes, *buckets)
     for indices, positions, size in zip(tables, found, np.ravel(sizes), strict=True):
         _, first, inverse = np.unique(indices, return_index=True, return_inverse=True)
         np.testing.assert_array_equal(positions, np.where(indices < size, first[inverse], n))
@@ -719,3 +726,13 @@ def test_collectives_do_not_sum_the_indices() -> None:
         jax.vmap(lambda r: jax.lax.psum(r, "i"), axis_name="i")(
             jax.tree.map(lambda x: jnp.stack([x, x]), rows_of([1]))
         )
+
+
+def test_index_checks_raise_no_false_alarm_over_packed_padding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sparse_rows, "PACKED_BYTES", 0)
+    checked = checkify.checkify(lambda rows: rows.sum_duplicates(), errors=checkify.index_checks)
+    error, summed = jax.jit(checked)(rows_of([V, 3, 3, -1]))
+    assert error.get() is None
+    assert summed.indices.tolist() == [3, V, V, V]

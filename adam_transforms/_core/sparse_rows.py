@@ -181,7 +181,8 @@ class SparseRows(metaclass=_Described):
         later occurrences become padding with value zero.
 
         Sums are taken in at least float32. O(n) time and memory, whatever V. If the values have at
-        least 16 MiB, all padding is at the end of the result.
+        least 16 MiB, and the indices are not known to be unique, all padding is at the end of the
+        result.
         """
         return sum_duplicates_at(self, *first_positions_of_each([self]))
 
@@ -371,8 +372,8 @@ def is_rows(x: Any) -> bool:
 
 
 def keep_read(rows: SparseRows, read: Any) -> SparseRows:
-    """`rows` with something that the forward pass has read of the same rows, in their order, for
-    the update. All that changes values alone keeps it; a pytree does not."""
+    """`rows` with something that was computed beside them for the update, of the same rows in
+    their order. All that changes values alone keeps it; a pytree does not."""
     return rows._with(_read=read)
 
 
@@ -404,8 +405,8 @@ def first_positions_of_each(rows: Sequence[SparseRows]) -> list[jax.Array | None
     None for rows that are unique. Tables that have equally many indices are searched together."""
     alike: dict[Any, list[int]] = {}
     for i, of_table in enumerate(rows):
+        refuse_batch(of_table)
         if not of_table.unique:
-            refuse_batch(of_table)
             alike.setdefault(jax.typeof(of_table._keys), []).append(i)
     first: dict[int, jax.Array] = {}
     for members in alike.values():
@@ -416,7 +417,15 @@ def first_positions_of_each(rows: Sequence[SparseRows]) -> list[jax.Array | None
 
 
 def distinct_rows(rows: SparseRows, indices: jax.Array, values: jax.Array) -> SparseRows:
-    """Other rows of the same table, int32 (n,), distinct but for padding, with their values."""
+    """The rows of a gradient without duplicates.
+
+    What `keep_read` keeps stays: rows that have it are distinct already, and stay in their order.
+
+    Args:
+      rows: with duplicates or without.
+      indices: int32 (n,), distinct but for padding.
+      values: (n, D...).
+    """
     (values,) = _replicate_rows(values)
     return rows._with(_indices=indices, _keys=_as_keys(indices), values=values, unique=True)
 
@@ -436,13 +445,14 @@ def sum_duplicates_at(
       first: the positions from `first_positions_of_each`.
       after: tokens of `_xla.scheduling`. XLA sums these rows, and gathers rows at their indices,
         only after it has computed the arrays that the tokens stand for.
-      run, room, packed_bytes: of `sum_with_run`; not for a `first` of None. By default
-        `PACKED_BYTES`.
+      run, room, packed_bytes: of `sum_with_run`; not for a `first` of None. `packed_bytes` is
+        `PACKED_BYTES` by default.
     """
     if first is None:
         if after:
             rows = distinct_rows(rows, depend_on(rows.indices, after), rows.values)
-        return rows._with(values=rows.masked_values())
+        (values,) = _zeros_at_padding(rows.indices, np.int32(rows.num_rows), [rows.values])
+        return rows._with(values=values)
     nbytes = rows.values.nbytes
     packed_bytes = PACKED_BYTES if packed_bytes is None else packed_bytes
     indices, values = _replicate_rows(
@@ -507,16 +517,16 @@ def _sums(
         is_first = jnp.concatenate([is_first, is_new])
     size = indices.size
     distinct = jnp.where(is_first, indices, num_rows)
+    if is_unique and not pack:
+        (values,) = _zeros_at_padding(indices[:n], num_rows, [values])
+        return distinct, jnp.pad(values, [(0, size - n)] + [(0, 0)] * (values.ndim - 1))
     if pack:
         place = jax.lax.associative_scan(jnp.add, is_first.astype(jnp.int32)) - 1
         packed = jnp.full((size,), num_rows, jnp.int32)
         (distinct,) = set_rows([packed], (jnp.where(is_first, place, size),), [indices])
-        into = jnp.where(first < n, place.at[first].get(mode="clip"), size)
+        into = jnp.where(first < n, place[jnp.minimum(first, n - 1)], size)
     else:
         into = first if size == n else jnp.where(first < n, first, size)
-    if is_unique and not pack:
-        (values,) = _zeros_at_padding(indices[:n], num_rows, [values])
-        return distinct, jnp.pad(values, [(0, size - n)] + [(0, 0)] * (values.ndim - 1))
     values = values.astype(dtypes.compute_dtype(dtype))
     shape, sharding = (size, *values.shape[1:]), explicit_sharding(values)
     if after:

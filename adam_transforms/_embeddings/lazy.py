@@ -255,18 +255,19 @@ class _RowUpdate(NamedTuple):
     averages: bool
 
     def run(self, gradients: _Leaves, params: _Leaves, state: _Leaves) -> _Updated:
-        """In parts where that pays."""
+        """The update, in parts where that pays."""
         sizes = [g.values.nbytes for g in self.given.values()]
         are_known = all(isinstance(size, int) for size in sizes)  # not so under `jax.export`
         are_many = are_known and sum(sizes) >= LAZY_BYTES
         if not are_many or any(is_on_mesh(g.values) for g in self.given.values()):
             return self.at_once(gradients, params, state)
-        # A function of gradients that are not there yet: none needs those of other tables.
-        abstract = {i: jax.eval_shape(lambda g=g: g) for i, g in self.given.items()}
-        by_row, rows = self.row_function(abstract, gradients, params, state), None
+        # First with abstract values: if that succeeds, no table needs the gradient of another.
+        values = {i: jax.ShapeDtypeStruct(g.values.shape, g.dtype) for i, g in self.given.items()}
+        by_row, rows = self.row_function(values, gradients, params, state), None
         if by_row is None:
             rows = self.summed()
-            by_row = self.row_function(rows, gradients, params, state)
+            values = {i: some.values for i, some in rows.items()}
+            by_row = self.row_function(values, gradients, params, state)
             if by_row is None:
                 return self.at_once(gradients, params, state, rows)
         lengths = [n for g in self.given.values() if (n := block_length(g)) is not None]
@@ -313,10 +314,10 @@ class _RowUpdate(NamedTuple):
         return _Updated(updates, {i: some.indices for i, some in rows.items()}, new)
 
     def row_function(
-        self, rows: dict[int, Any], gradients: _Leaves, params: _Leaves, state: _Leaves
+        self, values: Mapping[int, Any], gradients: _Leaves, params: _Leaves, state: _Leaves
     ) -> RowFunction | None:
-        """`update` as a function of some rows; None if rows may interact. `rows` are those of the
-        gradients, whose values may be abstract."""
+        """`update` as a function of some rows; None if rows may interact. `values` are those of the
+        row gradients, and may be abstract."""
         of_params = [i if i in self.given else None for i in range(len(params))]
         owner = {i: table for table, slots in self.slots.items() for i in slots}
         of_state = [owner.get(i) for i in range(len(state))]
@@ -328,7 +329,7 @@ class _RowUpdate(NamedTuple):
             shape = (g.values.shape[0], *jnp.shape(x)[len(g.leading_shape) :])
             return jax.ShapeDtypeStruct(shape, jnp.result_type(x))
 
-        gradients = [rows[i].values if i in rows else g for i, g in enumerate(gradients)]
+        gradients = [values.get(i, g) for i, g in enumerate(gradients)]
         rest = map(abstract_rows, [*params, *state], [*of_params, *of_state])
         tables = [*of_params, *of_params, *of_state]
         return as_row_function(

@@ -47,7 +47,7 @@ def block_length(rows: SparseRows) -> int | None:
     row_bytes = math.prod(rows.values.shape[1:]) * rows.dtype.itemsize
     if is_on_mesh(rows.values):
         return None
-    length = max(_LEAST_LENGTH, _BLOCK_BYTES // row_bytes)
+    length = max(_LEAST_LENGTH, _BLOCK_BYTES // max(row_bytes, 1))
     return length if length < rows.values.shape[0] else None
 
 

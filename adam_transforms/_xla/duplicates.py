@@ -133,7 +133,8 @@ def first_positions(indices: jax.Array, num_rows: Sequence[int]) -> list[jax.Arr
     ends = np.array(num_rows, np.int32)[:, None]
     if not isinstance(n, int):  # symbolic, under `jax.export`: no hash table has a power of 2 slots
         return by_sorting(indices, jnp.asarray(ends))
-    if max(num_rows) < _GPU_ROWS_PER_INDEX * n:  # a bucket for each row: nothing collides
+    fits = tables * max(num_rows) < 2**31  # else the number of a bucket is no int32
+    if fits and max(num_rows) < _GPU_ROWS_PER_INDEX * n:  # a bucket for each row: nothing collides
         empty = jnp.full((tables, max(1, *num_rows)), n, jnp.int32)
         fits_cpu = tables == 1 and num_rows[0] < _num_buckets(n)
         return (_look_up_or_sort if fits_cpu else _hash_or_look_up_or_sort)(indices, ends, empty)

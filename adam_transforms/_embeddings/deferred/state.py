@@ -289,13 +289,13 @@ def _read(table: DeferredTable, indices: jax.Array, *, keep: bool, round_robin: 
 class RowsRead(NamedTuple):
     """What a read of a table by `rows_from` leaves for the update that follows.
 
-    A gradient keeps it, and with it the slots that were read, until the gradient is dropped or
-    becomes a pytree.
+    A gradient keeps it, and with it the slots that were read and the sums, until the gradient is
+    dropped or becomes a pytree.
 
     Attributes:
       stale: the rows read, and after them those of the round robin.
       table: what was read.
-      values: of the row gradient.
+      values: those of the row gradient. A gradient that still has this array is not summed again.
       summed: the row gradient with the rows of the round robin.
     """
 

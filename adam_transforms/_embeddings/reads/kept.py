@@ -1,4 +1,4 @@
-"""What reads of deferred tables compute, kept for the update.
+"""What reads of deferred tables compute, and the sums of their gradients, kept for the update.
 
 The forward pass and the update both need what the rows missed. The update finds it beside the row
 gradient (`sparse_rows.keep_read`) if it is of the same table after the same step
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from adam_transforms._core import dtypes, sparse_rows
-from adam_transforms._core.sparse_rows import SparseRows, keep_read
+from adam_transforms._core.sparse_rows import SparseRows, distinct_rows, keep_read
 from adam_transforms._embeddings.deferred.state import DeferredTable, RowsRead, StaleRows
 from adam_transforms._embeddings.reads.program import DirectRead, Program, RowRead
 from adam_transforms._embeddings.reads.running import Table
@@ -36,7 +36,7 @@ class KeptReads(NamedTuple):
         found = [stale[k] for k in self.positions]
         joined = found[0] if len(found) == 1 else jax.tree.map(_concatenated, *found)
         n = summed.indices.size - self.table.room
-        g = summed.with_rows(summed.indices[:n], summed.values[:n], unique=True)
+        g = distinct_rows(summed, summed.indices[:n], summed.values[:n])
         return keep_read(g, RowsRead(joined, self.table, g.values, summed))
 
 

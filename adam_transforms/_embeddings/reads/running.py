@@ -239,7 +239,8 @@ def row_gradients(
     kept: Collection[int],
 ) -> dict[int, SparseRows]:
     """The row gradient of each table, from the indices of all reads and the gradients of the
-    taps. Those of the `kept` tables contain the rows of the round robin too, as their reads do."""
+    taps. Those of the `kept` tables contain the rows of the round robin too, as the last of their
+    reads does."""
     reads, rows = choice.program.reads, []
     for i, table in tables.items():
         wide = dtypes.compute_dtype(jnp.result_type(table.array))
