@@ -4,9 +4,9 @@
 
 Sections: `error` is the error of Adam's update against exact moments, root mean square, relative to
 the update's, for gradients whose scales spread by exp(N(0, s)); `step` is the bytes of the moments
-and the time of a step, dense in 64 matrices and lazy at (10^6, 64), where "wide registers" are a
-CPU's of 512 bits; `quality` is the held-out loss of a two-tower recommender on synthetic clicks.
-"block-wise, 8 bits" is the code of Dettmers et al.
+and the time of a step, dense in 64 matrices and lazy at (10^6, 64); `quality` is the held-out loss
+of a two-tower recommender on synthetic clicks. "block-wise, 8 bits" is the code of Dettmers et al.
+"wide registers" means that XLA uses a CPU's registers of 512 bits.
 """
 
 import functools

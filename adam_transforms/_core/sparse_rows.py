@@ -419,10 +419,11 @@ def first_positions_of_each(rows: Sequence[SparseRows]) -> list[jax.Array | None
 def distinct_rows(rows: SparseRows, indices: jax.Array, values: jax.Array) -> SparseRows:
     """The rows of a gradient without duplicates.
 
-    What `keep_read` keeps stays: rows that have it are distinct already, and stay in their order.
+    The result keeps what `keep_read` has added. Only gradients without duplicates have that, and
+    their rows must stay in the same order.
 
     Args:
-      rows: with duplicates or without.
+      rows: the gradient, with duplicates or without.
       indices: int32 (n,), distinct but for padding.
       values: (n, D...).
     """

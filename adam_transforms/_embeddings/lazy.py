@@ -217,18 +217,18 @@ def lazy(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-# The leaves of gradients, parameters and state. The gradient of a table is None: it is in
-# `_RowUpdate.given`.
+# The leaves of gradients, parameters or state. Among the gradients, tables have None: their
+# gradients are in `_RowUpdate.given`.
 _Leaves = list[Any]
 
 
 class _Updated(NamedTuple):
-    """What a `_RowUpdate` computes.
+    """The result of a `_RowUpdate`.
 
     Attributes:
-      updates: all of them; of a table, the values of its rows.
-      indices: {table: its rows}.
-      state: the new leaves.
+      updates: one for each parameter; that of a table is the values of its rows, (n, D...).
+      indices: {table: the indices of these rows, int32 (n,)}.
+      state: the new leaves of the state.
     """
 
     updates: list[Any]
@@ -240,8 +240,8 @@ class _RowUpdate(NamedTuple):
     """An update of some rows of some tables.
 
     Attributes:
-      update: from all leaves of gradients, parameters and state to those of state and updates; the
-        gradient of a table is the values of its rows, without duplicates.
+      update: from all leaves of gradients, parameters and state to those of state and updates. The
+        leaf of a table's gradient is the values of its distinct rows.
       given: {position of a table among the parameters: its row gradient, with duplicates}.
       first: {table: the positions from `first_positions_of_each`}.
       slots: {table: the positions of its slots among the leaves of the state}.
@@ -377,7 +377,8 @@ class _RowUpdate(NamedTuple):
             if is_small:
                 updates[table], slots = update_block(some, slots)
                 written: Any = slots or [updates[table]]
-                # Computed once: a kernel that computed it anew would be compiled for each table.
+                # A kernel that contained the token's computation would differ from that of every
+                # other table, and XLA would compile each.
                 done.append(materialize(token_of_all([x[(slice(1),) * x.ndim] for x in written])))
             else:
                 updates[table], slots = over_blocks(update_block, some, slots, length)

@@ -149,7 +149,7 @@ def value_and_grad(
         (value, (aux, indices, stale)), (dense, taps) = differentiated(dense, taps)
         rest, rows = iter(dense), row_gradients(tables, choice, indices, taps, kept)
         for i, reads_of_table in kept.items():
-            rows[i] = reads_of_table.kept_by(rows[i], stale)
+            rows[i] = reads_of_table.gradient(rows[i], stale)
         grads = treedef.unflatten(
             [rows[i] if i in rows else next(rest) for i in range(len(leaves))]
         )

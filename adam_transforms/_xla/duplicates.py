@@ -14,8 +14,8 @@ from adam_transforms._xla.unchecked import unchecked
 # Buckets to an index in the hash table: few collisions, and little memory.
 _BUCKETS_PER_INDEX = 8
 # Indices of several tables in one loop of `by_hashing`. Their buckets have 512 KiB to 1 MiB, and
-# the rows of one group of tables can be updated while a second thread is at the next. A lazy step
-# of 26 tables with 4,096 indices each takes 1.25 times as long with one loop for all.
+# the rows of one group of tables can be updated while a second thread is at the next. With a single
+# loop, a lazy step of 26 tables with 4,096 indices each takes 1.25 times as long.
 _INDICES_AT_ONCE = 2**14
 # Rows to an index up to which a GPU has a bucket for each row: filling these takes less time than
 # sorting, and they are no larger than the rows of a table of 128 columns.
@@ -112,7 +112,9 @@ _look_up_or_sort = unchecked(on_cpu(by_sorting, gpu=by_looking_up)(by_looking_up
 
 
 def first_positions(indices: jax.Array, num_rows: Sequence[int]) -> list[jax.Array]:
-    """For each index the position of the first equal index of its table; n for an index of V.
+    """For each index, the position of the first equal index of the same table.
+
+    An index of V is padding and gets n.
 
     Args:
       indices: int32 (T, n), those of a table with V rows in [0, V].

@@ -296,7 +296,7 @@ class RowsRead(NamedTuple):
       stale: the rows read, and after them those of the round robin.
       table: what was read.
       values: those of the row gradient. A gradient that still has this array is not summed again.
-      summed: the row gradient with the rows of the round robin.
+      summed: the row gradient, followed by the rows of the round robin.
     """
 
     stale: StaleRows

@@ -79,16 +79,19 @@ def step_table(
         entries = gather_history(table.history, table.last_step, table.count)
         now = step_rows(g, values, StaleRows.of(table.slots, entries), entries.arrays())
         return now.written(stored, None)
-    with_round_robin = functools.partial(sum_with_run, g, *table.round_robin(), table.room)
+
+    def with_round_robin(packed_bytes: float) -> SparseRows:
+        return sum_with_run(g, *table.round_robin(), table.room, packed_bytes)
+
     read = kept_read(g)
     if isinstance(read, RowsRead) and read.is_of(table):
         is_unchanged = g.values is read.values
-        rows = read.summed if is_unchanged else with_round_robin(packed_bytes=math.inf)
+        rows = read.summed if is_unchanged else with_round_robin(math.inf)
         pending = read.stale.pending
         now = step_rows(rows.values, rows.gather(values), read.stale, (pending.move, pending.decay))
         done = now.written(stored, rows)
     else:
-        rows = with_round_robin(packed_bytes=DEFERRED_BYTES)
+        rows = with_round_robin(DEFERRED_BYTES)
         done = _read_and_step(step_rows, rows, stored, table)
     return done._replace(update=DeferredRows.of(rows.with_values(done.update)))
 

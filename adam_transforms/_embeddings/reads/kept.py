@@ -1,4 +1,4 @@
-"""What reads of deferred tables compute, and the sums of their gradients, kept for the update.
+"""Keeps for the update what reads of deferred tables compute, and the sums of their gradients.
 
 The forward pass and the update both need what the rows missed. The update finds it beside the row
 gradient (`sparse_rows.keep_read`) if it is of the same table after the same step
@@ -26,11 +26,11 @@ class KeptReads(NamedTuple):
     table: DeferredTable
     positions: list[int]
 
-    def kept_by(self, summed: SparseRows, stale: Mapping[int, StaleRows]) -> SparseRows:
-        """The row gradient, which keeps what the reads leave for the update.
+    def gradient(self, summed: SparseRows, stale: Mapping[int, StaleRows]) -> SparseRows:
+        """The row gradient of the table, with what the update will need of the reads.
 
         Args:
-          summed: the gradient with the rows of the round robin.
+          summed: the row gradient, followed by the rows of the round robin.
           stale: {position of a read: what it has computed}.
         """
         found = [stale[k] for k in self.positions]
